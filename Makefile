@@ -1,0 +1,114 @@
+# Everything runs in a virtual environment of this repository; a fresh machine needs Python >= 3.11 and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEVICE ?= cpu
+export PYTHON VENV PIP_FLAGS PYTEST_FLAGS DEVICE
+
+# The folder of this file, also when make is called from elsewhere with -f. Make splits names at spaces, so that
+# paths are only ever touched by the shell, in quotes, and the stamps of the environment are kept by the recipes.
+export MAKEFILE_SEEN := $(MAKEFILE_LIST)
+export ROOT := $(shell file="$$(printf '%s' "$$MAKEFILE_SEEN" | sed 's/^ //')"; cd "$$(dirname "$$file")" && pwd)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The repository's folder becomes the current one, $$bin the environment's programs.
+define enter
+set -eu; \
+[ -n "$$ROOT" ] || { echo "make: cannot tell the folder of the Makefile; call make inside the repository" >&2; exit 1; }; \
+cd "$$ROOT"; \
+bin="$$VENV/bin"
+endef
+
+# $(call environment,STAMP,REQUIREMENTS): REQUIREMENTS installed under the constraints, once for each state of
+# setup.cfg and constraints.txt. The stamp is written last: an installation that was interrupted starts again.
+define environment
+@$(enter); \
+stamp="$$VENV/.installed-$(1)"; \
+state="$$(cat setup.cfg pyproject.toml constraints.txt | cksum) at $$ROOT"; \
+if [ -x "$$bin/python" ] && [ -f "$$stamp" ] && [ "$$(cat "$$stamp")" = "$$state" ]; then exit 0; fi; \
+command -v "$$PYTHON" >/dev/null 2>&1 || { echo "make: no program '$$PYTHON'; name one: make PYTHON=python3.12" >&2; exit 1; }; \
+"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "make: bayesdl needs Python 3.11 or newer, '$$PYTHON' is $$("$$PYTHON" --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }; \
+if ! "$$bin/python" -m pip --version >/dev/null 2>&1; then \
+	"$$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "make: '$$PYTHON' lacks the modules venv and ensurepip; on Debian: apt install python3-venv" >&2; exit 1; }; \
+	echo "creating $$VENV with $$("$$PYTHON" --version)"; \
+	"$$PYTHON" -m venv "$$VENV"; \
+fi; \
+rm -f "$$stamp"; \
+echo "installing $(2) in $$VENV"; \
+"$$bin/python" -m pip install --quiet $$PIP_FLAGS -c constraints.txt torch; \
+"$$bin/python" -m pip install --quiet $$PIP_FLAGS -c constraints.txt $(2); \
+if "$$bin/python" -m pip show --quiet torchvision 2>/dev/null && ! "$$bin/python" -c 'import torchvision' 2>/dev/null; then \
+	echo "removing a torchvision that does not match this torch and cannot be imported"; \
+	"$$bin/python" -m pip uninstall --quiet --yes torchvision; \
+fi; \
+printf '%s' "$$state" > "$$stamp"
+endef
+
+.PHONY: help demo test test-all lint bench docs build clean env-core env-test env-docs env-build
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo      train a small network, wrap it in several methods, print and write the comparison'
+	@echo 'make test      the tests without the slow and the multi-process ones'
+	@echo 'make test-all  every test'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make bench     the benchmarks, one after the other (DEVICE=cuda for a GPU)'
+	@echo 'make docs      the documentation as HTML, in docs/_build'
+	@echo 'make build     the wheel, in dist/'
+	@echo 'make clean     remove what the other targets made, the environment included'
+	@echo
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS) PYTEST_FLAGS=$(PYTEST_FLAGS) DEVICE=$(DEVICE)'
+	@echo 'Each target installs what it needs in VENV (relative to the repository) on its first run.'
+
+env-core:
+	$(call environment,core,-e .)
+
+env-test:
+	$(call environment,test,-e ".[test]")
+
+env-docs:
+	$(call environment,docs,-e ".[docs]")
+
+env-build:
+	$(call environment,build,build)
+
+demo: env-core
+	@$(enter); "$$bin/bayesdl" demo --device "$$DEVICE"
+
+test: env-test
+	@$(enter); OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$$bin/python" -m pytest -m "not slow and not dist" $$PYTEST_FLAGS
+
+test-all: env-test
+	@$(enter); OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$$bin/python" -m pytest $$PYTEST_FLAGS
+
+lint: env-test
+	@$(enter); "$$bin/python" -m ruff check .; "$$bin/python" -m ruff format --check .; "$$bin/python" -m mypy
+
+bench: env-test
+	@$(enter); \
+	for script in benchmarks/[a-z]*.py; do \
+		[ -f "$$script" ] || { echo "make: there are no benchmarks yet" >&2; exit 1; }; \
+		echo "== $$script"; \
+		"$$bin/python" "$$script" --device "$$DEVICE"; \
+	done
+
+docs: env-docs
+	@$(enter); \
+	[ -f docs/conf.py ] || { echo "make: there is no documentation to build yet" >&2; exit 1; }; \
+	"$$bin/python" -m sphinx -W -b html docs docs/_build
+
+build: env-build
+	@$(enter); "$$bin/python" -m build --outdir dist .
+
+# VENV may be anything, so that only a folder that is a virtual environment is removed.
+clean:
+	@$(enter); \
+	rm -rf build dist docs/_build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov; \
+	find bayesdl tests -type d -name __pycache__ -prune -exec rm -rf {} +; \
+	if [ -f "$$VENV/pyvenv.cfg" ]; then rm -rf "$$VENV"; fi
