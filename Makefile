@@ -9,16 +9,16 @@ export PYTHON VENV PIP_FLAGS PYTEST_FLAGS DEVICE
 
 # The folder of this file, also when make is called from elsewhere with -f. Make splits names at spaces, so that
 # paths are only ever touched by the shell, in quotes, and the stamps of the environment are kept by the recipes.
-export MAKEFILE_SEEN := $(MAKEFILE_LIST)
-export ROOT := $(shell file="$$(printf '%s' "$$MAKEFILE_SEEN" | sed 's/^ //')"; cd "$$(dirname "$$file")" && pwd)
+quoted = '$(subst ','\'',$(1))'
+export ROOT := $(shell file=$(call quoted,$(MAKEFILE_LIST)); cd "$$(dirname "$${file# }")" && pwd)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The repository's folder becomes the current one, $$bin the environment's programs.
 define enter
 set -eu; \
-[ -n "$$ROOT" ] || { echo "make: cannot tell the folder of the Makefile; call make inside the repository" >&2; exit 1; }; \
 cd "$$ROOT"; \
+[ -f setup.cfg ] || { echo "make: '$$ROOT' is not the repository; call make inside it" >&2; exit 1; }; \
 bin="$$VENV/bin"
 endef
 
