@@ -1,0 +1,126 @@
+"""Images of 8 x 8 pixels that scikit-learn carries: in-distribution, shifted, near-OOD, far-OOD.
+
+The network only ever sees the digits 0 to 7. The digits 8 and 9 are the near-OOD set; patches of photographs and noise
+are the far one. No file is fetched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+NUM_CLASSES = 8
+NUM_TRAIN = 300
+NUM_VALIDATION = 300
+SPLIT_SEED = 0  # every run sees the same splits, whatever its own seed
+ROTATIONS = (15, 30, 45, 60, 90)
+BLURS = (0.5, 1.0, 1.5, 2.0, 3.0)
+_PATCH_SCALE = 4  # a patch's pixel is the mean of 4 x 4 pixels: at full resolution most patches hold one flat colour
+_GREY = (0.299, 0.587, 0.114)  # luma weights of ITU-R BT.601
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Grey images (N, 1, 8, 8) in [0, 1] with labels (N,), or without where they have none."""
+
+    inputs: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def loader(
+        self, batch_size: int = 256, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> DataLoader:
+        """Batches on `device`, in order, or shuffled by `generator`."""
+        tensors = [t.to(device) for t in (self.inputs, self.labels) if t is not None]
+        return DataLoader(
+            TensorDataset(*tensors), batch_size=batch_size, shuffle=generator is not None, generator=generator
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Digits:
+    """What the demo trains on, is scored on, and should not recognise."""
+
+    train: Images
+    validation: Images
+    test: Images
+    near: Images
+    photographs: Images
+    noise: Images
+
+
+def load() -> Digits:
+    """Stratified splits of the digits 0 to 7, and the three OOD sets."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    inputs = torch.as_tensor(bunch.images, dtype=torch.float32)[:, None] / 16.0
+    labels = torch.as_tensor(bunch.target, dtype=torch.long)
+    known = labels < NUM_CLASSES
+    inside, classes = inputs[known], labels[known]
+    train, rest = train_test_split(
+        range(len(inside)), train_size=NUM_TRAIN, stratify=classes.numpy(), random_state=SPLIT_SEED
+    )
+    validation, test = train_test_split(
+        rest, train_size=NUM_VALIDATION, stratify=classes[rest].numpy(), random_state=SPLIT_SEED
+    )
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    return Digits(
+        train=Images(inside[train], classes[train]),
+        validation=Images(inside[validation], classes[validation]),
+        test=Images(inside[test], classes[test]),
+        near=Images(inputs[~known]),
+        photographs=Images(photograph_patches()),
+        noise=Images(torch.rand(500, 1, 8, 8, generator=generator)),
+    )
+
+
+def photograph_patches() -> Tensor:
+    """Every 32 x 32 tile of scikit-learn's two sample photographs, as a grey image (N, 1, 8, 8) in [0, 1]."""
+    from sklearn.datasets import load_sample_images
+
+    tiles = []
+    for photograph in load_sample_images().images:
+        colours = torch.tensor(photograph, dtype=torch.float32) / 255.0  # a copy: the array cannot be written to
+        grey = colours @ torch.tensor(_GREY)
+        small = functional.avg_pool2d(grey[None, None], _PATCH_SCALE)[0, 0]
+        tiles.append(small.unfold(0, 8, 8).unfold(1, 8, 8).reshape(-1, 1, 8, 8))
+    return torch.cat(tiles)
+
+
+def rotate(inputs: Tensor, degrees: float) -> Tensor:
+    """Images (N, 1, H, W) turned counter-clockwise about their centre, bilinear, black outside."""
+    angle = math.radians(degrees)
+    cos, sin = math.cos(angle), math.sin(angle)
+    matrix = inputs.new_tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(inputs), 2, 3)
+    grid = functional.affine_grid(matrix, list(inputs.shape), align_corners=False)
+    return functional.grid_sample(inputs, grid, align_corners=False)
+
+
+def blur(inputs: Tensor, sigma: float) -> Tensor:
+    """Images (N, 1, H, W) under a Gaussian of standard deviation `sigma` pixels, cut at three of them; edges repeat."""
+    radius = math.ceil(3.0 * sigma)
+    offsets = torch.arange(-radius, radius + 1, dtype=inputs.dtype, device=inputs.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = functional.pad(inputs, [radius] * 4, mode="replicate")
+    return functional.conv2d(functional.conv2d(padded, kernel[None, None, None]), kernel[None, None, :, None])
+
+
+def shifts(test: Images) -> dict[str, dict[float, Images]]:
+    """The test set under growing rotation (degrees) and blur (standard deviation in pixels); labels unchanged."""
+    return {
+        "rotation": {d: Images(rotate(test.inputs, d), test.labels) for d in ROTATIONS},
+        "blur": {s: Images(blur(test.inputs, s), test.labels) for s in BLURS},
+    }
