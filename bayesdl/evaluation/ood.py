@@ -1,0 +1,193 @@
+"""Out-of-distribution detection: scores (higher is more OOD), and how well one separates two sets (OOD is positive)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+from torch import Tensor
+
+from bayesdl.errors import UnknownNameError
+from bayesdl.evaluation import weighting
+from bayesdl.evaluation.ranking import Counts, separated
+from bayesdl.evaluation.validation import UndefinedError, wide
+
+if TYPE_CHECKING:
+    from bayesdl.evaluation.predictions import Predictions
+
+CLASSES = ("classification", "multilabel")
+MOMENTS = ("regression", "count")
+
+
+@final
+@dataclass(frozen=True)
+class Score:
+    """An OOD score: ``read(predictions) -> (N,)``, the tasks it is defined for, and its definition in one sentence."""
+
+    name: str
+    tasks: tuple[str, ...]
+    read: Callable[[Predictions], Tensor | None]
+    definition: str
+
+
+SCORES: dict[str, Score] = {
+    score.name: score
+    for score in (
+        Score("max_prob", ("classification",), lambda p: -p.confidence, "Minus the largest mean probability."),
+        Score("entropy", CLASSES, lambda p: p.total, "Entropy of the mean probabilities, in nats (total uncertainty)."),
+        Score("aleatoric", CLASSES, lambda p: p.aleatoric, "Mean entropy of the members, in nats."),
+        Score("epistemic", CLASSES, lambda p: p.epistemic, "Mutual information of label and members, in nats."),
+        Score(
+            "max_logit",
+            ("classification",),
+            lambda p: p.max_logit,
+            "Minus the largest raw output, averaged over members.",
+        ),
+        Score(
+            "energy",
+            ("classification",),
+            lambda p: p.energy,
+            "Minus logsumexp of the raw outputs, averaged over members.",
+        ),
+        Score(
+            "variance",
+            MOMENTS,
+            lambda p: _latent_variance(p),
+            "Mean over outputs of the variance of f, noise excluded.",
+        ),
+    )
+}
+DEFAULT_SCORE = {"classification": "entropy", "multilabel": "entropy", "regression": "variance", "count": "variance"}
+
+
+@final
+@dataclass(frozen=True)
+class OODMetric:
+    """How well a score separates: ``read(counts) -> (R,)``; `flip` makes the in-distribution set the positive one."""
+
+    name: str
+    label: str
+    direction: str
+    unit: str
+    definition: str
+    read: Callable[[Counts], Tensor]
+    flip: bool = False
+
+
+OOD_METRICS: dict[str, OODMetric] = {
+    metric.name: metric
+    for metric in (
+        OODMetric(
+            "auroc", "AUROC", "max", "fraction",
+            "Probability that an OOD example outscores an ID one, ties 1/2.", Counts.auroc
+        ),
+        OODMetric(
+            "fpr95", "FPR95", "min", "fraction",
+            "Share of ID flagged at the strictest threshold that flags at least 95 % of OOD.", lambda c: c.fpr(0.95),
+        ),
+        OODMetric(
+            "ap_out", "AP out", "max", "fraction", "Step-sum average precision, OOD positive.", Counts.average_precision
+        ),
+        OODMetric(
+            "ap_in", "AP in", "max", "fraction", "Step-sum average precision, ID positive, by minus the score.",
+            Counts.average_precision, flip=True,
+        ),
+    )
+}  # fmt: skip
+
+
+def ood_score(predictions: Predictions, score: str | None = None) -> Tensor:
+    """OOD score (N,) float64 of every example, higher is more OOD; default `DEFAULT_SCORE` of the task.
+
+    Raises:
+        UnknownNameError: no such score. UndefinedError: it is not defined for the task, or its input was not kept.
+    """
+    name = DEFAULT_SCORE[predictions.task] if score is None else score
+    if name not in SCORES:
+        raise UnknownNameError(f"score={name!r} is unknown; available: {', '.join(SCORES)}")
+    entry = SCORES[name]
+    if predictions.task not in entry.tasks:
+        raise UndefinedError(
+            f"score {name!r} is defined for {', '.join(entry.tasks)}, not for {predictions.task}",
+            f"no {name} for {predictions.task}",
+        )
+    values = entry.read(predictions)
+    if values is None:
+        raise UndefinedError(
+            f"score {name!r} needs the raw outputs, which these predictions do not hold", "no raw outputs"
+        )
+    return wide(values)
+
+
+def ood_metrics(
+    id_predictions: Predictions,
+    ood_predictions: Predictions,
+    score: str | None = None,
+    *,
+    id_weights: Any = None,
+    ood_weights: Any = None,
+) -> dict[str, float | Tensor]:
+    """AUROC, FPR95, AP out and AP in of one score between an in-distribution and an OOD set.
+
+    Args:
+        score: a key of `SCORES`; None takes the default of the task.
+        id_weights, ood_weights: (N,), or (R, N) resamples of either set, which makes every value a tensor (R,).
+
+    Returns:
+        Keys of `OOD_METRICS`.
+    """
+    return score_metrics(
+        ood_score(id_predictions, score),
+        ood_score(ood_predictions, score),
+        id_weights=id_weights,
+        ood_weights=ood_weights,
+    )
+
+
+def score_metrics(
+    id_scores: Any, ood_scores: Any, *, id_weights: Any = None, ood_weights: Any = None
+) -> dict[str, float | Tensor]:
+    """As `ood_metrics` for two sets of scores (N,), (M,) from anywhere, which enter untransformed."""
+    table, weights = separated(id_scores, ood_scores, id_weights, ood_weights)
+    mirror = None
+    result: dict[str, float | Tensor] = {}
+    for name, metric in OOD_METRICS.items():
+        if metric.flip and mirror is None:
+            mirror = _mirrored(table)
+        values = metric.read(mirror if metric.flip and mirror is not None else table)
+        result[name] = weighting.defined(values, weights, f"{name}: all weight lies on one set", "one class")
+    return result
+
+
+def auroc(id_scores: Any, ood_scores: Any, *, id_weights: Any = None, ood_weights: Any = None) -> float | Tensor:
+    """Probability that an OOD score exceeds an ID score, ties 1/2; scores (N,), (M,) on any scale."""
+    return score_metrics(id_scores, ood_scores, id_weights=id_weights, ood_weights=ood_weights)["auroc"]
+
+
+def ap_out(id_scores: Any, ood_scores: Any, *, id_weights: Any = None, ood_weights: Any = None) -> float | Tensor:
+    """Step-sum average precision with OOD positive."""
+    return score_metrics(id_scores, ood_scores, id_weights=id_weights, ood_weights=ood_weights)["ap_out"]
+
+
+def ap_in(id_scores: Any, ood_scores: Any, *, id_weights: Any = None, ood_weights: Any = None) -> float | Tensor:
+    """Step-sum average precision with ID positive, ranked by minus the score."""
+    return score_metrics(id_scores, ood_scores, id_weights=id_weights, ood_weights=ood_weights)["ap_in"]
+
+
+def fpr95(id_scores: Any, ood_scores: Any, *, id_weights: Any = None, ood_weights: Any = None) -> float | Tensor:
+    """Share of ID flagged at the strictest threshold that flags at least 95 % of OOD, no interpolation."""
+    return score_metrics(id_scores, ood_scores, id_weights=id_weights, ood_weights=ood_weights)["fpr95"]
+
+
+def _mirrored(table: Counts) -> Counts:
+    # Ranking by minus the score: what lies at or below each distinct score, from the lowest score up.
+    def below(cumulative: Tensor) -> Tensor:
+        steps = cumulative.diff(dim=1, prepend=cumulative.new_zeros(len(cumulative), 1))
+        return steps.flip(1).cumsum(1)
+
+    return Counts(below(table.negative), below(table.positive))
+
+
+def _latent_variance(predictions: Predictions) -> Tensor | None:
+    return None if predictions.epistemic is None else predictions.epistemic.mean(-1)
