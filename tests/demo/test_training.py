@@ -62,7 +62,9 @@ def test_training_lowers_the_loss() -> None:
     inputs, _ = data()
     targets = inputs.sum(1, keepdim=True)
     start = training.train(build, nn.functional.mse_loss, inputs, targets, training.Recipe("x", epochs=0), seed=0)
-    end = training.train(build, nn.functional.mse_loss, inputs, targets, training.Recipe("x", epochs=100), seed=0)
+    end = training.train(
+        build, nn.functional.mse_loss, inputs, targets, training.Recipe("x", epochs=100, lr=2e-2), seed=0
+    )
     with torch.no_grad():
         losses = [float(nn.functional.mse_loss(network(inputs), targets)) for network in (start, end)]
     assert losses[1] < 0.5 * losses[0]
