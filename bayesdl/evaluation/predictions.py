@@ -6,22 +6,25 @@ import json
 import math
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdl.errors import BayesDLError, FileFormatError, ShapeError, UnsupportedError
+from bayesdl.errors import ArgumentError, BayesDLError, FileFormatError, UnsupportedError
 from bayesdl.evaluation import validation
-from bayesdl.evaluation.decomposition import Split, split_bernoulli, split_categorical, split_moments
+from bayesdl.evaluation.decomposition import Split, log_complement, split_bernoulli, split_categorical, split_moments
+from bayesdl.evaluation.regression import Mixture, interval_of
 
 Task = Literal["classification", "multilabel", "regression", "count"]
 FORMAT = "bayesdl-predictions-1"
-# Members that reproduce the predictive's own mean to this are the predictive's members; a link in between makes them something else.
+# Members whose mean is the predictive's to this are its members; with a link in between they are something else.
 MEMBER_TOLERANCE = 1e-4
 
 
@@ -37,7 +40,7 @@ class Predictions:
         log_probs: (S, N, C), normalised log-probabilities in nats; multilabel: log P(label c is 1).
         means, variances: (S, N, D), moments of the Gaussian components of y, noise included.
         member_weights: (S,) float64 summing to 1; None means equal.
-        total, aleatoric, epistemic: uncertainty in nats, (N,), for classification and multilabel; variances (N, D) else.
+        total, aleatoric, epistemic: nats (N,) for classification and multilabel, variances (N, D) else.
         log_prob: (N,), the predictive's own log-density of the targets, where it was built from a `Predictive`.
         max_logit, energy: (N,), OOD scores (higher is more OOD) of the raw outputs, where those are known.
         group: (N,) int64 cluster or subject of each example. name: of the data set. meta: JSON-serialisable notes.
@@ -63,8 +66,9 @@ class Predictions:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, value in validation.check_predictions(self).items():
-            object.__setattr__(self, key, value)
+        given = {name: getattr(self, name) for name in validation.EXAMPLE_AXIS}
+        for name, value in validation.check_predictions(self.task, given).items():
+            object.__setattr__(self, name, value)
         if self.total is None:
             split = self._split()
             for part in ("total", "aleatoric", "epistemic"):
@@ -74,106 +78,207 @@ class Predictions:
 
     @classmethod
     def from_predictive(
-        cls, predictive: Any, targets: Any = None, *, group: Any = None, name: str = "", meta: Mapping[str, Any] | None = None
+        cls,
+        predictive: Any,
+        targets: Any = None,
+        *,
+        group: Any = None,
+        name: str = "",
+        meta: Mapping[str, Any] | None = None,
     ) -> Predictions:
         """Read a `Predictive` through its public attributes; `targets` (N, ...) as its likelihood takes them, or None.
 
         A Bernoulli with one output becomes two-class classification, so that every classification metric applies to it.
+        The members are kept where the latent's samples are the members of the predictive (an ensemble), and their
+        mean alone where a link lies in between.
         """
-        raise NotImplementedError
+        task = predictive.task
+        if targets is not None:
+            targets = validation.tensor(targets, "targets")
+        fields_: dict[str, Any] = {
+            "total": predictive.total,
+            "aleatoric": predictive.aleatoric,
+            "epistemic": predictive.epistemic,
+            "log_prob": None if targets is None else predictive.log_prob(targets),
+            "group": group,
+            "name": name,
+            "meta": dict(meta or {}),
+        }
+        if task in validation.CLASS_TASKS:
+            fields_ |= _class_fields(predictive)
+            if task == "multilabel" and fields_["log_probs"].shape[-1] == 1:
+                task = "classification"
+                log_prob = fields_["log_probs"]
+                fields_["log_probs"] = torch.cat([log_complement(log_prob), log_prob], -1)
+                targets = None if targets is None else targets.reshape(-1).to(torch.int64)
+        else:
+            fields_ |= _moment_fields(predictive, task)
+            if targets is not None and targets.dim() == 1 and fields_["means"].shape[-1] == 1:
+                targets = targets[:, None]
+        return cls(task=task, targets=targets, **fields_)
 
     @classmethod
     def from_logits(cls, logits: Any, targets: Any = None, **rest: Any) -> Predictions:
         """Classification from raw outputs (N, C), or (S, N, C) for S members; `rest` are further fields."""
-        raise NotImplementedError
+        logits = validation.logits(logits)
+        logits = logits[None] if logits.dim() == 2 else logits
+        raw = _raw_scores(logits, validation.member_weights(rest.get("member_weights"), len(logits)))
+        return cls(task="classification", targets=targets, log_probs=logits.log_softmax(-1), **(raw | rest))
 
     @classmethod
     def from_probs(cls, probs: Any, targets: Any = None, **rest: Any) -> Predictions:
         """Classification from probabilities (N, C) or (S, N, C); (N,) is the probability of label 1 of two."""
-        raise NotImplementedError
+        coarse = getattr(probs, "dtype", None) in (*validation.HALF, np.float16)
+        probs = validation.probabilities(probs)
+        if probs.dim() == 1:
+            probs = torch.stack([1 - probs, probs], -1)
+        log_probs = _normalised(probs[None] if probs.dim() == 2 else probs, coarse)
+        return cls(task="classification", targets=targets, log_probs=log_probs, **rest)
 
     @classmethod
     def from_gaussian(cls, mean: Any, variance: Any, targets: Any = None, **rest: Any) -> Predictions:
         """Regression from Gaussian moments (N,), (N, D) or, for a mixture of S, (S, N, D), noise included."""
-        raise NotImplementedError
+        flat = validation.tensor(mean, "mean").dim() == 1
+        means, variances = validation.moments(mean, variance)
+        if flat and targets is not None:
+            targets = validation.real_targets(targets, tuple(means.shape[1:2]))[:, None]
+        return cls(task="regression", targets=targets, means=means, variances=variances, **rest)
 
     # -- views -------------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Number of examples N."""
-        raise NotImplementedError
+        return self._members.shape[1]
 
     @property
     def num_members(self) -> int:
         """S."""
-        raise NotImplementedError
+        return self._members.shape[0]
 
     @property
     def num_outputs(self) -> int:
         """C or D."""
-        raise NotImplementedError
+        return self._members.shape[2]
 
     @cached_property
     def log_mean_probs(self) -> Tensor:
         """(N, C) float64, log of the members' mean probability."""
-        raise NotImplementedError
+        if self.log_probs is None:
+            raise UnsupportedError(f"predictions of a {self.task} task have no class probabilities; use .mean")
+        members = validation.wide(self.log_probs)
+        if self.num_members == 1:
+            return members[0]
+        if self.member_weights is None:
+            return members.logsumexp(0) - math.log(self.num_members)
+        return (members + self.member_weights.log().to(members.device)[:, None, None]).logsumexp(0)
 
     @cached_property
     def probs(self) -> Tensor:
         """(N, C) float64, mean probability."""
-        raise NotImplementedError
+        return self.log_mean_probs.exp()
 
     @cached_property
     def confidence(self) -> Tensor:
         """(N,) float64, maximal mean probability; classification only."""
-        raise NotImplementedError
+        self._need("classification", "a confidence")
+        return self.probs.amax(-1).clamp_max(1.0)
 
     @cached_property
     def predicted(self) -> Tensor:
         """(N,) int64, lowest index among the maximal mean probabilities; classification only."""
-        raise NotImplementedError
+        self._need("classification", "a predicted class")
+        return self.probs.argmax(-1)
 
     @cached_property
     def correct(self) -> Tensor:
         """(N,) bool, predicted == targets; classification only."""
-        raise NotImplementedError
+        return self.predicted == self.labelled()
 
     @property
     def num_tied(self) -> int:
         """Number of rows in which several classes share the maximal mean probability."""
-        raise NotImplementedError
+        self._need("classification", "a predicted class")
+        return int(((self.probs == self.probs.amax(-1, keepdim=True)).sum(-1) > 1).sum())
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """Gaussian mixture of y, noise included; regression, and count where the components are known."""
+        if self.means is None:
+            raise UnsupportedError(f"predictions of a {self.task} task have no Gaussian components")
+        if self.variances is None:
+            raise validation.UndefinedError("these predictions hold no Gaussian components of y", "no components")
+        return Mixture.of(self.means, self.variances, self.member_weights)
 
     @cached_property
     def mean(self) -> Tensor:
         """(N, D) float64, mean of y; regression and count."""
-        raise NotImplementedError
+        if self.means is None:
+            raise UnsupportedError(
+                f"predictions of a {self.task} task have probabilities instead of a mean; use .probs"
+            )
+        return Mixture.of(self.means, torch.ones_like(self.means), self.member_weights).mean
 
-    @cached_property
+    @property
     def variance(self) -> Tensor:
         """(N, D) float64, variance of y, noise included; regression and count."""
-        raise NotImplementedError
+        if self.means is None or self.total is None:
+            raise UnsupportedError(f"predictions of a {self.task} task have no variance; use .total")
+        return validation.wide(self.total)
 
     def interval(self, level: float) -> tuple[Tensor, Tensor]:
         """Central interval (lower (N, D), upper (N, D)) of the Gaussian mixture; computed once per level."""
-        raise NotImplementedError
+        level = validation.fraction(level, "level")
+        if level not in self._intervals:
+            self._intervals[level] = interval_of(self.mixture, level)
+        return self._intervals[level]
+
+    def labelled(self) -> Tensor:
+        """The targets.
+
+        Raises:
+            UndefinedError: there are none.
+        """
+        if self.targets is None:
+            raise validation.UndefinedError(f"predictions {self.name!r} have no targets", "no targets")
+        return self.targets
 
     # -- values ------------------------------------------------------------------------------------------------------
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Predictions:
         """Apply `fn` to every tensor, for instance ``lambda t: t.cpu()``."""
-        raise NotImplementedError
+        return replace(self, **{key: fn(value) for key, value in self._tensors().items()})
 
     def subset(self, index: Tensor) -> Predictions:
         """The examples chosen by a boolean mask (N,) or by positions."""
-        raise NotImplementedError
+        index = validation.tensor(index, "index")
+        where = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        axes = validation.EXAMPLE_AXIS
+        chosen = {
+            key: value.index_select(axis, where.to(value.device))
+            for key, value in self._tensors().items()
+            if (axis := axes[key]) is not None
+        }
+        return replace(self, **chosen)
 
     def without_targets(self) -> Predictions:
         """The same forecasts unlabelled, as an OOD set whose labels mean nothing here."""
-        raise NotImplementedError
+        return replace(self, targets=None, log_prob=None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one `.npz`, atomically (temporary file, fsync, rename); the name is kept as given."""
-        raise NotImplementedError
+        header = {"format": FORMAT, "task": self.task, "name": self.name, "meta": dict(self.meta)}
+        arrays = {key: value.cpu().numpy() for key, value in self._tensors().items()}
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, header=np.array(json.dumps(header)), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Predictions:
@@ -183,4 +288,118 @@ class Predictions:
         Raises:
             FileFormatError: the file is no such archive; the message names the key that is wrong.
         """
-        raise NotImplementedError
+        arrays = _read_archive(path)
+        try:
+            if "header" not in arrays:
+                return _from_arrays(arrays)
+            header = json.loads(str(arrays.pop("header")))
+            if header.get("format") != FORMAT:
+                raise FileFormatError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
+            unknown = sorted(set(arrays) - set(validation.EXAMPLE_AXIS))
+            if unknown:
+                raise FileFormatError(f"{path}: unknown keys {', '.join(unknown)}")
+            return cls(task=header["task"], name=header["name"], meta=header["meta"], **arrays)
+        except FileFormatError:
+            raise
+        except (BayesDLError, TypeError, KeyError, ValueError) as error:
+            raise FileFormatError(f"{path}: {error}") from error
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _members(self) -> Tensor:
+        members = self.means if self.log_probs is None else self.log_probs
+        if members is None:
+            raise UnsupportedError("predictions without members")
+        return members
+
+    @cached_property
+    def _intervals(self) -> dict[float, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {key: value for key in validation.EXAMPLE_AXIS if (value := getattr(self, key)) is not None}
+
+    def _need(self, task: str, what: str) -> None:
+        if self.task != task:
+            raise UnsupportedError(f"predictions of a {self.task} task have no {what}")
+
+    def _split(self) -> Split:
+        if self.task == "classification":
+            return split_categorical(self._members, self.member_weights)
+        if self.task == "multilabel":
+            return split_bernoulli(self._members, self.member_weights)
+        if self.variances is None:
+            raise ArgumentError("predictions of counts without components need total, aleatoric and epistemic")
+        return split_moments(self._members, self.variances, self.member_weights)
+
+
+def _class_fields(predictive: Any) -> dict[str, Any]:
+    coarse = predictive.probs.dtype in validation.HALF
+    probs, latent, task = validation.tensor(predictive.probs, "probs"), predictive.latent, predictive.task
+    samples = getattr(latent, "samples", None)
+    raw = (latent.mean[None] if samples is None else samples).detach()
+    weights = None if samples is None else validation.member_weights(latent.weights, len(raw))
+    raw = raw.float() if raw.dtype in validation.HALF else raw
+    if raw.shape[-1] == 1:
+        # One logit f is the pair (-f/2, f/2): the same probabilities, and scores that treat both labels alike.
+        scores = _raw_scores(torch.cat([-raw / 2, raw / 2], -1), weights)
+    else:
+        scores = _raw_scores(raw, weights) if task == "classification" else {}
+    if samples is not None:
+        members = raw.log_softmax(-1) if task == "classification" else torch.nn.functional.logsigmoid(raw)
+        share = raw.new_full((len(raw),), 1 / len(raw)) if weights is None else weights.to(raw)
+        mixture = torch.einsum("s,snc->nc", share, members.exp())
+        if mixture.shape == probs.shape and bool(((mixture - probs).abs() <= MEMBER_TOLERANCE).all()):
+            return {"log_probs": members, "member_weights": weights, **scores}
+    return {"log_probs": _normalised(probs[None], coarse and task == "classification"), **scores}
+
+
+def _moment_fields(predictive: Any, task: str) -> dict[str, Any]:
+    weights, means, variances = (part.detach() for part in predictive.components)
+    # A count of rate 0 has no density; what needs one is then undefined rather than an error for the whole row.
+    if task == "count" and not bool((variances > 0).all()):
+        return {"means": predictive.mean.detach()[None]}
+    return {"means": means, "variances": variances, "member_weights": weights}
+
+
+def _normalised(probs: Tensor, coarse: bool) -> Tensor:
+    # Half precision leaves row sums further from 1 than the float32 that they are stored as may be.
+    return probs.log() - probs.sum(-1, keepdim=True).log() if coarse else probs.log()
+
+
+def _raw_scores(logits: Tensor, member_weights: Tensor | None) -> dict[str, Tensor]:
+    top, free = -validation.wide(logits.amax(-1)), -validation.wide(logits.logsumexp(-1))
+    if member_weights is None:
+        return {"max_logit": top.mean(0), "energy": free.mean(0)}
+    weights = member_weights.to(top)
+    return {"max_logit": weights @ top, "energy": weights @ free}
+
+
+def _read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        # A lone .npy comes back as an array, which is no context manager.
+        raise FileFormatError(f"{path}: not a readable .npz archive of plain arrays ({error})") from error
+
+
+def _from_arrays(arrays: dict[str, Any]) -> Predictions:
+    rest = {key: arrays.pop(key) for key in ("targets", "group") if key in arrays}
+    if "mean" in arrays or "variance" in arrays:
+        if set(arrays) != {"mean", "variance"}:
+            raise FileFormatError(f"keys {', '.join(sorted(arrays))}: regression needs exactly mean and variance")
+        return Predictions.from_gaussian(arrays["mean"], arrays["variance"], **rest)
+    if len(arrays) != 1 or not set(arrays) <= {"logits", "log_probs", "probs"}:
+        found = ", ".join(sorted(arrays)) or "none"
+        raise FileFormatError(f"keys {found}: expected one of logits, log_probs, probs, or mean and variance")
+    key, value = arrays.popitem()
+    if key == "logits":
+        return Predictions.from_logits(value, **rest)
+    if key == "probs":
+        return Predictions.from_probs(value, **rest)
+    log_probs = validation.tensor(value, "log_probs")
+    return Predictions(task="classification", log_probs=log_probs[None] if log_probs.dim() == 2 else log_probs, **rest)

@@ -7,6 +7,7 @@ bfloat16 are promoted to float32, so a result equals that of the promoted input.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -295,6 +296,83 @@ def two_classes(positive: int, negative: int, metric: str) -> None:
         raise UndefinedError(
             f"{metric} needs both classes: {positive} positive and {negative} negative examples", "one class"
         )
+
+
+# Axis of the examples in each field of `Predictions`; None where there is none.
+EXAMPLE_AXIS: dict[str, int | None] = {
+    "targets": 0,
+    "log_probs": 1,
+    "means": 1,
+    "variances": 1,
+    "member_weights": None,
+    "total": 0,
+    "aleatoric": 0,
+    "epistemic": 0,
+    "log_prob": 0,
+    "max_logit": 0,
+    "energy": 0,
+    "group": 0,
+}
+CLASS_TASKS = ("classification", "multilabel")
+MOMENT_TASKS = ("regression", "count")
+
+
+def check_predictions(task: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `Predictions` that are not None, checked against the task and each other, halves promoted."""
+    if task not in CLASS_TASKS + MOMENT_TASKS:
+        raise ArgumentError(f"task={task!r}: expected one of {', '.join(CLASS_TASKS + MOMENT_TASKS)}")
+    present = {name: value for name, value in given.items() if value is not None}
+    main, other = ("log_probs", "means") if task in CLASS_TASKS else ("means", "log_probs")
+    if main not in present or other in present or (task == "regression" and "variances" not in present):
+        needed = "log_probs" if task in CLASS_TASKS else "means and variances"
+        raise ArgumentError(
+            f"predictions of a {task} task hold {needed}; got {', '.join(sorted(present)) or 'nothing'}"
+        )
+    checked: dict[str, Tensor] = {}
+    if task in CLASS_TASKS:
+        checked["log_probs"] = log_probabilities(present["log_probs"], normalised=task == "classification")
+    elif "variances" in present:
+        checked["means"], checked["variances"] = moments(present["means"], present["variances"])
+    else:
+        checked["means"] = tensor(present["means"], "means")
+        rank(checked["means"], "means", (3,))
+        not_empty(checked["means"], "means")
+        finite(checked["means"], "means")
+    members, examples, outputs = checked[main].shape
+    _check_targets(task, present, checked, examples, outputs)
+    if (weights := member_weights(present.get("member_weights"), members)) is not None:
+        checked["member_weights"] = weights
+    parts = [name for name in ("total", "aleatoric", "epistemic") if name in present]
+    if len(parts) not in (0, 3):
+        raise ArgumentError(f"total, aleatoric and epistemic come together; got {', '.join(parts)}")
+    shape = (examples,) if task in CLASS_TASKS else (examples, outputs)
+    for name in parts:
+        checked[name] = real_targets(present[name], shape, name)
+    for name in ("max_logit", "energy", "group"):
+        if name in present:
+            checked[name] = vector(present[name], name, length=examples)
+    if "log_prob" in present:
+        # Minus infinity is a verdict (the target was impossible), NaN is a fault.
+        checked["log_prob"] = tensor(present["log_prob"], "log_prob")
+        if tuple(checked["log_prob"].shape) != (examples,):
+            raise ShapeError(f"log_prob has shape {tuple(checked['log_prob'].shape)}, expected ({examples},)")
+        bad = ~(checked["log_prob"] < torch.inf)
+        if bool(bad.any()):
+            _raise_at(bad, checked["log_prob"], "log_prob", "are NaN or +inf")
+    return checked
+
+
+def _check_targets(
+    task: str, present: Mapping[str, Any], checked: dict[str, Tensor], examples: int, outputs: int
+) -> None:
+    if "targets" not in present:
+        return
+    if task == "classification":
+        checked["targets"] = labels(present["targets"], examples, outputs)
+    elif task == "multilabel":
+        checked["targets"] = binary_targets(present["targets"], (examples, outputs))
+    else:
+        checked["targets"] = real_targets(present["targets"], (examples, outputs))
 
 
 def _raw(value: Any, name: str) -> Tensor:
