@@ -98,8 +98,8 @@ def bin_totals(index: Tensor, columns: Tensor, bins: int, weights: Tensor | None
         return torch.stack([torch.bincount(index, column, bins) for column in columns])[None]
     table = rows(weights, columns.shape[1], columns.device)
     if index.dim() == 2:
-        result = [table.new_zeros(len(table), bins).scatter_add_(1, index, table * column) for column in columns]
-        return torch.stack(result, 1)
+        moved = [table.new_zeros(len(table), bins).scatter_add_(1, index, table * column) for column in columns]
+        return torch.stack(moved, 1)
     result = table.new_zeros(len(table), len(columns) * bins)
     for start in range(0, columns.shape[1], CHUNK):
         part = columns[:, start : start + CHUNK]

@@ -1,14 +1,20 @@
-"""METRICS: every metric of the library by name, as a function of `Predictions`, with what a report must know about it."""
+"""METRICS: every metric by name, as a function of `Predictions`, with all that a report must know about it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
+import torch
 from torch import Tensor
 
+from bayesdl.errors import UnknownNameError
+from bayesdl.evaluation import binning, classification, ranking, regression, selective, validation, weighting
+from bayesdl.evaluation.decomposition import log_complement, votes_of
 from bayesdl.evaluation.predictions import Predictions
+from bayesdl.evaluation.validation import UndefinedError
 
 Direction = Literal["min", "max", "target", "none"]
 Need = Literal["targets", "members", "components", "log_prob"]
@@ -61,7 +67,286 @@ class MetricValue:
     reason: str = ""
 
 
-METRICS: dict[str, Metric] = {}
+BINS = 15
+LEVELS = (50, 90, 95)
+CLASSES, LABELS, MOMENTS = ("classification",), ("classification", "multilabel"), ("regression", "count")
+EVERY = LABELS + MOMENTS
+
+
+# -- per-example losses (N,) ------------------------------------------------------------------------------------------
+
+
+def nll_losses(predictions: Predictions) -> Tensor:
+    """(N,), -log p(y): from probabilities, from the predictive's own density, or from its Gaussian components."""
+    targets = predictions.labelled()
+    if predictions.task == "classification":
+        return classification.nll_losses(predictions.log_mean_probs, targets)
+    if predictions.log_prob is not None:
+        return -validation.wide(predictions.log_prob)
+    if predictions.task == "multilabel":
+        log_probs = predictions.log_mean_probs
+        return -torch.where(targets == 1, log_probs, log_complement(log_probs)).sum(-1)
+    if predictions.task == "count":
+        raise UndefinedError(
+            "the likelihood of counts needs log_prob, which these predictions do not hold", "no log_prob"
+        )
+    return -predictions.mixture.log_prob(_numbers(predictions))
+
+
+def brier_losses(predictions: Predictions) -> Tensor:
+    """(N,), squared distance of the probabilities to the label, two columns for every label of a multilabel task."""
+    targets, probs = predictions.labelled(), predictions.probs
+    if predictions.task == "multilabel":
+        return 2 * (probs - targets).square().mean(-1)
+    return classification.brier_losses(probs, targets)
+
+
+def accuracy_losses(predictions: Predictions) -> Tensor:
+    """(N,), 1 where the prediction is right; multilabel: share of the labels that are."""
+    if predictions.task == "multilabel":
+        return ((predictions.probs > 0.5) == (predictions.labelled() == 1)).double().mean(-1)
+    return predictions.correct.double()
+
+
+def crps_losses(predictions: Predictions) -> Tensor:
+    """(N,), closed form, mean over outputs."""
+    return predictions.mixture.crps(_numbers(predictions)).mean(-1)
+
+
+def squared_errors(predictions: Predictions) -> Tensor:
+    """(N,), of the mean, mean over outputs."""
+    return (predictions.mean - _numbers(predictions)).square().mean(-1)
+
+
+def absolute_errors(predictions: Predictions) -> Tensor:
+    """(N,), of the mean, mean over outputs."""
+    return (predictions.mean - _numbers(predictions)).abs().mean(-1)
+
+
+def variances(predictions: Predictions) -> Tensor:
+    """(N,), of y, mean over outputs."""
+    return predictions.variance.mean(-1)
+
+
+def disagreements(predictions: Predictions) -> Tensor:
+    """(N,), share of member pairs with different predicted class."""
+    if predictions.log_probs is None or predictions.num_members < 2:
+        raise UndefinedError("disagreement compares members; these predictions hold one", "one member")
+    votes, members = votes_of(predictions.log_probs), predictions.num_members
+    return 1 - (votes * (votes - 1)).sum(-1) / (members * (members - 1))
+
+
+def coverage_losses(level: float) -> Callable[[Predictions], Tensor]:
+    """Losses of `picp` at a level."""
+    return lambda p: regression.coverage_losses(p.mixture.cdf(_numbers(p)), level)
+
+
+def width_losses(level: float) -> Callable[[Predictions], Tensor]:
+    """Losses of `mpiw` at a level."""
+
+    def losses(predictions: Predictions) -> Tensor:
+        low, high = predictions.interval(level)
+        return (high - low).mean(-1)
+
+    return losses
+
+
+def interval_losses(level: float) -> Callable[[Predictions], Tensor]:
+    """Losses of `interval_score` at a level."""
+    return lambda p: regression.interval_score_losses(_numbers(p), *p.interval(level), level)
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def mean_of(losses: Callable[[Predictions], Tensor], link: str = "identity") -> Callable[..., float | Tensor]:
+    """The metric that is `link` of the mean of per-example losses."""
+
+    def value(predictions: Predictions, weights: Any = None) -> float | Tensor:
+        checked = validation.example_weights(weights, len(predictions))
+        result = weighting.mean(losses(predictions), checked)
+        return result if link == "identity" else result**0.5
+
+    return value
+
+
+def calibration(statistic: str, *, mass: bool = False) -> Callable[..., float | Tensor]:
+    """A top-label calibration error."""
+    read = binning.STATISTICS[statistic]
+
+    def value(predictions: Predictions, weights: Any = None) -> float | Tensor:
+        checked = validation.example_weights(weights, len(predictions))
+        sums = binning.bin_sums(predictions.confidence, predictions.correct, BINS, mass=mass, weights=checked)
+        return weighting.finish(read(sums), checked)
+
+    return value
+
+
+def classwise_ece(predictions: Predictions, weights: Any = None) -> float | Tensor:
+    """Mean over classes of the one-vs-rest calibration error."""
+    checked = validation.example_weights(weights, len(predictions))
+    sums = classification.class_sums(predictions.probs, predictions.labelled(), BINS, mass=False, weights=checked)
+    return weighting.finish(torch.stack([part.ece() for part in sums]).mean(0), checked)
+
+
+def zero_count(predictions: Predictions, weights: Any = None) -> float | Tensor:
+    """Examples whose target was given probability 0."""
+    zero = nll_losses(predictions).isinf().double()
+    return weighting.total(zero, validation.example_weights(weights, len(zero)))
+
+
+def error_auroc(predictions: Predictions, weights: Any = None) -> float | Tensor:
+    """AUROC of 1 - confidence for wrong predictions."""
+    return ranking.auroc(-predictions.confidence, ~predictions.correct, weights=weights)
+
+
+def risk_curve(function: Callable[..., float | Tensor], **options: float) -> Callable[..., float | Tensor]:
+    """A function of the risk-coverage curve of 0/1 errors by confidence."""
+
+    def value(predictions: Predictions, weights: Any = None) -> float | Tensor:
+        return function(predictions.confidence, ~predictions.correct, weights=weights, **options)
+
+    return value
+
+
+def qce(predictions: Predictions, weights: Any = None) -> float | Tensor:
+    """Quantile calibration error."""
+    checked = validation.example_weights(weights, len(predictions))
+    return regression.qce_of(predictions.mixture.cdf(_numbers(predictions)), checked)
+
+
+def _numbers(predictions: Predictions) -> Tensor:
+    return validation.wide(predictions.labelled())
+
+
+def _mean(
+    name: str,
+    label: str,
+    tasks: tuple[str, ...],
+    losses: Callable[[Predictions], Tensor],
+    direction: Direction,
+    unit: str,
+    definition: str,
+    *,
+    target: float | None = None,
+    proper: bool = False,
+    needs: tuple[Need, ...] = ("targets",),
+    link: Literal["identity", "sqrt"] = "identity",
+) -> Metric:
+    return Metric(
+        name, label, tasks, mean_of(losses, link), direction, unit, definition,
+        target=target, proper=proper, needs=needs, losses=losses, link=link, interval="bca",
+    )  # fmt: skip
+
+
+def _at_level(percent: int) -> tuple[Metric, ...]:
+    level = percent / 100
+    parts: tuple[Need, ...] = ("targets", "components")
+    return (
+        _mean(
+            f"picp_{percent}", f"coverage {percent} %", ("regression",), coverage_losses(level), "target", "fraction",
+
+                       f"Share of targets between the {50 - percent / 2:g} % and {50 + percent / 2:g} % quantile.",
+            target=level, needs=parts,
+        ),
+        _mean(
+            f"mpiw_{percent}", f"width {percent} %", ("regression",), width_losses(level), "none", "target units",
+            f"Mean width of the central {percent} % interval; smaller is better at equal coverage.",
+            needs=("components",),
+        ),
+        _mean(
+            f"interval_score_{percent}", f"interval score {percent} %", ("regression",), interval_losses(level), "min",
+            "target units",
+            f"Width of the central {percent} % interval plus 2/(1-level) times the distance of a missed "
+            "target to it.", proper=True, needs=parts,
+        ),
+    )  # fmt: skip
+
+
+def _calibration(name: str, label: str, fn: Callable[..., float | Tensor], definition: str) -> Metric:
+    return Metric(name, label, CLASSES, fn, "min", "fraction", definition, interval="calibration")
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _mean(
+            "nll", "NLL", EVERY, nll_losses, "min", "nats",
+            "Mean of minus the log predictive probability or density of the target, summed over outputs.", proper=True,
+        ),
+        _mean(
+            "brier", "Brier", LABELS, brier_losses, "min", "score",
+            "Sum over classes of the squared distance of probability and label, two columns for a binary label.",
+            proper=True,
+        ),
+        _mean(
+            "crps", "CRPS", MOMENTS, crps_losses, "min", "target units",
+            "Continuous ranked probability score of the Gaussian mixture with the predictive's components.",
+            proper=True, needs=("targets", "components"),
+        ),
+        _mean("accuracy", "accuracy", LABELS, accuracy_losses, "max", "fraction", "Share of labels predicted right."),
+        _mean("rmse", "RMSE", MOMENTS, squared_errors, "min", "target units", "Root mean squared error of the mean.", link="sqrt"),
+        _mean("mae", "MAE", MOMENTS, absolute_errors, "min", "target units", "Mean absolute error of the mean."),
+        _mean(
+            "sharpness", "sharpness", MOMENTS, variances, "none", "target units",
+            "Root of the mean predictive variance; smaller is better at equal calibration.", needs=(), link="sqrt",
+        ),
+        Metric(
+            "qce", "QCE", ("regression",), qce, "min", "fraction",
+            "Mean over the levels 5 % .. 95 % of |share of targets below the quantile - level|.",
+            needs=("targets", "components"),
+        ),
+        *(metric for percent in LEVELS for metric in _at_level(percent)),
+        _calibration("ece", "ECE", calibration("ece"), f"Top-label expected calibration error, {BINS} equal-width bins."),
+        _calibration("mce", "MCE", calibration("mce"), f"Largest top-label calibration gap, {BINS} equal-width bins."),
+        _calibration(
+            "ece_l2", "ECE l2", calibration("l2"),
+            f"Root mean squared top-label calibration gap, {BINS} equal-width bins."
+        ),
+        _calibration("ece_mass", "ECE mass", calibration("ece", mass=True), f"As ECE, {BINS} equal-mass bins."),
+        _calibration(
+            "ece_unweighted", "ECE unweighted", calibration("unweighted"),
+            f"Mean top-label gap over non-empty bins, {BINS} equal-width bins.",
+        ),
+        _calibration(
+            "classwise_ece", "classwise ECE", classwise_ece,
+            f"Mean over classes of the one-vs-rest ECE, {BINS} equal-width bins."
+        ),
+        Metric(
+            "nll_zero_count", "zero probability", CLASSES, zero_count, "none", "count",
+            "Number of examples whose label was given probability 0 (NLL is then infinite).", resampled=False,
+        ),
+        Metric(
+            "error_auroc", "error AUROC", CLASSES, error_auroc, "max", "fraction",
+            "Probability that a wrong prediction is less confident than a right one, ties 1/2.",
+        ),
+        Metric(
+            "aurc", "AURC", CLASSES, risk_curve(selective.aurc), "min", "fraction",
+            "Mean over coverages of the error rate among the most confident predictions.",
+        ),
+        Metric(
+            "eaurc", "E-AURC", CLASSES, risk_curve(selective.eaurc), "min", "fraction",
+            "AURC minus the AURC of the best possible order of the same errors.",
+        ),
+        Metric(
+            "augrc", "AUGRC", CLASSES, risk_curve(selective.augrc), "min", "fraction",
+            "Mean over coverages of the share of all examples that are accepted and wrong.",
+        ),
+        Metric(
+            "risk_at_coverage_80", "error at 80 %", CLASSES, risk_curve(selective.risk_at_coverage, coverage=0.8),
+            "min",
+            "fraction", "Error rate of the 80 % most confident predictions; empirical, no guarantee.",
+        ),
+        Metric(
+            "coverage_at_risk_5", "coverage at 5 %", CLASSES, risk_curve(selective.coverage_at_risk, risk=0.05), "max",
+            "fraction", "Largest coverage with an error rate of at most 5 %; empirical, no guarantee.",
+        ),
+        _mean(
+            "disagreement", "disagreement", CLASSES, disagreements, "none", "fraction",
+            "Share of unordered member pairs that predict different classes.", needs=("members",),
+        ),
+    )
+}  # fmt: skip
 # Default columns of a report, in order (proper scores first).
 HEADLINE: dict[str, tuple[str, ...]] = {
     "classification": ("nll", "brier", "accuracy", "ece", "aurc", "error_auroc"),
@@ -82,7 +367,20 @@ def metric_values(predictions: Predictions, names: Sequence[str] | None = None) 
     Raises:
         UnknownNameError: a name is not in `METRICS`.
     """
-    raise NotImplementedError
+    names = HEADLINE[predictions.task] if names is None else names
+    missing = [name for name in names if name not in METRICS]
+    if missing:
+        raise UnknownNameError(f"metrics {', '.join(map(repr, missing))} are unknown; available: {', '.join(METRICS)}")
+    return {name: _value(METRICS[name], predictions) for name in names}
+
+
+def _value(metric: Metric, predictions: Predictions) -> MetricValue:
+    if predictions.task not in metric.tasks:
+        return MetricValue(math.nan, f"not defined for {predictions.task}")
+    try:
+        return MetricValue(float(metric.fn(predictions)))
+    except UndefinedError as error:
+        return MetricValue(math.nan, error.reason)
 
 
 def evaluate_metrics(predictions: Predictions, names: Sequence[str] | None = None) -> dict[str, float]:

@@ -246,14 +246,15 @@ class Predictions:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Predictions:
         """Apply `fn` to every tensor, for instance ``lambda t: t.cpu()``."""
-        return replace(self, **{key: fn(value) for key, value in self._tensors().items()})
+        mapped: dict[str, Any] = {key: fn(value) for key, value in self._tensors().items()}
+        return replace(self, **mapped)
 
     def subset(self, index: Tensor) -> Predictions:
         """The examples chosen by a boolean mask (N,) or by positions."""
         index = validation.tensor(index, "index")
         where = index.nonzero()[:, 0] if index.dtype == torch.bool else index
         axes = validation.EXAMPLE_AXIS
-        chosen = {
+        chosen: dict[str, Any] = {
             key: value.index_select(axis, where.to(value.device))
             for key, value in self._tensors().items()
             if (axis := axes[key]) is not None
@@ -267,7 +268,7 @@ class Predictions:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one `.npz`, atomically (temporary file, fsync, rename); the name is kept as given."""
         header = {"format": FORMAT, "task": self.task, "name": self.name, "meta": dict(self.meta)}
-        arrays = {key: value.cpu().numpy() for key, value in self._tensors().items()}
+        arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in self._tensors().items()}
         target = Path(path)
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:

@@ -342,12 +342,12 @@ def check_predictions(task: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
     _check_targets(task, present, checked, examples, outputs)
     if (weights := member_weights(present.get("member_weights"), members)) is not None:
         checked["member_weights"] = weights
-    parts = [name for name in ("total", "aleatoric", "epistemic") if name in present]
+    parts: list[str] = [part for part in ("total", "aleatoric", "epistemic") if part in present]
     if len(parts) not in (0, 3):
         raise ArgumentError(f"total, aleatoric and epistemic come together; got {', '.join(parts)}")
     shape = (examples,) if task in CLASS_TASKS else (examples, outputs)
-    for name in parts:
-        checked[name] = real_targets(present[name], shape, name)
+    for part in parts:
+        checked[part] = real_targets(present[part], shape, part)
     for name in ("max_logit", "energy", "group"):
         if name in present:
             checked[name] = vector(present[name], name, length=examples)
