@@ -179,6 +179,32 @@ def load_ood(entries: Sequence[str]) -> dict[str, Iterable[Any]]:
     return sets
 
 
+def network_for(method: str, networks: Sequence[nn.Module]) -> nn.Module | list[nn.Module]:
+    """The first network, or all of them for an ensemble.
+
+    Raises:
+        ArgumentError: an ensemble of one.
+    """
+    if method != "ensemble":
+        return networks[0]
+    if len(networks) < 2:
+        raise ArgumentError("--methods ensemble: expected several files after --weights, one for each member")
+    return list(networks)
+
+
+def data_for(method: str, data: Loaders) -> Iterable[Any] | None:
+    """What a method is fitted on: validation data for temperature scaling, training data for all others.
+
+    Raises:
+        ArgumentError: temperature scaling without validation data, which would fit it to over-confident outputs.
+    """
+    if method != "temperature":
+        return data.train
+    if data.val is None:
+        raise ArgumentError("--methods temperature: needs validation data, and --data gives no loader named val")
+    return data.val
+
+
 def named_entries(entries: Sequence[str], option: str, what: str) -> dict[str, str]:
     """`NAME=VALUE` texts as a dictionary, in order.
 

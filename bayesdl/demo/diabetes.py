@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+
+from bayesdl.demo.examples import Examples
 
 NUM_TRAIN = 240
 NUM_VALIDATION = 80
@@ -16,31 +16,15 @@ SPLIT_SEED = 0
 
 @final
 @dataclass(frozen=True, eq=False)
-class Table:
-    """Features (N, D) and targets (N, 1), both standardised with the training rows' moments."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def loader(
-        self, batch_size: int = 256, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-    ) -> DataLoader:
-        """Batches on `device`, in order, or shuffled by `generator`."""
-        data = TensorDataset(self.inputs.to(device), self.targets.to(device))
-        return DataLoader(data, batch_size=batch_size, shuffle=generator is not None, generator=generator)
-
-
-@final
-@dataclass(frozen=True, eq=False)
 class Diabetes:
-    """Splits of the table, and the standard deviation of the target in its own unit."""
+    """Features (N, 10) and targets (N, 1), both standardised with the training rows' moments.
 
-    train: Table
-    validation: Table
-    test: Table
+    `target_std` is the standard deviation of the target in its own unit.
+    """
+
+    train: Examples
+    validation: Examples
+    test: Examples
     target_std: float
 
 
@@ -58,8 +42,8 @@ def load() -> Diabetes:
     features, values = ((inputs - x_mean) / x_std).float(), ((targets - y_mean) / y_std).float()
     cut = NUM_TRAIN + NUM_VALIDATION
     return Diabetes(
-        train=Table(features[:NUM_TRAIN], values[:NUM_TRAIN]),
-        validation=Table(features[NUM_TRAIN:cut], values[NUM_TRAIN:cut]),
-        test=Table(features[cut:], values[cut:]),
+        train=Examples(features[:NUM_TRAIN], values[:NUM_TRAIN]),
+        validation=Examples(features[NUM_TRAIN:cut], values[NUM_TRAIN:cut]),
+        test=Examples(features[cut:], values[cut:]),
         target_std=float(y_std),
     )

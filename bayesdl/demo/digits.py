@@ -7,13 +7,15 @@ are the far one. No file is fetched.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+
+from bayesdl.demo.examples import Examples
 
 NUM_CLASSES = 8
 NUM_TRAIN = 300
@@ -27,36 +29,16 @@ _GREY = (0.299, 0.587, 0.114)  # luma weights of ITU-R BT.601
 
 @final
 @dataclass(frozen=True, eq=False)
-class Images:
-    """Grey images (N, 1, 8, 8) in [0, 1] with labels (N,), or without where they have none."""
-
-    inputs: Tensor
-    labels: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def loader(
-        self, batch_size: int = 256, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
-    ) -> DataLoader:
-        """Batches on `device`, in order, or shuffled by `generator`."""
-        tensors = [t.to(device) for t in (self.inputs, self.labels) if t is not None]
-        return DataLoader(
-            TensorDataset(*tensors), batch_size=batch_size, shuffle=generator is not None, generator=generator
-        )
-
-
-@final
-@dataclass(frozen=True, eq=False)
 class Digits:
-    """What the demo trains on, is scored on, and should not recognise."""
+    """What the demo trains on and is scored on: grey images (N, 1, 8, 8) in [0, 1] with labels (N,).
 
-    train: Images
-    validation: Images
-    test: Images
-    near: Images
-    photographs: Images
-    noise: Images
+    `ood` holds images by name that are none of the digits 0 to 7; nothing trains on them.
+    """
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    ood: Mapping[str, Tensor]
 
 
 def load() -> Digits:
@@ -77,12 +59,14 @@ def load() -> Digits:
     )
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     return Digits(
-        train=Images(inside[train], classes[train]),
-        validation=Images(inside[validation], classes[validation]),
-        test=Images(inside[test], classes[test]),
-        near=Images(inputs[~known]),
-        photographs=Images(photograph_patches()),
-        noise=Images(torch.rand(500, 1, 8, 8, generator=generator)),
+        train=Examples(inside[train], classes[train]),
+        validation=Examples(inside[validation], classes[validation]),
+        test=Examples(inside[test], classes[test]),
+        ood={
+            "digits 8-9": inputs[~known],
+            "photographs": photograph_patches(),
+            "noise": torch.rand(500, 1, 8, 8, generator=generator),
+        },
     )
 
 
@@ -118,9 +102,9 @@ def blur(inputs: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(functional.conv2d(padded, kernel[None, None, None]), kernel[None, None, :, None])
 
 
-def shifts(test: Images) -> dict[str, dict[float, Images]]:
+def shifts(test: Examples) -> dict[str, dict[float, Examples]]:
     """The test set under growing rotation (degrees) and blur (standard deviation in pixels); labels unchanged."""
     return {
-        "rotation": {d: Images(rotate(test.inputs, d), test.labels) for d in ROTATIONS},
-        "blur": {s: Images(blur(test.inputs, s), test.labels) for s in BLURS},
+        "rotation": {d: Examples(rotate(test.inputs, d), test.targets) for d in ROTATIONS},
+        "blur": {s: Examples(blur(test.inputs, s), test.targets) for s in BLURS},
     }

@@ -30,15 +30,14 @@ def test_splits_are_stratified(data: digits.Digits, part: str) -> None:
     bunch = load_digits()
     share = np.bincount(bunch.target[bunch.target < 8]) / (bunch.target < 8).sum()
     images = getattr(data, part)
-    counts = np.bincount(images.labels.numpy(), minlength=8)
+    counts = np.bincount(images.targets.numpy(), minlength=8)
     assert np.abs(counts - share * len(images)).max() <= 1.5  # rounding of each class, twice
 
 
 def test_near_set_holds_exactly_the_digits_eight_and_nine(data: digits.Digits) -> None:
     bunch = load_digits()
     expected = bunch.images[bunch.target >= 8] / 16
-    assert np.array_equal(data.near.inputs[:, 0].numpy(), expected.astype(np.float32))
-    assert data.near.labels is None
+    assert np.array_equal(data.ood["digits 8-9"][:, 0].numpy(), expected.astype(np.float32))
 
 
 def test_patches_are_means_of_grey_blocks(data: digits.Digits) -> None:
@@ -46,14 +45,14 @@ def test_patches_are_means_of_grey_blocks(data: digits.Digits) -> None:
     grey = photographs[1][32:64, 64:96].astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
     expected = grey.reshape(8, 4, 8, 4).mean((1, 3))
     per_photograph, per_line = 13 * 20, 20  # 427 x 640 pixels in tiles of 32
-    found = data.photographs.inputs[per_photograph + 1 * per_line + 2, 0]
-    assert len(data.photographs) == 2 * per_photograph
+    found = data.ood["photographs"][per_photograph + 1 * per_line + 2, 0]
+    assert len(data.ood["photographs"]) == 2 * per_photograph
     assert np.abs(found.numpy() - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["train", "near", "photographs", "noise"])
+@pytest.mark.parametrize("name", ["train", "digits 8-9", "photographs", "noise"])
 def test_all_images_share_one_scale(data: digits.Digits, name: str) -> None:
-    inputs = getattr(data, name).inputs
+    inputs = data.train.inputs if name == "train" else data.ood[name]
     assert inputs.dtype == torch.float32
     assert inputs.shape[1:] == (1, 8, 8)
     assert 0.0 <= inputs.min() < 0.1
@@ -77,14 +76,5 @@ def test_shifts_keep_labels_and_count(data: digits.Digits) -> None:
     for series in digits.shifts(data.test).values():
         assert list(series) == sorted(series)
         for shifted in series.values():
-            assert torch.equal(shifted.labels, data.test.labels)
+            assert torch.equal(shifted.targets, data.test.targets)
             assert shifted.inputs.shape == data.test.inputs.shape
-
-
-def test_loader_keeps_order_unless_a_generator_shuffles(data: digits.Digits) -> None:
-    ordered = torch.cat([y for _, y in data.train.loader(64)])
-    shuffled = torch.cat([y for _, y in data.train.loader(64, generator=torch.Generator().manual_seed(0))])
-    assert torch.equal(ordered, data.train.labels)
-    assert not torch.equal(shuffled, ordered)
-    assert torch.equal(shuffled.sort().values, ordered.sort().values)
-    assert [len(batch) for (batch,) in data.near.loader(300)] == [300, 54]

@@ -1,0 +1,311 @@
+"""The `bayesdl` command: demo, compare, evaluate.
+
+Results go to the standard output, everything else to the standard error stream. Exit status: 0 fine; 2 wrong input,
+told in one line; 1 anything unexpected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import bayesdl
+from bayesdl.errors import ArgumentError, BayesDLError
+
+if TYPE_CHECKING:
+    from bayesdl.evaluation.report import Report
+
+_PIPED_WIDTH = 160  # columns of a table when the output is no terminal, whose width rich would guess as 80
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors in one line, as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = _Parser(prog="bayesdl", description="Bayesian versions of trained PyTorch networks, compared and scored.")
+    parser.add_argument("--version", action="version", version=f"bayesdl {bayesdl.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,compare,evaluate}")
+    _add_demo(commands)
+    _add_compare(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="compare methods on embedded data, offline, in under two minutes")
+    demo.add_argument("--regression", action="store_true", help="the diabetes table instead of the digits")
+    demo.add_argument("--no-cache", action="store_true", help="train the networks anew and do not keep them")
+    _add_common(demo, out="bayesdl-report", bootstrap=1000)
+    demo.set_defaults(run=_demo)
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="compare methods on your own network, or predictions that lie in files"
+    )
+    compare.add_argument("files", nargs="*", metavar="PREDICTIONS", help="files of predictions, one a row")
+    compare.add_argument("--names", metavar="A,B", help="names of the rows; the files' names otherwise")
+    compare.add_argument("--model", metavar="MODULE:FACTORY", help="callable that returns the network")
+    compare.add_argument(
+        "--weights", nargs="+", default=[], metavar="FILE", help=".safetensors or torch file; several: an ensemble"
+    )
+    compare.add_argument("--data", metavar="MODULE:LOADERS", help="callable that returns train, val and test loaders")
+    compare.add_argument("--methods", default="map,laplace", metavar="A,B", help="default: %(default)s")
+    compare.add_argument("--likelihood", default="categorical", help="default: %(default)s")
+    compare.add_argument(
+        "--ood",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=WHAT",
+        help="set that is out of distribution: NAME=MODULE:LOADER, or ROW:NAME=FILE where predictions are compared",
+    )
+    compare.add_argument("--reference", metavar="ROW", help="print every row's difference to this one")
+    _add_common(compare, out="bayesdl-report", bootstrap=1000)
+    compare.set_defaults(run=_compare)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="score predictions that lie in a file")
+    evaluate.add_argument("file", metavar="PREDICTIONS.npz")
+    evaluate.add_argument("--ood", nargs="+", action="extend", default=[], metavar="NAME=FILE")
+    evaluate.add_argument("--metrics", metavar="A,B", help="the task's usual ones otherwise")
+    evaluate.add_argument("--json", action="store_true", help="JSON alone on the standard output")
+    evaluate.add_argument("--debug", action="store_true", help="show where an error comes from")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_common(parser: argparse.ArgumentParser, *, out: str, bootstrap: int) -> None:
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=bootstrap,
+        metavar="R",
+        help="resamples behind each interval, default: %(default)s",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(format="bayesdl: %(message)s", stream=sys.stderr)
+    try:
+        arguments.run(arguments)
+    except (BayesDLError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of the output has gone, as in `bayesdl evaluate file | head -1`; nothing more to flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if arguments.debug:
+            raise
+        sys.stderr.write(f"bayesdl {arguments.command}: {_one_line(error)}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from bayesdl.demo.run import Settings, compare_diabetes, compare_digits
+    from bayesdl.demo.training import cache_directory
+
+    settings = Settings(
+        seed=arguments.seed,
+        device=_device(arguments.device),
+        cache=None if arguments.no_cache else cache_directory() / "demo",
+        bootstrap=_bootstrap(arguments.bootstrap),
+        progress=not arguments.quiet,
+    )
+    _check_out(arguments.out)
+    report = compare_diabetes(settings) if arguments.regression else compare_digits(settings)
+    _show(report, arguments.out)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    if bool(arguments.files) == bool(arguments.model):
+        raise ArgumentError("give either files of predictions, or --model with --weights and --data")
+    _check_out(arguments.out)
+    report = _compare_files(arguments) if arguments.files else _compare_methods(arguments)
+    _show(report, arguments.out, reference=arguments.reference)
+
+
+def _compare_methods(arguments: argparse.Namespace) -> Report:
+    import torch
+
+    from bayesdl import cli_model
+    from bayesdl.evaluation.compare import compare
+    from bayesdl.wrap import wrap
+
+    if not arguments.weights or not arguments.data:
+        raise ArgumentError("--model needs --weights FILE and --data MODULE:LOADERS")
+    bootstrap, device = _bootstrap(arguments.bootstrap), _device(arguments.device)
+    names = _names(arguments.methods, "--methods")
+    networks = cli_model.load_networks(arguments.model, arguments.weights, device)
+    data = cli_model.load_data(arguments.data)
+    ood = cli_model.load_ood(arguments.ood)
+    progress = not arguments.quiet
+    rows: dict[str, Any] = {}
+    for name in names:
+        rows[name] = wrap(
+            cli_model.network_for(name, networks),
+            name,
+            cli_model.data_for(name, data),
+            likelihood=arguments.likelihood,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            progress=progress,
+        )
+    return compare(
+        rows,
+        data.test,
+        ood=ood or None,
+        bootstrap=bootstrap,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        progress=progress,
+    )
+
+
+def _compare_files(arguments: argparse.Namespace) -> Report:
+    import torch
+
+    from bayesdl import cli_model
+    from bayesdl.evaluation.compare import compare
+
+    names = _names(arguments.names, "--names") if arguments.names else [Path(file).stem for file in arguments.files]
+    if len(set(names)) != len(arguments.files) or len(names) != len(arguments.files):
+        raise ArgumentError(
+            f"{len(arguments.files)} files and the row names {', '.join(names)}: expected one different name for each; "
+            "use --names"
+        )
+    ood: dict[str, dict[str, str]] = {}
+    for key, file in cli_model.named_entries(arguments.ood, "--ood", "FILE").items():
+        row, _, name = key.partition(":")
+        if row not in names or not name:
+            raise ArgumentError(f"--ood {key}={file}: expected ROW:NAME=FILE with one of the rows {', '.join(names)}")
+        ood.setdefault(name, {})[row] = file
+    return compare(
+        dict(zip(names, arguments.files, strict=True)),
+        None,
+        ood=ood or None,
+        bootstrap=_bootstrap(arguments.bootstrap),
+        generator=torch.Generator().manual_seed(arguments.seed),
+        progress=not arguments.quiet,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from bayesdl import cli_model
+    from bayesdl.evaluation.compare import evaluate
+
+    metrics = _names(arguments.metrics, "--metrics") if arguments.metrics else None
+    ood = cli_model.named_entries(arguments.ood, "--ood", "FILE")
+    values = evaluate(arguments.file, None, ood=ood or None, metrics=metrics)
+    if arguments.json:
+        # Strict JSON knows neither NaN nor infinity.
+        plain = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
+        sys.stdout.write(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    else:
+        _print_values(values)
+
+
+def _print_values(values: Mapping[str, float]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right")
+    for key, value in values.items():
+        table.add_row(Text(key), f"{value:.6g}")
+    _print(table)
+
+
+def _show(report: Report, out: Path, *, reference: str | None = None) -> None:
+    """Print the tables; write the page, the numbers and the raw predictions."""
+    _print(report)
+    if reference is not None:
+        _print_differences(report, reference)
+    out.mkdir(parents=True, exist_ok=True)
+    page = report.to_html(out / "index.html")
+    (out / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (out / "report.csv").write_text(report.to_csv(), encoding="utf-8")
+    report.save_predictions(out / "predictions")
+    sys.stdout.write(f"The page: {page}\nRaw predictions: {out / 'predictions'}\n")
+
+
+def _print_differences(report: Report, reference: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Difference to {reference}", title_justify="left")
+    for heading in ("column", "row", "difference", "interval", "p (Holm)"):
+        table.add_column(heading)
+    for column in report.headline():
+        if column.key not in report.replicates:
+            continue
+        for row in report.rows:
+            if row != reference:
+                found = report.difference(row, reference, column.key)
+                interval = f"[{found.low:.4g}, {found.high:.4g}]"
+                table.add_row(
+                    Text(column.key), Text(row), f"{found.value:+.4g}", Text(interval), f"{found.adjusted:.3g}"
+                )
+    _print(table)
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _PIPED_WIDTH
+    Console(file=sys.stdout, width=width).print(renderable)
+
+
+def _names(text: str, option: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) != len(names):
+        raise ArgumentError(f"{option} {text}: expected different names with commas between them")
+    return names
+
+
+def _bootstrap(count: int) -> int:
+    if count < 0:
+        raise ArgumentError(f"--bootstrap {count}: expected 0 or more")
+    return count
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ArgumentError(f"--device {name}: torch cannot use it here: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _check_out(out: Path) -> None:
+    """Fail before the work, not after it."""
+    if out.exists() and not out.is_dir():
+        raise ArgumentError(f"--out {out}: expected a folder, there is a file of that name")
