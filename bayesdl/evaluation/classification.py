@@ -270,12 +270,26 @@ def reliability_of(
 def redraw_hits(confidence: Tensor, draws: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """Hits redrawn as Bernoulli(confidence): boolean chunks (r, N), `draws` rows in all."""
     confidence = validation.wide(confidence)
-    step = max(1, (1 << 22) // len(confidence))
+    for uniform in _uniforms(len(confidence), draws, generator):
+        yield uniform.to(confidence.device) < confidence
+
+
+def redraw_labels(probs: Tensor, draws: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Labels redrawn from probabilities (N, C): int64 chunks (r, N), `draws` rows in all."""
+    upto = validation.wide(probs).cumsum(1)
+    upto = (upto / upto[:, -1:]).contiguous()
+    for uniform in _uniforms(len(probs), draws, generator):
+        yield torch.searchsorted(upto, uniform.to(upto.device).T.contiguous(), right=True).T.clamp_max(
+            probs.shape[1] - 1
+        )
+
+
+def _uniforms(length: int, draws: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    step = max(1, (1 << 22) // length)
     device = "cpu" if generator is None else generator.device
     for start in range(0, draws, step):
-        shape = (min(step, draws - start), len(confidence))
-        uniform = torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
-        yield uniform.to(confidence.device) < confidence
+        shape = (min(step, draws - start), length)
+        yield torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
 
 
 def nll_losses(log_probs: Tensor, targets: Tensor) -> Tensor:

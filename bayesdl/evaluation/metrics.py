@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import UnknownNameError
-from bayesdl.evaluation import binning, classification, ranking, regression, selective, validation, weighting
-from bayesdl.evaluation.decomposition import log_complement, votes_of
+from bayesdl.evaluation import binning, classification, losses, ranking, regression, selective, validation, weighting
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.validation import UndefinedError
 
@@ -35,6 +34,7 @@ class Metric:
         proper: a proper scoring rule. needs: parts of `Predictions` without which it is undefined.
         losses: ``losses(predictions) -> (N,)`` float64 where the value is `link` of the mean of per-example losses.
         link: "identity" or "sqrt". resampled: False where a bootstrap says nothing. interval: rule for its interval.
+        null: ``null(predictions, draws, generator) -> (draws,)``, its law under perfect calibration (labels redrawn).
     """
 
     name: str
@@ -51,6 +51,7 @@ class Metric:
     link: Literal["identity", "sqrt"] = "identity"
     resampled: bool = True
     interval: IntervalRule = "percentile"
+    null: Callable[[Predictions, int, torch.Generator | None], Tensor] | None = None
 
     @property
     def additive(self) -> bool:
@@ -71,92 +72,6 @@ BINS = 15
 LEVELS = (50, 90, 95)
 CLASSES, LABELS, MOMENTS = ("classification",), ("classification", "multilabel"), ("regression", "count")
 EVERY = LABELS + MOMENTS
-
-
-# -- per-example losses (N,) ------------------------------------------------------------------------------------------
-
-
-def nll_losses(predictions: Predictions) -> Tensor:
-    """(N,), -log p(y): from probabilities, from the predictive's own density, or from its Gaussian components."""
-    targets = predictions.labelled()
-    if predictions.task == "classification":
-        return classification.nll_losses(predictions.log_mean_probs, targets)
-    if predictions.log_prob is not None:
-        return -validation.wide(predictions.log_prob)
-    if predictions.task == "multilabel":
-        log_probs = predictions.log_mean_probs
-        return -torch.where(targets == 1, log_probs, log_complement(log_probs)).sum(-1)
-    if predictions.task == "count":
-        raise UndefinedError(
-            "the likelihood of counts needs log_prob, which these predictions do not hold", "no log_prob"
-        )
-    return -predictions.mixture.log_prob(_numbers(predictions))
-
-
-def brier_losses(predictions: Predictions) -> Tensor:
-    """(N,), squared distance of the probabilities to the label, two columns for every label of a multilabel task."""
-    targets, probs = predictions.labelled(), predictions.probs
-    if predictions.task == "multilabel":
-        return 2 * (probs - targets).square().mean(-1)
-    return classification.brier_losses(probs, targets)
-
-
-def accuracy_losses(predictions: Predictions) -> Tensor:
-    """(N,), 1 where the prediction is right; multilabel: share of the labels that are."""
-    if predictions.task == "multilabel":
-        return ((predictions.probs > 0.5) == (predictions.labelled() == 1)).double().mean(-1)
-    return predictions.correct.double()
-
-
-def crps_losses(predictions: Predictions) -> Tensor:
-    """(N,), closed form, mean over outputs."""
-    return predictions.mixture.crps(_numbers(predictions)).mean(-1)
-
-
-def squared_errors(predictions: Predictions) -> Tensor:
-    """(N,), of the mean, mean over outputs."""
-    return (predictions.mean - _numbers(predictions)).square().mean(-1)
-
-
-def absolute_errors(predictions: Predictions) -> Tensor:
-    """(N,), of the mean, mean over outputs."""
-    return (predictions.mean - _numbers(predictions)).abs().mean(-1)
-
-
-def variances(predictions: Predictions) -> Tensor:
-    """(N,), of y, mean over outputs."""
-    return predictions.variance.mean(-1)
-
-
-def disagreements(predictions: Predictions) -> Tensor:
-    """(N,), share of member pairs with different predicted class."""
-    if predictions.log_probs is None or predictions.num_members < 2:
-        raise UndefinedError("disagreement compares members; these predictions hold one", "one member")
-    votes, members = votes_of(predictions.log_probs), predictions.num_members
-    return 1 - (votes * (votes - 1)).sum(-1) / (members * (members - 1))
-
-
-def coverage_losses(level: float) -> Callable[[Predictions], Tensor]:
-    """Losses of `picp` at a level."""
-    return lambda p: regression.coverage_losses(p.mixture.cdf(_numbers(p)), level)
-
-
-def width_losses(level: float) -> Callable[[Predictions], Tensor]:
-    """Losses of `mpiw` at a level."""
-
-    def losses(predictions: Predictions) -> Tensor:
-        low, high = predictions.interval(level)
-        return (high - low).mean(-1)
-
-    return losses
-
-
-def interval_losses(level: float) -> Callable[[Predictions], Tensor]:
-    """Losses of `interval_score` at a level."""
-    return lambda p: regression.interval_score_losses(_numbers(p), *p.interval(level), level)
-
-
-# -- values -----------------------------------------------------------------------------------------------------------
 
 
 def mean_of(losses: Callable[[Predictions], Tensor], link: str = "identity") -> Callable[..., float | Tensor]:
@@ -182,6 +97,18 @@ def calibration(statistic: str, *, mass: bool = False) -> Callable[..., float | 
     return value
 
 
+def calibrated(statistic: str, *, mass: bool = False) -> Callable[[Predictions, int, torch.Generator | None], Tensor]:
+    """The law (draws,) of a top-label calibration error when every forecast is right."""
+    read = binning.STATISTICS[statistic]
+
+    def draw(predictions: Predictions, draws: int, generator: torch.Generator | None) -> Tensor:
+        confidence = predictions.confidence
+        chunks = classification.redraw_hits(confidence, draws, generator)
+        return torch.cat([read(binning.redrawn_sums(confidence, hits, BINS, mass=mass)) for hits in chunks]).cpu()
+
+    return draw
+
+
 def classwise_ece(predictions: Predictions, weights: Any = None) -> float | Tensor:
     """Mean over classes of the one-vs-rest calibration error."""
     checked = validation.example_weights(weights, len(predictions))
@@ -189,9 +116,19 @@ def classwise_ece(predictions: Predictions, weights: Any = None) -> float | Tens
     return weighting.finish(torch.stack([part.ece() for part in sums]).mean(0), checked)
 
 
+def classwise_calibrated(predictions: Predictions, draws: int, generator: torch.Generator | None) -> Tensor:
+    """The law (draws,) of `classwise_ece` when every forecast is right."""
+    probs = predictions.probs
+    found = []
+    for labels in classification.redraw_labels(probs, draws, generator):
+        parts = [binning.redrawn_sums(probs[:, c], labels == c, BINS).ece() for c in range(probs.shape[1])]
+        found.append(torch.stack(parts).mean(0))
+    return torch.cat(found).cpu()
+
+
 def zero_count(predictions: Predictions, weights: Any = None) -> float | Tensor:
     """Examples whose target was given probability 0."""
-    zero = nll_losses(predictions).isinf().double()
+    zero = losses.nll(predictions).isinf().double()
     return weighting.total(zero, validation.example_weights(weights, len(zero)))
 
 
@@ -212,11 +149,7 @@ def risk_curve(function: Callable[..., float | Tensor], **options: float) -> Cal
 def qce(predictions: Predictions, weights: Any = None) -> float | Tensor:
     """Quantile calibration error."""
     checked = validation.example_weights(weights, len(predictions))
-    return regression.qce_of(predictions.mixture.cdf(_numbers(predictions)), checked)
-
-
-def _numbers(predictions: Predictions) -> Tensor:
-    return validation.wide(predictions.labelled())
+    return regression.qce_of(predictions.mixture.cdf(losses.numbers(predictions)), checked)
 
 
 def _mean(
@@ -244,18 +177,20 @@ def _at_level(percent: int) -> tuple[Metric, ...]:
     parts: tuple[Need, ...] = ("targets", "components")
     return (
         _mean(
-            f"picp_{percent}", f"coverage {percent} %", ("regression",), coverage_losses(level), "target", "fraction",
+            f"picp_{percent}", f"coverage {percent} %", ("regression",), losses.coverage(level), "target",
+            "fraction",
 
                        f"Share of targets between the {50 - percent / 2:g} % and {50 + percent / 2:g} % quantile.",
             target=level, needs=parts,
         ),
         _mean(
-            f"mpiw_{percent}", f"width {percent} %", ("regression",), width_losses(level), "none", "target units",
+            f"mpiw_{percent}", f"width {percent} %", ("regression",), losses.width(level), "none", "target units",
             f"Mean width of the central {percent} % interval; smaller is better at equal coverage.",
             needs=("components",),
         ),
         _mean(
-            f"interval_score_{percent}", f"interval score {percent} %", ("regression",), interval_losses(level), "min",
+            f"interval_score_{percent}", f"interval score {percent} %", ("regression",),
+            losses.interval_score(level), "min",
             "target units",
             f"Width of the central {percent} % interval plus 2/(1-level) times the distance of a missed "
             "target to it.", proper=True, needs=parts,
@@ -263,32 +198,38 @@ def _at_level(percent: int) -> tuple[Metric, ...]:
     )  # fmt: skip
 
 
-def _calibration(name: str, label: str, fn: Callable[..., float | Tensor], definition: str) -> Metric:
-    return Metric(name, label, CLASSES, fn, "min", "fraction", definition, interval="calibration")
+def _calibration(name: str, label: str, statistic: str, definition: str, *, mass: bool = False) -> Metric:
+    return Metric(
+        name, label, CLASSES, calibration(statistic, mass=mass), "min", "fraction", definition,
+        interval="calibration", null=calibrated(statistic, mass=mass),
+    )  # fmt: skip
 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         _mean(
-            "nll", "NLL", EVERY, nll_losses, "min", "nats",
+            "nll", "NLL", EVERY, losses.nll, "min", "nats",
             "Mean of minus the log predictive probability or density of the target, summed over outputs.", proper=True,
         ),
         _mean(
-            "brier", "Brier", LABELS, brier_losses, "min", "score",
+            "brier", "Brier", LABELS, losses.brier, "min", "score",
             "Sum over classes of the squared distance of probability and label, two columns for a binary label.",
             proper=True,
         ),
         _mean(
-            "crps", "CRPS", MOMENTS, crps_losses, "min", "target units",
+            "crps", "CRPS", MOMENTS, losses.crps, "min", "target units",
             "Continuous ranked probability score of the Gaussian mixture with the predictive's components.",
             proper=True, needs=("targets", "components"),
         ),
-        _mean("accuracy", "accuracy", LABELS, accuracy_losses, "max", "fraction", "Share of labels predicted right."),
-        _mean("rmse", "RMSE", MOMENTS, squared_errors, "min", "target units", "Root mean squared error of the mean.", link="sqrt"),
-        _mean("mae", "MAE", MOMENTS, absolute_errors, "min", "target units", "Mean absolute error of the mean."),
+        _mean("accuracy", "accuracy", LABELS, losses.accuracy, "max", "fraction", "Share of labels predicted right."),
         _mean(
-            "sharpness", "sharpness", MOMENTS, variances, "none", "target units",
+            "rmse", "RMSE", MOMENTS, losses.squared_errors, "min", "target units", "Root mean squared error.",
+            link="sqrt",
+        ),
+        _mean("mae", "MAE", MOMENTS, losses.absolute_errors, "min", "target units", "Mean absolute error of the mean."),
+        _mean(
+            "sharpness", "sharpness", MOMENTS, losses.variances, "none", "target units",
             "Root of the mean predictive variance; smaller is better at equal calibration.", needs=(), link="sqrt",
         ),
         Metric(
@@ -297,20 +238,18 @@ METRICS: dict[str, Metric] = {
             needs=("targets", "components"),
         ),
         *(metric for percent in LEVELS for metric in _at_level(percent)),
-        _calibration("ece", "ECE", calibration("ece"), f"Top-label expected calibration error, {BINS} equal-width bins."),
-        _calibration("mce", "MCE", calibration("mce"), f"Largest top-label calibration gap, {BINS} equal-width bins."),
+        _calibration("ece", "ECE", "ece", f"Top-label expected calibration error, {BINS} equal-width bins."),
+        _calibration("mce", "MCE", "mce", f"Largest top-label calibration gap, {BINS} equal-width bins."),
+        _calibration("ece_l2", "ECE l2", "l2", f"Root mean squared top-label calibration gap, {BINS} equal-width bins."),
+        _calibration("ece_mass", "ECE mass", "ece", f"As ECE, {BINS} equal-mass bins.", mass=True),
         _calibration(
-            "ece_l2", "ECE l2", calibration("l2"),
-            f"Root mean squared top-label calibration gap, {BINS} equal-width bins."
-        ),
-        _calibration("ece_mass", "ECE mass", calibration("ece", mass=True), f"As ECE, {BINS} equal-mass bins."),
-        _calibration(
-            "ece_unweighted", "ECE unweighted", calibration("unweighted"),
+            "ece_unweighted", "ECE unweighted", "unweighted",
             f"Mean top-label gap over non-empty bins, {BINS} equal-width bins.",
         ),
-        _calibration(
-            "classwise_ece", "classwise ECE", classwise_ece,
-            f"Mean over classes of the one-vs-rest ECE, {BINS} equal-width bins."
+        Metric(
+            "classwise_ece", "classwise ECE", CLASSES, classwise_ece, "min", "fraction",
+            f"Mean over classes of the one-vs-rest ECE, {BINS} equal-width bins.",
+            interval="calibration", null=classwise_calibrated,
         ),
         Metric(
             "nll_zero_count", "zero probability", CLASSES, zero_count, "none", "count",
@@ -342,7 +281,7 @@ METRICS: dict[str, Metric] = {
             "fraction", "Largest coverage with an error rate of at most 5 %; empirical, no guarantee.",
         ),
         _mean(
-            "disagreement", "disagreement", CLASSES, disagreements, "none", "fraction",
+            "disagreement", "disagreement", CLASSES, losses.disagreements, "none", "fraction",
             "Share of unordered member pairs that predict different classes.", needs=("members",),
         ),
     )

@@ -20,12 +20,11 @@ from torch import Tensor
 from bayesdl.errors import ArgumentError, BayesDLError, FileFormatError, UnsupportedError
 from bayesdl.evaluation import validation
 from bayesdl.evaluation.decomposition import Split, log_complement, split_bernoulli, split_categorical, split_moments
+from bayesdl.evaluation.members import class_fields, log_of, moment_fields, raw_scores
 from bayesdl.evaluation.regression import Mixture, interval_of
 
 Task = Literal["classification", "multilabel", "regression", "count"]
 FORMAT = "bayesdl-predictions-1"
-# Members whose mean is the predictive's to this are its members; with a link in between they are something else.
-MEMBER_TOLERANCE = 1e-4
 
 
 @final
@@ -105,14 +104,14 @@ class Predictions:
             "meta": dict(meta or {}),
         }
         if task in validation.CLASS_TASKS:
-            fields_ |= _class_fields(predictive)
+            fields_ |= class_fields(predictive)
             if task == "multilabel" and fields_["log_probs"].shape[-1] == 1:
                 task = "classification"
                 log_prob = fields_["log_probs"]
                 fields_["log_probs"] = torch.cat([log_complement(log_prob), log_prob], -1)
                 targets = None if targets is None else targets.reshape(-1).to(torch.int64)
         else:
-            fields_ |= _moment_fields(predictive, task)
+            fields_ |= moment_fields(predictive, task)
             if targets is not None and targets.dim() == 1 and fields_["means"].shape[-1] == 1:
                 targets = targets[:, None]
         return cls(task=task, targets=targets, **fields_)
@@ -122,7 +121,7 @@ class Predictions:
         """Classification from raw outputs (N, C), or (S, N, C) for S members; `rest` are further fields."""
         logits = validation.logits(logits)
         logits = logits[None] if logits.dim() == 2 else logits
-        raw = _raw_scores(logits, validation.member_weights(rest.get("member_weights"), len(logits)))
+        raw = raw_scores(logits, validation.member_weights(rest.get("member_weights"), len(logits)))
         return cls(task="classification", targets=targets, log_probs=logits.log_softmax(-1), **(raw | rest))
 
     @classmethod
@@ -132,7 +131,7 @@ class Predictions:
         probs = validation.probabilities(probs)
         if probs.dim() == 1:
             probs = torch.stack([1 - probs, probs], -1)
-        log_probs = _normalised(probs[None] if probs.dim() == 2 else probs, coarse)
+        log_probs = log_of(probs[None] if probs.dim() == 2 else probs, coarse)
         return cls(task="classification", targets=targets, log_probs=log_probs, **rest)
 
     @classmethod
@@ -154,6 +153,11 @@ class Predictions:
     def num_members(self) -> int:
         """S."""
         return self._members.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self._members.device
 
     @property
     def num_outputs(self) -> int:
@@ -333,48 +337,6 @@ class Predictions:
         if self.variances is None:
             raise ArgumentError("predictions of counts without components need total, aleatoric and epistemic")
         return split_moments(self._members, self.variances, self.member_weights)
-
-
-def _class_fields(predictive: Any) -> dict[str, Any]:
-    coarse = predictive.probs.dtype in validation.HALF
-    probs, latent, task = validation.tensor(predictive.probs, "probs"), predictive.latent, predictive.task
-    samples = getattr(latent, "samples", None)
-    raw = (latent.mean[None] if samples is None else samples).detach()
-    weights = None if samples is None else validation.member_weights(latent.weights, len(raw))
-    raw = raw.float() if raw.dtype in validation.HALF else raw
-    if raw.shape[-1] == 1:
-        # One logit f is the pair (-f/2, f/2): the same probabilities, and scores that treat both labels alike.
-        scores = _raw_scores(torch.cat([-raw / 2, raw / 2], -1), weights)
-    else:
-        scores = _raw_scores(raw, weights) if task == "classification" else {}
-    if samples is not None:
-        members = raw.log_softmax(-1) if task == "classification" else torch.nn.functional.logsigmoid(raw)
-        share = raw.new_full((len(raw),), 1 / len(raw)) if weights is None else weights.to(raw)
-        mixture = torch.einsum("s,snc->nc", share, members.exp())
-        if mixture.shape == probs.shape and bool(((mixture - probs).abs() <= MEMBER_TOLERANCE).all()):
-            return {"log_probs": members, "member_weights": weights, **scores}
-    return {"log_probs": _normalised(probs[None], coarse and task == "classification"), **scores}
-
-
-def _moment_fields(predictive: Any, task: str) -> dict[str, Any]:
-    weights, means, variances = (part.detach() for part in predictive.components)
-    # A count of rate 0 has no density; what needs one is then undefined rather than an error for the whole row.
-    if task == "count" and not bool((variances > 0).all()):
-        return {"means": predictive.mean.detach()[None]}
-    return {"means": means, "variances": variances, "member_weights": weights}
-
-
-def _normalised(probs: Tensor, coarse: bool) -> Tensor:
-    # Half precision leaves row sums further from 1 than the float32 that they are stored as may be.
-    return probs.log() - probs.sum(-1, keepdim=True).log() if coarse else probs.log()
-
-
-def _raw_scores(logits: Tensor, member_weights: Tensor | None) -> dict[str, Tensor]:
-    top, free = -validation.wide(logits.amax(-1)), -validation.wide(logits.logsumexp(-1))
-    if member_weights is None:
-        return {"max_logit": top.mean(0), "energy": free.mean(0)}
-    weights = member_weights.to(top)
-    return {"max_logit": weights @ top, "energy": weights @ free}
 
 
 def _read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:

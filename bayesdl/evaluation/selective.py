@@ -97,7 +97,7 @@ def aurc(confidence: Any, loss: Any, *, weights: Any = None) -> float | Tensor:
 def eaurc(confidence: Any, loss: Any, *, weights: Any = None) -> float | Tensor:
     """Excess of `aurc` over that of the best order of the same losses (the discrete optimum), at least 0."""
     (confidence, loss), weights = _checked(confidence, loss, weights)
-    excess = accepted(confidence, loss, weights).aurc() - accepted(-loss, loss, weights).aurc()
+    excess = accepted(confidence, loss, weights).aurc() - accepted(-validation.wide(loss), loss, weights).aurc()
     return weighting.finish(excess.clamp_min(0.0), weights)
 
 
