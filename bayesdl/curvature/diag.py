@@ -1,0 +1,83 @@
+"""Diagonal curvature: h_w = sum_n sum_k (J_n^T V_n)^2, exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Tensor
+
+from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.structure import Shift, Structure, check_noise
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Diag(Structure):
+    """One number per parameter.
+
+    Attributes:
+        diagonal: `(G, rows, columns)` per block.
+    """
+
+    diagonal: tuple[Tensor, ...]
+
+    name: ClassVar[str] = "diag"
+
+    @classmethod
+    def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
+        return cls(
+            layout,
+            tuple(torch.zeros(b.groups, b.rows, b.columns, dtype=dtype, device=device) for b in layout.blocks),
+        )
+
+    def update(self, factors: Sequence[Factor]) -> None:
+        for total, factor in zip(self.diagonal, factors, strict=True):
+            total += factor.square()
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.layout, tuple(a + b for a, b in zip(self.diagonal, other.diagonal, strict=True)))
+
+    def scaled(self, weight: Tensor) -> Self:
+        return type(self)(self.layout, tuple(weight.to(d) * d for d in self.diagonal))
+
+    def logdet(self, scale: Shift, shift: Shift) -> Tensor:
+        return torch.stack([p.log().sum() for p in self._precision(scale, shift, torch.float64)]).sum()
+
+    def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
+        parts = zip(self.layout.split(vectors), self._precision(scale, shift), strict=True)
+        return self.layout.join([v / p for v, p in parts])
+
+    def quad(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        weights = self._precision(scale, shift)
+        return torch.stack([f.quad(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
+
+    def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        weights = self._precision(scale, shift)
+        return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
+
+    def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
+        check_noise(noise, self.layout.numel)
+        parts = zip(self.layout.split(noise), self._precision(scale, shift), strict=True)
+        return self.layout.join([e / p.sqrt() for e, p in parts])
+
+    def eigenvalues(self) -> Tensor:
+        return torch.cat([d.flatten() for d in self.diagonal])
+
+    def to_dense(self) -> Tensor:
+        return torch.diag(self.layout.join(self.diagonal))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"diag.{i}": d for i, d in enumerate(self.diagonal)}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        return type(self)(self.layout, tuple(tensors[f"diag.{i}"] for i in range(len(self.layout.blocks))))
+
+    def _precision(self, scale: Shift, shift: Shift, dtype: torch.dtype | None = None) -> list[Tensor]:
+        like = self.diagonal[0].to(dtype or self.diagonal[0].dtype)
+        scaling = torch.as_tensor(scale).to(like)
+        shifts = self.layout.shifts(shift, like)
+        return [scaling * d + s for d, s in zip(self.diagonal, shifts, strict=True)]

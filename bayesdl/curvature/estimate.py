@@ -1,0 +1,210 @@
+"""One pass over the data: curvature of the log-likelihood, and the statistics that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdl.batch import BatchAdapter, batch_size, flatten_tensors, index_batch, resolve_adapter
+from bayesdl.curvature.diag import Diag
+from bayesdl.curvature.factors import layer_factors
+from bayesdl.curvature.full import Full
+from bayesdl.curvature.kron import Kron
+from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.plan import plan
+from bayesdl.curvature.structure import Structure
+from bayesdl.data import batches, in_batch
+from bayesdl.errors import ArgumentError, NumericalError, UnknownNameError
+from bayesdl.likelihoods import Gaussian, Likelihood, resolve
+from bayesdl.network import Network, first_inputs
+from bayesdl.select import Selector
+
+STRUCTURES: dict[str, type[Structure]] = {"full": Full, "diag": Diag, "kron": Kron}
+CURVATURE_KINDS = ("ggn", "mc", "empirical")
+
+# bytes of activations and gradients alive at once on a CPU; larger chunks leave the caches and gain nothing
+DEFAULT_MEMORY = 512 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Curvature at the network's weights, with what the evidence needs beside it.
+
+    Attributes:
+        curvature: at the likelihood's noise, or at unit noise where that is still open (Gaussian).
+        parts: for a Gaussian likelihood with open noise and several outputs, the curvature of each output alone.
+        num_data: N.
+        log_likelihood: sum of log p(y | f); at unit noise where the noise is open.
+        squared_error: `(C,)` sum of squared residuals, Gaussian only.
+    """
+
+    curvature: Structure
+    parts: tuple[Structure, ...]
+    num_data: int
+    log_likelihood: float
+    squared_error: Tensor | None
+
+
+def estimate(
+    model: nn.Module | Network,
+    data: Iterable[Any],
+    likelihood: str | Likelihood,
+    *,
+    structure: str = "kron",
+    kind: str = "ggn",
+    select: Selector = "all",
+    batch: str | BatchAdapter | None = None,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    allow_partial: bool = False,
+    progress: bool = True,
+) -> Structure:
+    """Curvature H = sum_n J_n^T Lambda_n J_n, a SUM over the data.
+
+    Args:
+        model: trained network; never written to.
+        data: loader of batches.
+        likelihood: name or object.
+        structure: "full", "diag" or "kron".
+        kind: "ggn" (exact), "mc" (Fisher from sampled targets), "empirical" (from the true targets).
+        select: which parameters; see `bayesdl.select.resolve`.
+        batch: batch adapter.
+        samples: draws of y per example for kind "mc".
+        generator: for kind "mc".
+        dtype: of the curvature; default float32, or float64 for a float64 network.
+        memory: bytes that one chunk of examples may take.
+        allow_partial: accept a loader that skips part of its data set (drop_last).
+
+    Raises:
+        NonFiniteError, ShapeError, LabelError: bad data; the message names the batch.
+        UnsupportedError: the network or the size does not allow this structure.
+    """
+    network = model if isinstance(model, Network) else Network(
+        model, select=select, batch=batch, example=first_inputs(data, resolve_adapter(batch))
+    )
+    layout = plan(network, first_inputs(data, network.batch))
+    return fit_curvature(
+        network, layout, data, resolve(likelihood),
+        structure=structure, kind=kind, samples=samples, generator=generator, dtype=dtype, memory=memory,
+        allow_partial=allow_partial, progress=progress,
+    ).curvature
+
+
+def fit_curvature(
+    network: Network,
+    layout: Layout,
+    data: Iterable[Any],
+    likelihood: Likelihood,
+    *,
+    structure: str,
+    kind: str,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    allow_partial: bool = False,
+    progress: bool = True,
+) -> Fit:
+    """`estimate` with its side results; arguments as there."""
+    if structure not in STRUCTURES:
+        raise UnknownNameError(f"structure {structure!r} is not known; choose one of {sorted(STRUCTURES)}")
+    dtype = dtype or torch.promote_types(network.dtype or torch.float32, torch.float32)
+    open_noise = isinstance(likelihood, Gaussian) and likelihood.noise is None
+    if isinstance(likelihood, Gaussian) and likelihood.noise is None:
+        likelihood = likelihood.with_noise(1.0)
+    seeds = cotangent_rule(likelihood, kind, samples, generator)
+    make = STRUCTURES[structure].empty
+    total = make(layout, dtype, network.device)
+    parts: list[Structure] = []
+    count, log_likelihood, squared = 0, 0.0, None
+    passes = batches(network, data, progress=progress, describe="curvature", allow_partial=allow_partial)
+    step = chunk_size(layout, {"mc": samples, "empirical": 1}.get(kind), memory, dtype)
+    for number, inputs, target in passes:
+        for rows, labels in chunks(inputs, target, step):
+            seen: dict[str, Tensor] = {}
+
+            def cotangents(f: Tensor, labels: Tensor = labels, seen: dict[str, Tensor] = seen) -> Tensor:
+                outputs = likelihood.check_outputs(f)
+                seen["f"], seen["y"] = outputs, likelihood.check_targets(outputs, labels)
+                return seeds(outputs, seen["y"])
+
+            with in_batch(number):
+                _, factors = layer_factors(network, layout, rows, cotangents, dtype)
+            f, y = seen["f"], seen["y"]
+            count += len(f)
+            log_likelihood += float(likelihood.log_prob(f, y).double().sum())
+            if isinstance(likelihood, Gaussian):
+                residual = (y - f).double().square().sum(0)
+                squared = residual if squared is None else squared + residual
+            if open_noise and kind == "ggn" and f.shape[1] > 1:
+                parts = parts or [make(layout, dtype, network.device) for _ in range(f.shape[1])]
+                for c, part in enumerate(parts):
+                    part.update([replace(factor, g=factor.g[:, c : c + 1]) for factor in factors])
+            else:
+                total.update(factors)
+    if parts:
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+    _check(total)
+    return Fit(total, tuple(parts), count, log_likelihood, squared)
+
+
+def cotangent_rule(
+    likelihood: Likelihood, kind: str, samples: int = 1, generator: torch.Generator | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`(f, y) -> V (K, B, C)` with curvature sum_n J_n^T V_n V_n^T J_n.
+
+    Raises:
+        UnknownNameError: no such kind.
+    """
+    if kind == "ggn":
+        return lambda f, y: likelihood.hessian_root(f)
+    if kind == "empirical":
+        return lambda f, y: likelihood.score(f, y).unsqueeze(0)
+    if kind == "mc":
+        if samples < 1:
+            raise ArgumentError(f"samples={samples}; the Monte Carlo Fisher needs at least one draw per example")
+
+        def drawn(f: Tensor, y: Tensor) -> Tensor:
+            targets = likelihood.sample(f, samples, generator)
+            return torch.stack([likelihood.score(f, t) for t in targets]) / samples**0.5
+
+        return drawn
+    raise UnknownNameError(f"kind {kind!r} is not known; choose one of {CURVATURE_KINDS}")
+
+
+def chunk_size(layout: Layout, width: int | None, memory: int | None, dtype: torch.dtype) -> int:
+    """Examples per chunk so that K sets of activation gradients stay within `memory` bytes."""
+    size = torch.finfo(dtype).bits // 8
+    per_example = 3 * size * max(1, layout.activations) * (width or 10)
+    return max(1, (memory or DEFAULT_MEMORY) // per_example)
+
+
+def chunks(inputs: Any, target: Any, step: int) -> Iterator[tuple[Any, Any]]:
+    """A batch in pieces of at most `step` examples."""
+    tensors, _ = flatten_tensors(inputs)
+    if not tensors or batch_size(inputs) <= step:
+        yield inputs, target
+        return
+    size = batch_size(inputs)
+    for start in range(0, size, step):
+        piece = slice(start, min(start + step, size))
+        yield index_batch(inputs, piece), None if target is None else target[piece]
+
+
+def _check(curvature: Structure) -> None:
+    values = list(curvature.tensors().values())
+    if not all(bool(torch.isfinite(v).all()) for v in values):
+        raise NumericalError("the curvature overflowed: fit with dtype=torch.float64")
+    if not any(bool(v.any()) for name, v in curvature.tensors().items() if not name.startswith("rows")):
+        raise NumericalError(
+            "the curvature is exactly zero: the likelihood is flat at these outputs (saturated logits?), or the selected "
+            "parameters have no influence on this data"
+        )

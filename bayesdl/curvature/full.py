@@ -1,0 +1,139 @@
+"""Full curvature: the P x P matrix itself, where it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Tensor
+
+from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.structure import Shift, Structure, check_noise
+from bayesdl.errors import UnsupportedError
+from bayesdl.linalg import cholesky, eigh
+
+MAX_BYTES = 8 << 30
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Full(Structure):
+    """The whole matrix.
+
+    Attributes:
+        matrix: `(P, P)` in block order (blocks one after another, each flattened).
+    """
+
+    matrix: Tensor
+
+    name: ClassVar[str] = "full"
+
+    @classmethod
+    def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
+        size = layout.numel**2 * torch.finfo(dtype).bits // 8
+        if size > MAX_BYTES:
+            raise UnsupportedError(
+                f"a full matrix over {layout.numel} parameters takes {size / 2**30:.1f} GB (limit {MAX_BYTES / 2**30:.0f}); "
+                'use structure="kron" or "diag", or select fewer parameters, e.g. select="last_layer"'
+            )
+        return cls(layout, torch.zeros(layout.numel, layout.numel, dtype=dtype, device=device))
+
+    def update(self, factors: Sequence[Factor]) -> None:
+        rows = _rows(factors).flatten(0, 1)
+        self.matrix.addmm_(rows.T, rows)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.layout, self.matrix + other.matrix)
+
+    def scaled(self, weight: Tensor) -> Self:
+        return type(self)(self.layout, weight.to(self.matrix) * self.matrix)
+
+    def logdet(self, scale: Shift, shift: Shift) -> Tensor:
+        if torch.as_tensor(shift).numel() == 1:
+            values = self._eigen[0].double()
+            return (torch.as_tensor(scale).to(values) * values + torch.as_tensor(shift).to(values)).log().sum()
+        return 2.0 * self._root(scale, shift).diagonal().log().sum()
+
+    def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
+        flat = self._blocks(vectors)
+        if torch.as_tensor(shift).numel() == 1:
+            values, basis = self._eigen
+            precision = torch.as_tensor(scale).to(values) * values + torch.as_tensor(shift).to(values)
+            return self._flat(((flat @ basis) / precision) @ basis.T)
+        rows = flat.reshape(-1, flat.shape[-1])
+        return self._flat(torch.cholesky_solve(rows.T, self._root(scale, shift)).T.reshape(flat.shape))
+
+    def quad(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        whitened = self._whitened(factors, scale, shift)
+        return whitened @ whitened.mT
+
+    def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        return self._whitened(factors, scale, shift).square().sum(-1)
+
+    def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
+        check_noise(noise, self.layout.numel)
+        values, basis = self._eigen
+        if torch.as_tensor(shift).numel() != 1:
+            precision = torch.as_tensor(scale).to(self.matrix) * self.matrix + torch.diag(self._shift(shift))
+            values, basis = eigh(precision, "posterior precision")
+        else:
+            values = torch.as_tensor(scale).to(values) * values + torch.as_tensor(shift).to(values)
+        return self._flat(((self._blocks(noise) @ basis) / values.sqrt()) @ basis.T)
+
+    def eigenvalues(self) -> Tensor:
+        return self._eigen[0]
+
+    def to_dense(self) -> Tensor:
+        order = self._flat(torch.arange(self.layout.numel, device=self.matrix.device, dtype=torch.float64)).long()
+        return self.matrix[order][:, order]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"matrix": self.matrix}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        return type(self)(self.layout, tensors["matrix"])
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        return eigh(self.matrix, "full curvature")
+
+    def _shift(self, shift: Shift) -> Tensor:
+        parts = self.layout.shifts(shift, self.matrix)
+        sizes = [(b.groups, b.rows, b.columns) for b in self.layout.blocks]
+        return torch.cat([p.expand(size).flatten() for p, size in zip(parts, sizes, strict=True)])
+
+    def _root(self, scale: Shift, shift: Shift) -> Tensor:
+        return cholesky(
+            torch.as_tensor(scale).to(self.matrix) * self.matrix + torch.diag(self._shift(shift)), "posterior precision"
+        )
+
+    def _whitened(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        rows = _rows(factors)
+        if torch.as_tensor(shift).numel() == 1:
+            values, basis = self._eigen
+            precision = torch.as_tensor(scale).to(values) * values + torch.as_tensor(shift).to(values)
+            return (rows @ basis) / precision.sqrt()
+        root = self._root(scale, shift)
+        flat = torch.linalg.solve_triangular(root, rows.flatten(0, 1).T, upper=False).T
+        return flat.reshape(rows.shape)
+
+    def _blocks(self, flat: Tensor) -> Tensor:
+        return torch.cat([part.flatten(-3) for part in self.layout.split(flat.to(self.matrix))], -1)
+
+    def _flat(self, blocks: Tensor) -> Tensor:
+        sizes = [block.numel for block in self.layout.blocks]
+        parts = blocks.split(sizes, -1)
+        lead = blocks.shape[:-1]
+        shaped = [
+            part.reshape(*lead, b.groups, b.rows, b.columns) for part, b in zip(parts, self.layout.blocks, strict=True)
+        ]
+        return self.layout.join(shaped)
+
+
+def _rows(factors: Sequence[Factor]) -> Tensor:
+    """The rows of V^T J `(B, K, P)`; a batch small enough for this is the estimator's and `push`'s business."""
+    return torch.cat([factor.jacobian() for factor in factors], -1)

@@ -1,0 +1,181 @@
+"""Layer types whose factors have a closed form. One function a type: captured inputs and gradients -> a factor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayesdl.curvature.factor import Factor, LinearFactor, RowFactor, dense_factor
+from bayesdl.curvature.layout import Block
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer: its input, and the gradients `(K, ...)` at its output."""
+
+    module: nn.Module
+    value: Tensor
+    gradient: Tensor
+
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS: tuple[type[nn.Module], ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_NORMS, *INSTANCE_NORMS)
+
+
+def block_of(module: nn.Module, weight: str | None, bias: str | None, modules: tuple[str, ...]) -> Block | None:
+    """The block for the selected parameters of a layer; None where no closed form exists.
+
+    Args:
+        module: the layer.
+        weight, bias: full names of its parameters, None where absent or not selected.
+        modules: full names of all layers that share exactly these parameters.
+    """
+    names = tuple(n for n in (weight, bias) if n is not None)
+    shapes = tuple(tuple(getattr(module, n.rsplit(".", 1)[-1]).shape) for n in names)
+    name = modules[0] or names[0]
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        if weight is None:
+            return Block(name, "shift", names, shapes, modules, 1, shapes[0][0], 1)
+        groups = int(getattr(module, "groups", 1))
+        out = shapes[0][0] // groups
+        columns = int(torch.Size(shapes[0][1:]).numel()) + (bias is not None)
+        return Block(name, "linear", names, shapes, modules, groups, out, columns)
+    if isinstance(module, nn.Embedding) and not module.scale_grad_by_freq:
+        return Block(name, "rows", names, shapes, modules, 1, shapes[0][1], shapes[0][0])
+    if isinstance(module, NORMS):
+        total = sum(torch.Size(shape).numel() for shape in shapes)
+        return Block(name, "scale", names, shapes, modules, 1, total, 1)
+    return None
+
+
+def factor_of(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
+    """The factor of a block from all calls of its layers in one pass.
+
+    Args:
+        block: kind "linear", "rows", "scale" or "shift".
+        uses: at least one; positions of all of them are concatenated, which is exact for shared weights.
+        batch: B.
+        dtype: of the factors, at least float32.
+    """
+    return _BUILDERS[block.kind](block, uses, batch, dtype)
+
+
+def _linear(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
+    inputs, cotangents = [], []
+    for use in uses:
+        value = _batch_first(use.value, block.axis, batch, 0).to(dtype)
+        gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
+        if isinstance(use.module, CONVOLUTIONS):
+            a, g = _unfold(use.module, value), gradient.flatten(3).transpose(2, 3)
+        else:
+            a, g = value.reshape(batch, -1, value.shape[-1]), gradient.reshape(len(gradient), batch, -1, gradient.shape[-1])
+        groups = block.groups
+        inputs.append(a.unflatten(-1, (groups, -1)).permute(2, 0, 1, 3))
+        cotangents.append(g.unflatten(-1, (groups, -1)).permute(3, 0, 1, 2, 4))
+    a, g = torch.cat(inputs, 2), torch.cat(cotangents, 3)
+    if block.has_bias:
+        a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
+    return LinearFactor(a, g)
+
+
+def _rows(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
+    indices, cotangents = [], []
+    for use in uses:
+        index = _batch_first(use.value, block.axis, batch, 0).reshape(batch, -1)
+        gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
+        gradient = gradient.reshape(len(gradient), batch, -1, block.rows)
+        padding = use.module.padding_idx
+        if padding is not None:
+            ignored = index == padding
+            index = torch.where(ignored, -1, index)
+            gradient = gradient.masked_fill(ignored[None, :, :, None], 0.0)
+        indices.append(index)
+        cotangents.append(gradient)
+    return RowFactor(torch.cat(indices, 1), torch.cat(cotangents, 2).unsqueeze(0), block.columns)
+
+
+def _shift(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
+    rows = torch.zeros((), dtype=dtype, device=uses[0].gradient.device)
+    for use in uses:
+        gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
+        if isinstance(use.module, CONVOLUTIONS):
+            rows = rows + gradient.flatten(3).sum(-1)
+        else:
+            rows = rows + gradient.reshape(len(gradient), batch, -1, block.rows).sum(2)
+    return dense_factor(rows)
+
+
+def _scale(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
+    total: list[Tensor] = []
+    for use in uses:
+        value = _batch_first(use.value, block.axis, batch, 0).to(dtype)
+        gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
+        channels = isinstance(use.module, (nn.GroupNorm, *BATCH_NORMS, *INSTANCE_NORMS))
+        parts = []
+        for name, shape in zip(block.parameters, block.shapes, strict=True):
+            rows = gradient if name.endswith("bias") else gradient * _normalised(use.module, value)
+            if channels:
+                parts.append(rows.flatten(3).sum(-1) if rows.dim() > 3 else rows)
+            else:
+                parts.append(rows.reshape(len(rows), batch, -1, torch.Size(shape).numel()).sum(2))
+        total.append(torch.cat(parts, -1))
+    return dense_factor(torch.stack(total).sum(0))
+
+
+def _normalised(module: nn.Module, value: Tensor) -> Tensor:
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(value, module.normalized_shape, None, None, module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(value, list(module.normalized_shape), None, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(value, module.num_groups, None, None, module.eps)
+    mean, variance = module.running_mean, module.running_var
+    if isinstance(module, INSTANCE_NORMS):
+        return F.instance_norm(value, mean, variance, None, None, mean is None, 0.0, module.eps)
+    # without running statistics a batch norm mixes examples; the probe then falls back and reports it
+    if mean is None or variance is None:
+        return F.batch_norm(value, None, None, training=True, eps=module.eps)
+    return F.batch_norm(value, mean.to(value), variance.to(value), eps=module.eps)
+
+
+def _batch_first(value: Tensor, axis: int, batch: int, skip: int) -> Tensor:
+    """Batch axis right behind the first `skip` axes."""
+    if axis == 0:
+        return value
+    if axis > 0:
+        return value.movedim(axis + skip, skip)
+    return value.reshape(*value.shape[:skip], batch, -1, *value.shape[skip + 1 :])
+
+
+def _unfold(module: nn.Module, value: Tensor) -> Tensor:
+    """Patches `(B, T, C k)` of a convolution's input, channels grouped as its weight has them."""
+    dims = len(module.kernel_size)
+    if dims == 2 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        patches = F.unfold(value, module.kernel_size, module.dilation, module.padding, module.stride)
+        return patches.mT
+    padding = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    value = F.pad(value, padding, mode=mode)
+    for axis, (kernel, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    ):
+        windows = value.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)
+        value = windows[..., ::dilation]
+    # (B, C, o1.., k1..) -> (B, o1.., C, k1..)
+    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+    value = value.permute(order)
+    return value.reshape(value.shape[0], int(torch.Size(value.shape[1 : 1 + dims]).numel()), -1)
+
+
+_BUILDERS: dict[str, Callable[[Block, Sequence[Use], int, torch.dtype], Factor]] = {
+    "linear": _linear,
+    "rows": _rows,
+    "scale": _scale,
+    "shift": _shift,
+}

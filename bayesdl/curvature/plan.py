@@ -1,0 +1,162 @@
+"""Plan: cut the selection into blocks, and prove on two examples that every block's factor is the true gradient.
+
+Closed forms are trusted only after the check: a weight that is also used outside its layer's own forward, a custom
+subclass, an unusual batch axis would otherwise give silently wrong curvature. A block that fails the check falls
+back to exact per-example gradients.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdl.batch import batch_size, index_batch
+from bayesdl.curvature.factor import Factor, LinearFactor
+from bayesdl.curvature.factors import Tap, backward, layer_factors, tapped_forward
+from bayesdl.curvature.layers import block_of
+from bayesdl.curvature.layout import Block, Layout
+from bayesdl.errors import UnreachedParameterError
+from bayesdl.network import Network
+
+# a wrong formula is off by its own size; rounding is not
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+def plan(network: Network, example: Any) -> Layout:
+    """The layout of a network's selected parameters, checked on the first one or two examples of a batch.
+
+    Raises:
+        UnreachedParameterError: a selected parameter has no influence on the outputs.
+        UnsupportedError: neither a closed form nor per-example gradients exist for a parameter.
+    """
+    pair = _rows(network, example, 2)
+    blocks = _candidates(network)
+    hooked = {module for block in blocks for module in block.modules}
+    with torch.inference_mode(False), torch.enable_grad():
+        two = tapped_forward(network, pair, hooked)[1]
+        three = tapped_forward(network, _rows(network, example, 3), hooked)[1]
+    blocks = [_placed(block, two, three) for block in blocks]
+    truth = _first_example_gradient(network, pair)
+    checked = [block for block in blocks if block.kind != "dense"]
+    while checked:
+        layout = _layout(network, checked, two)
+        wrong = _disagreeing(network, layout, pair, truth)
+        if not wrong:
+            break
+        checked = [block for block in checked if block.name not in wrong]
+    covered = {name for block in checked for name in block.parameters}
+    values = network.parameters
+    dense = [_dense(name, values[name]) for name in network.names if name not in covered]
+    return _layout(network, [*checked, *dense], two)
+
+
+def _layout(network: Network, blocks: list[Block], taps: list[Tap]) -> Layout:
+    order = {name: i for i, name in enumerate(network.names)}
+    values = network.parameters
+    return Layout(
+        tuple(sorted(blocks, key=lambda block: min(order[name] for name in block.parameters))),
+        network.names,
+        tuple(tuple(values[name].shape) for name in network.names),
+        sum(tap.output.numel() for tap in taps) // 2,
+    )
+
+
+def _rows(network: Network, example: Any, count: int) -> Any:
+    call = network.prepare(example)
+    size = batch_size(call)
+    return index_batch(call, torch.arange(count, device=network.device) % size)
+
+
+def _candidates(network: Network) -> list[Block]:
+    """Blocks of the layers that own selected parameters and share them with no layer of another kind."""
+    names = {id(p): name for name, p in network.parameters.items()}
+    users: dict[tuple[str | None, str | None], list[tuple[str, nn.Module]]] = defaultdict(list)
+    uses: dict[str, set[tuple[str | None, str | None]]] = defaultdict(set)
+    for path, module in network.module().named_modules():
+        own = {key: names.get(id(p)) for key, p in module._parameters.items() if p is not None}
+        if not any(own.values()) or not set(own) <= {"weight", "bias"}:
+            continue
+        key = (own.get("weight"), own.get("bias"))
+        users[key].append((path, module))
+        for name in key:
+            if name is not None:
+                uses[name].add(key)
+    blocks = []
+    for (weight, bias), owners in users.items():
+        kinds = {type(module) for _, module in owners}
+        shared_elsewhere = any(len(uses[name]) > 1 for name in (weight, bias) if name is not None)
+        if len(kinds) == 1 and not shared_elsewhere:
+            block = block_of(owners[0][1], weight, bias, tuple(path for path, _ in owners))
+            if block is not None:
+                blocks.append(block)
+    return blocks
+
+
+def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
+    """Find the batch axis by running two and three examples; without one the block becomes dense."""
+    axes = set()
+    for a, b in zip(two, three, strict=True):
+        if a.layer not in block.modules:
+            continue
+        before, after = a.output.shape, b.output.shape
+        changed = [i for i, (m, n) in enumerate(zip(before, after, strict=True)) if m != n]
+        if len(before) != len(after) or len(changed) != 1 or 2 * after[changed[0]] != 3 * before[changed[0]]:
+            axes.add(None)
+        elif before[changed[0]] == 2:
+            axes.add(changed[0])
+        else:
+            axes.add(-1 if changed[0] == 0 else None)
+    if len(axes) != 1 or None in axes:
+        return replace(block, kind="dense")
+    return replace(block, axis=axes.pop())
+
+
+def _first_example_gradient(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """A random cotangent on the first example alone, and the gradient of every selected parameter for it."""
+    module = network.module()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in network.parameters.items()}
+        output = network.forward(module, pair, leaves)
+        generator = torch.Generator().manual_seed(0)
+        vector = torch.zeros(1, *output.shape, dtype=output.dtype, device=output.device)
+        vector[0, 0] = torch.randn(output.shape[1], generator=generator).to(output)
+        gradients = backward(output, list(leaves.values()), vector)
+    missing = [name for name, g in zip(leaves, gradients, strict=True) if g is None]
+    if missing:
+        raise UnreachedParameterError(
+            f"{len(missing)} selected parameter(s) have no influence on the outputs, the first is {missing[0]!r}; leave "
+            "them out of select= (is there a second head, or a detach()?)"
+        )
+    return vector, {name: g[0] for name, g in zip(leaves, gradients, strict=True) if g is not None}
+
+
+def _disagreeing(network: Network, layout: Layout, pair: Any, truth: tuple[Tensor, dict[str, Tensor]]) -> set[str]:
+    vector, gradients = truth
+    kind = network.dtype or torch.float32
+    work = torch.promote_types(kind, torch.float32)
+    _, factors = layer_factors(network, layout, pair, lambda f: vector, work)
+    wrong = set()
+    for block, factor in zip(layout.blocks, factors, strict=True):
+        ours = _first_row(factor).to(work)
+        true = block.pack({name: gradients[name].to(work) for name in block.parameters})
+        scale = max(float(true.abs().max()), float(ours.abs().max()))
+        if not torch.allclose(ours, true, rtol=0.0, atol=TOLERANCE.get(kind, 2e-3) * scale + 1e-30):
+            wrong.add(block.name)
+    return wrong
+
+
+def _first_row(factor: Factor) -> Tensor:
+    """J^T v of the first example, `(G, out, in)`."""
+    if isinstance(factor, LinearFactor):
+        return factor.g[:, 0, 0].mT @ factor.a[:, 0]
+    rows = factor.g[0, 0, 0].new_zeros(factor.size, factor.g.shape[-1])
+    used = factor.index[0] >= 0
+    return rows.index_add_(0, factor.index[0][used], factor.g[0, 0, 0][used]).T.unsqueeze(0)
+
+
+def _dense(name: str, value: Tensor) -> Block:
+    return Block(name, "dense", (name,), (tuple(value.shape),), (), 1, value.numel(), 1)

@@ -1,0 +1,112 @@
+"""Structure: what is kept of sum_n J_n^T V_n V_n^T J_n, and the questions that a Gaussian posterior asks of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.layout import Layout
+from bayesdl.errors import ArgumentError
+
+Shift = Tensor | float
+
+
+@dataclass(frozen=True, eq=False)
+class Structure(ABC):
+    """Curvature H of a selection. Every query is about P = scale * H + diag(shift).
+
+    `scale` is a positive scalar (1 / temperature, over the noise variance for Gaussian likelihoods), `shift` the
+    prior precision: a scalar, one per block, or one per parameter. Nothing is refitted when they change, and all
+    queries are differentiable in both.
+    """
+
+    layout: Layout
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
+        """Zero curvature, ready for `update`."""
+
+    @abstractmethod
+    def update(self, factors: Sequence[Factor]) -> None:
+        """Add the outer products of one batch, in place; only the estimator that owns this object calls it."""
+
+    @abstractmethod
+    def __add__(self, other: Self) -> Self:
+        """Curvature of both data sets together."""
+
+    @abstractmethod
+    def scaled(self, weight: Tensor) -> Self:
+        """weight * H."""
+
+    @abstractmethod
+    def logdet(self, scale: Shift, shift: Shift) -> Tensor:
+        """log |P|, a scalar."""
+
+    @abstractmethod
+    def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
+        """P^-1 v for flat vectors `(..., P)`."""
+
+    @abstractmethod
+    def quad(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        """V^T J P^-1 J^T V, `(B, K, K)`, for the factors of one batch."""
+
+    @abstractmethod
+    def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        """The diagonal of `quad`, `(B, K)`."""
+
+    @abstractmethod
+    def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
+        """P^-1/2 noise for base noise `(S, P)`: draws of N(0, P^-1). The symmetric root is used."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """All P eigenvalues of H, in no particular order."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """H as a `(P, P)` matrix in flat order; for tests and small models."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        """The same structure over other tensors (moves, files)."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `function` to every tensor."""
+        return self.with_tensors({name: function(value) for name, value in self.tensors().items()})
+
+    def prepared(self, factors: Sequence[Factor]) -> Sequence[Factor]:
+        """Factors in the coordinates of `quad_prepared`: the part of `quad` that no prior changes."""
+        return factors
+
+    def quad_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        """`quad` from `prepared` factors."""
+        return self.quad(factors, scale, shift)
+
+
+def weighted_curvature(parts: Sequence[Structure], weights: Tensor) -> Structure:
+    """sum_c w_c H_c for structures of one kind."""
+    if not parts or len(parts) != len(weights):
+        raise ArgumentError(f"{len(parts)} structures and {len(weights)} weights were given; they must agree")
+    total = parts[0].scaled(weights[0])
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total = total + part.scaled(weight)
+    return total
+
+
+def check_noise(noise: Tensor, numel: int) -> None:
+    """Raise unless base noise is `(S, P)`."""
+    if noise.dim() != 2 or noise.shape[1] != numel:
+        raise ArgumentError(f"base noise of shape {tuple(noise.shape)} was given; expected (samples, {numel})")

@@ -1,0 +1,121 @@
+"""Latents: a belief over the network's outputs f(x), before the likelihood's own randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesdl.linalg import symmetric_root
+from bayesdl.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class GaussianLatent:
+    """f ~ N(mean, covariance), one Gaussian per input.
+
+    Attributes:
+        mean: `(B, C)`.
+        variance: `(B, C)`, marginal variances.
+        covariance: `(B, C, C)`, or None where only marginals were computed (outputs are then independent).
+    """
+
+    mean: Tensor
+    variance: Tensor
+    covariance: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.variance.shape != self.mean.shape:
+            raise ShapeError(f"mean {tuple(self.mean.shape)} and variance {tuple(self.variance.shape)} must agree")
+
+    def draws(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights `(S,)` and outputs `(S, B, C)` from base noise `(S, C)` common to all inputs.
+
+        The symmetric square root of the covariance is used: it is unique, so the draws are a continuous
+        function of the covariance and do not depend on how inputs were batched.
+        """
+        noise = noise.to(self.mean)
+        if self.covariance is None:
+            offset = noise.unsqueeze(1) * self.variance.clamp(min=0).sqrt()
+        else:
+            offset = torch.einsum("bij,sj->sbi", symmetric_root(self.covariance), noise)
+        return _uniform(len(noise), self.mean), self.mean + offset
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> GaussianLatent:
+        """Apply `function` to every tensor."""
+        covariance = None if self.covariance is None else function(self.covariance)
+        return GaussianLatent(function(self.mean), function(self.variance), covariance)
+
+    @staticmethod
+    def cat(parts: Sequence[GaussianLatent]) -> GaussianLatent:
+        """Concatenate along the batch."""
+        covariances = [p.covariance for p in parts if p.covariance is not None]
+        return GaussianLatent(
+            torch.cat([p.mean for p in parts]),
+            torch.cat([p.variance for p in parts]),
+            torch.cat(covariances) if len(covariances) == len(parts) else None,
+        )
+
+
+@dataclass(frozen=True)
+class SampleLatent:
+    """f is one of S outputs with given weights.
+
+    Attributes:
+        samples: `(S, B, C)`.
+        weights: `(S,)`, summing to one.
+    """
+
+    samples: Tensor
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        if self.samples.dim() != 3 or self.weights.shape != self.samples.shape[:1]:
+            raise ShapeError(
+                f"samples {tuple(self.samples.shape)} must be (S, B, C) and weights {tuple(self.weights.shape)} (S,)"
+            )
+
+    @property
+    def mean(self) -> Tensor:
+        """`(B, C)`."""
+        return torch.einsum("s,sbc->bc", self.weights, self.samples)
+
+    @property
+    def variance(self) -> Tensor:
+        """`(B, C)`."""
+        return torch.einsum("s,sbc->bc", self.weights, (self.samples - self.mean).square())
+
+    def draws(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights `(S,)` and outputs `(S, B, C)`; the base noise is not needed."""
+        del noise
+        return self.weights, self.samples
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SampleLatent:
+        """Apply `function` to every tensor."""
+        return SampleLatent(function(self.samples), function(self.weights))
+
+    @staticmethod
+    def cat(parts: Sequence[SampleLatent]) -> SampleLatent:
+        """Concatenate along the batch."""
+        return SampleLatent(torch.cat([p.samples for p in parts], dim=1), parts[0].weights)
+
+
+Latent = GaussianLatent | SampleLatent
+
+
+def point_latent(output: Tensor) -> SampleLatent:
+    """Certainty: one sample of weight one. `output` is `(B, C)`."""
+    return SampleLatent(output.unsqueeze(0), output.new_ones(1))
+
+
+def cat_latents(parts: Sequence[Latent]) -> Latent:
+    """Concatenate latents of one kind along the batch."""
+    if all(isinstance(p, GaussianLatent) for p in parts):
+        return GaussianLatent.cat([p for p in parts if isinstance(p, GaussianLatent)])
+    return SampleLatent.cat([p for p in parts if isinstance(p, SampleLatent)])
+
+
+def _uniform(count: int, like: Tensor) -> Tensor:
+    return like.new_full((count,), 1.0 / count)

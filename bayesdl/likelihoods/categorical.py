@@ -1,0 +1,150 @@
+"""Categorical likelihood on logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical as TorchCategorical
+from torch.distributions import Distribution
+
+from bayesdl.errors import ArgumentError, LabelError, ShapeError
+from bayesdl.latent import GaussianLatent, Latent
+from bayesdl.likelihoods.base import Likelihood, entropy_split, first_bad, scaled_mean
+from bayesdl.predictive import Split
+
+LINKS = ("probit", "bridge", "mc")
+
+
+@final
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """y is one of C classes, f are logits `(B, C)`, targets are integers `(B,)`.
+
+    Args:
+        link: how a Gaussian latent becomes class probabilities: "probit" (mean-field, MacKay 1992), "bridge"
+            (Laplace bridge to a Dirichlet, Hobbhahn et al. 2022) or "mc" (draws with common base noise).
+        normalize: variances divided by their mean over sqrt(C/2) before the bridge (its normalised variant).
+    """
+
+    link: str = "probit"
+    normalize: bool = True
+
+    name: ClassVar[str] = "categorical"
+    task: ClassVar[str] = "classification"
+
+    def __post_init__(self) -> None:
+        if self.link not in LINKS:
+            raise ArgumentError(f"link={self.link!r} is not known; choose one of {LINKS}")
+
+    def distribution(self, f: Tensor) -> Distribution:
+        return TorchCategorical(logits=f)
+
+    def num_targets(self, outputs: int) -> int:
+        return 1
+
+    def check_outputs(self, f: Tensor) -> Tensor:
+        if f.shape[-1] < 2:
+            raise ShapeError(
+                f"the outputs have shape {tuple(f.shape)}; the categorical likelihood needs at least 2 logits per input. "
+                'For one logit use likelihood="bernoulli"; for one real value "gaussian"; for one log-rate "poisson"'
+            )
+        return super().check_outputs(f)
+
+    def check_targets(self, f: Tensor, y: Tensor) -> Tensor:
+        if not isinstance(y, Tensor):
+            raise LabelError(f"targets are {type(y).__name__}; expected a tensor of class indices")
+        if y.dim() == 2 and y.shape[1] == 1:
+            y = y.squeeze(1)
+        if y.shape != f.shape[:1]:
+            raise ShapeError(
+                f"targets have shape {tuple(y.shape)} and the outputs {tuple(f.shape)}; the categorical likelihood expects "
+                f"class indices of shape ({f.shape[0]},)"
+            )
+        if y.dtype.is_floating_point or y.dtype in (torch.bool, torch.complex64):
+            raise LabelError(f"targets have dtype {y.dtype}; the categorical likelihood expects integer class indices")
+        bad = (y < 0) | (y >= f.shape[-1])
+        if bool(bad.any()):
+            place = first_bad(bad)
+            raise LabelError(
+                f"target {int(y[place])} at index {place[0]} is outside 0..{f.shape[-1] - 1} (the network has "
+                f"{f.shape[-1]} outputs)"
+            )
+        return y.to(device=f.device, dtype=torch.long)
+
+    def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
+        return torch.log_softmax(f, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+    def score(self, f: Tensor, y: Tensor) -> Tensor:
+        gradient = torch.softmax(f, -1)
+        return gradient.scatter_add(-1, y.unsqueeze(-1), -gradient.new_ones(y.shape).unsqueeze(-1))
+
+    def hessian_root(self, f: Tensor) -> Tensor:
+        # diag(p) - p p^T = sum_k v_k v_k^T with v_k = sqrt(p_k) (e_k - p)
+        p = torch.softmax(f.detach(), -1)
+        columns = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device).unsqueeze(1) - p
+        return p.sqrt().T.unsqueeze(-1) * columns
+
+    def marginal(self, latent: Latent, noise: Tensor) -> Distribution:
+        if not isinstance(latent, GaussianLatent) or self.link == "mc":
+            return TorchCategorical(probs=self._mean_probs(latent, noise))
+        if self.link == "probit":
+            return TorchCategorical(logits=scaled_mean(latent))
+        return TorchCategorical(logits=self._log_concentration(latent))
+
+    def mixture(self, weights: Tensor, draws: Tensor) -> Distribution:
+        return TorchCategorical(probs=torch.einsum("s,sbc->bc", weights, torch.softmax(draws, -1)))
+
+    def split(self, latent: Latent, noise: Tensor) -> Split:
+        """Total entropy, expected entropy and mutual information, `(B,)` nats.
+
+        With the bridge all three are closed forms of its Dirichlet. With the probit link there is none, so both
+        parts come from draws; `total` is then the entropy of the draws' mean, not of the probit probabilities.
+        """
+        if isinstance(latent, GaussianLatent) and self.link == "bridge":
+            alpha = self._log_concentration(latent).double().clamp(max=500.0).exp()
+            strength = alpha.sum(-1, keepdim=True)
+            share = alpha / strength
+            aleatoric = -(share * (torch.digamma(alpha + 1.0) - torch.digamma(strength + 1.0))).sum(-1)
+            return Split(aleatoric.to(latent.mean.dtype), (entropy(share) - aleatoric).clamp(min=0).to(latent.mean.dtype))
+        weights, draws = latent.draws(noise)
+        probs = torch.softmax(draws, -1)
+        return entropy_split(weights, entropy(probs), entropy(torch.einsum("s,sbc->bc", weights, probs)))
+
+    def _mean_probs(self, latent: Latent, noise: Tensor) -> Tensor:
+        weights, draws = latent.draws(noise)
+        return torch.einsum("s,sbc->bc", weights, torch.softmax(draws, -1))
+
+    def _log_concentration(self, latent: GaussianLatent) -> Tensor:
+        """log alpha `(B, C)` of the Dirichlet matched to the logits in softmax coordinates."""
+        mean, variance = _zero_sum(latent)
+        classes = mean.shape[-1]
+        variance = variance.clamp(min=torch.finfo(variance.dtype).tiny)
+        if self.normalize:
+            factor = variance.mean(-1, keepdim=True) / math.sqrt(classes / 2.0)
+            mean, variance = mean / factor.sqrt(), variance / factor
+        growth = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2.0 * math.log(classes)
+        constant = math.log(1.0 - 2.0 / classes) if classes > 2 else -math.inf
+        return torch.logaddexp(growth, torch.full_like(growth, constant)) - variance.log()
+
+    def config(self) -> dict[str, object]:
+        return {"link": self.link, "normalize": self.normalize}
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats over the last axis, with 0 log 0 = 0."""
+    return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+def _zero_sum(latent: GaussianLatent) -> tuple[Tensor, Tensor]:
+    # the softmax ignores a common shift: condition the Gaussian on sum_c f_c = 0, where the bridge lives
+    if latent.covariance is None:
+        along, variance = latent.variance, latent.variance
+    else:
+        along, variance = latent.covariance.sum(-1), latent.variance
+    total = along.sum(-1, keepdim=True).clamp(min=torch.finfo(variance.dtype).tiny)
+    mean = latent.mean - along * latent.mean.sum(-1, keepdim=True) / total
+    return mean, variance - along.square() / total

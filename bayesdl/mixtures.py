@@ -1,0 +1,139 @@
+"""What torch.distributions lacks: sampling from a generator, quantiles of mixtures, log-densities per example."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    Poisson,
+)
+
+from bayesdl.errors import UnsupportedError
+
+
+def per_example(distribution: Distribution, value: Tensor) -> Tensor:
+    """Sum a log-density or entropy of `distribution` over its batch axes behind the first: `(..., B)`."""
+    outputs = len(distribution.batch_shape) - 1
+    return value.flatten(-outputs).sum(-1) if outputs > 0 else value
+
+
+def has_entropy(distribution: Distribution) -> bool:
+    """Whether a closed form of the entropy exists."""
+    inner = distribution.base_dist if isinstance(distribution, Independent) else distribution
+    return isinstance(inner, (Categorical, Bernoulli, Normal, MultivariateNormal))
+
+
+def sample(distribution: Distribution, n: int, generator: torch.Generator | None) -> Tensor:
+    """`n` draws that use `generator` alone; torch's own `.sample` would use global state; families unknown here run in a fork of that state."""
+    if isinstance(distribution, Independent):
+        return sample(distribution.base_dist, n, generator)
+    if isinstance(distribution, MixtureSameFamily):
+        return _sample_mixture(distribution, n, generator)
+    shape = torch.Size([n]) + distribution.batch_shape
+    if isinstance(distribution, Categorical):
+        flat = distribution.probs.reshape(-1, distribution.probs.shape[-1])
+        drawn = torch.multinomial(flat, n, replacement=True, generator=generator)
+        return drawn.T.reshape(shape)
+    if isinstance(distribution, Bernoulli):
+        return torch.bernoulli(distribution.probs.expand(shape), generator=generator)
+    if isinstance(distribution, Normal):
+        return distribution.loc + distribution.scale * _randn(shape, distribution.loc, generator)
+    if isinstance(distribution, MultivariateNormal):
+        noise = _randn(shape + distribution.event_shape, distribution.loc, generator)
+        return distribution.loc + torch.einsum("...ij,...j->...i", distribution.scale_tril, noise)
+    if isinstance(distribution, Poisson):
+        return torch.poisson(distribution.rate.expand(shape), generator=generator)
+    return _sample_seeded(distribution, n, generator)
+
+
+def quantile(distribution: Distribution, q: float) -> Tensor:
+    """`(B, C)` marginal quantiles.
+
+    Normal families in closed form; mixtures by bisection on the marginal CDF between the extreme quantiles
+    of the components, in float64, until the bracket is at most 1e-10 relative (integers: exact).
+
+    Raises:
+        UnsupportedError: the family has no CDF.
+    """
+    if isinstance(distribution, Independent):
+        return quantile(distribution.base_dist, q)
+    if isinstance(distribution, Normal):
+        return distribution.icdf(torch.as_tensor(q, dtype=distribution.loc.dtype, device=distribution.loc.device))
+    if isinstance(distribution, MultivariateNormal):
+        return quantile(Normal(distribution.loc, distribution.variance.sqrt()), q)
+    if isinstance(distribution, Poisson):
+        return _poisson_quantile(distribution.rate.unsqueeze(1), distribution.rate.new_ones(1), q)
+    if isinstance(distribution, MixtureSameFamily):
+        parts, weights = _components(distribution), distribution.mixture_distribution.probs
+        if isinstance(parts, Normal):
+            return normal_mixture_quantile(parts.loc, parts.scale, weights, q)
+        if isinstance(parts, Poisson):
+            return _poisson_quantile(parts.rate, weights, q)
+    raise UnsupportedError(f"{type(distribution).__name__} has no quantile function; use .sample and take quantiles")
+
+
+def normal_mixture_quantile(loc: Tensor, scale: Tensor, weights: Tensor, q: float) -> Tensor:
+    """Quantiles `(B, C)` of mixtures of normals with `loc`, `scale` `(B, S, C)` and weights `(B, S)` or `(S,)`."""
+    mean, sd = loc.double(), scale.double()
+    share = weights.double().expand(mean.shape[:2]).unsqueeze(-1)
+    ends = Normal(mean, sd).icdf(torch.as_tensor(q, dtype=mean.dtype, device=mean.device))
+    low, high = ends.amin(1), ends.amax(1)
+    for _ in range(200):
+        if bool(((high - low) <= 1e-10 * torch.maximum(low.abs(), high.abs()).clamp(min=1e-300)).all()):
+            break
+        middle = 0.5 * (low + high)
+        below = (share * Normal(mean, sd).cdf(middle.unsqueeze(1))).sum(1) < q
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (0.5 * (low + high)).to(loc.dtype)
+
+
+def _poisson_quantile(rate: Tensor, weights: Tensor, q: float) -> Tensor:
+    rates = rate.double()
+    share = weights.double().expand(rates.shape[:2]).unsqueeze(-1)
+
+    def cdf(k: Tensor) -> Tensor:
+        # P(Y <= k) is the upper regularised gamma function Q(k + 1, rate)
+        return (share * torch.special.gammaincc(k.unsqueeze(1) + 1.0, rates)).sum(1)
+
+    low = torch.full_like(rates.amax(1), -1.0)
+    high = (rates.amax(1) + 1.0).ceil()
+    while bool((cdf(high) < q).any()):
+        high = torch.where(cdf(high) < q, 2.0 * high, high)
+    while bool((high - low > 1).any()):
+        middle = ((low + high) / 2).floor().clamp(min=0)
+        below = cdf(middle) < q
+        wide = high - low > 1
+        low, high = torch.where(below & wide, middle, low), torch.where(~below & wide, middle, high)
+    return high.to(rate.dtype)
+
+
+def _components(distribution: MixtureSameFamily) -> Distribution:
+    inner = distribution.component_distribution
+    return inner.base_dist if isinstance(inner, Independent) else inner
+
+
+def _sample_mixture(distribution: MixtureSameFamily, n: int, generator: torch.Generator | None) -> Tensor:
+    chosen = sample(distribution.mixture_distribution, n, generator)  # (n, B)
+    values = sample(distribution.component_distribution, n, generator)  # (n, B, S, ...)
+    index = chosen.reshape(*chosen.shape, *(1,) * (values.dim() - chosen.dim()))
+    return values.gather(2, index.expand(*values.shape[:2], 1, *values.shape[3:])).squeeze(2)
+
+
+def _sample_seeded(distribution: Distribution, n: int, generator: torch.Generator | None) -> Tensor:
+    # a family of the user's own offers only .sample, which draws from global state: seed a fork of that state
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return distribution.sample(torch.Size([n]))
+
+
+def _randn(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else like.device
+    return torch.randn(shape, dtype=like.dtype, device=device, generator=generator).to(like.device)

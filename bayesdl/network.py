@@ -1,0 +1,252 @@
+"""Network: the library's private view of a user's model. It reads the model's tensors and never writes to it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdl.batch import BatchAdapter, as_call, resolve_adapter, to_device
+from bayesdl.clone import structural_clone, unwrap
+from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
+from bayesdl.select import Selector, describe, resolve
+
+
+class Network:
+    """A private structural clone of a model (one per thread), the selected parameters, and a batch adapter.
+
+    Args:
+        model: any `nn.Module`; `torch.compile`, DataParallel and DDP wrappers are peeled off.
+        select: which parameters are Bayesian; see `bayesdl.select.resolve`.
+        batch: "auto", "huggingface", or a callable `batch -> (inputs, target)`.
+        example: one batch of inputs; needed where `select="last_layer"`.
+
+    The clone aliases the memory of the model's parameters and owns copies of its buffers. It is always in
+    eval mode. Writing to the model's parameters after this (training on) makes every later call raise
+    `StaleModelError`, because a posterior belongs to the weights it was computed at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        select: Selector = "all",
+        batch: str | BatchAdapter | None = None,
+        example: Any = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"a torch.nn.Module is expected, got {type(model).__name__}")
+        source = unwrap(model)
+        _refuse(source)
+        self._setup(structural_clone(source, _alias, _snapshot), resolve_adapter(batch))
+        self.requires_grad = {name: p.requires_grad for name, p in source.named_parameters()}
+        self.select = describe(select)
+        self.names = resolve(select, self._template, self.requires_grad, lambda: self._find_last_layer(example))
+
+    def _setup(self, template: nn.Module, adapter: BatchAdapter) -> None:
+        self._template = template
+        self._local = threading.local()
+        self._versions = {name: _version(p) for name, p in template.named_parameters()}
+        self.batch = adapter
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(iter(self._template.parameters())).device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The one floating dtype of all parameters; None where they differ."""
+        kinds = {p.dtype for p in self._template.parameters() if p.is_floating_point()}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Selected parameters by name, sharing memory with the user's model."""
+        everything = dict(self._template.named_parameters())
+        return {name: everything[name] for name in self.names}
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of selected scalars, P."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers of the clone by name."""
+        return {**dict(self._template.named_parameters()), **dict(self._template.named_buffers())}
+
+    def module(self) -> nn.Module:
+        """This thread's clone. Hooks put on it must be removed by whoever put them there."""
+        if not hasattr(self._local, "module"):
+            self._local.module = structural_clone(self._template, _same, _snapshot)
+        return self._local.module
+
+    def replace_module(self, module: nn.Module) -> Network:
+        """A network over another module tree (same adapter, same selected names)."""
+        return self._derived(structural_clone(module, _alias, _snapshot))
+
+    def reselect(self, select: Selector, example: Any = None) -> Network:
+        """The same clone with another selection."""
+        other = self._derived(self._template)
+        other.select = describe(select)
+        other.names = resolve(select, other._template, self.requires_grad, lambda: other._find_last_layer(example))
+        return other
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Network:
+        """A network whose tensors went through `function` (device and dtype moves)."""
+
+        def parameter(tensor: Tensor) -> Tensor:
+            return nn.Parameter(function(tensor.detach()), requires_grad=False)
+
+        return self._derived(structural_clone(self._template, parameter, function))
+
+    def _derived(self, template: nn.Module) -> Network:
+        other = object.__new__(Network)
+        other._setup(template, self.batch)
+        other.requires_grad, other.select, other.names = self.requires_grad, self.select, self.names
+        return other
+
+    def prepare(self, inputs: Any) -> Any:
+        """Inputs on the network's device, in its floating dtype, bound to the forward signature."""
+        return to_device(as_call(self._template, inputs), self.device, self.dtype)
+
+    def __call__(self, inputs: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Outputs `(B, C)` for a batch of inputs.
+
+        Args:
+            inputs: what the network takes.
+            tensors: parameters or buffers by name that replace the network's own in this call.
+
+        Raises:
+            ShapeError: the outputs are not one tensor of shape `(B, C)` or `(B,)`.
+            StaleModelError: the user's model was trained on after it was wrapped.
+        """
+        self.check_fresh()
+        return self.forward(self.module(), self.prepare(inputs), tensors)
+
+    def forward(self, module: nn.Module, call: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`__call__` on a given clone and prepared inputs."""
+        kwargs = dict(call.kwargs or {})
+        if tensors:
+            raw = torch.func.functional_call(module, dict(tensors), call.args, kwargs)
+        else:
+            raw = module(*call.args, **kwargs)
+        return two_dimensional(extract_output(raw))
+
+    def check_fresh(self) -> None:
+        """Raise `StaleModelError` if a parameter was written to since this network was made."""
+        for name, parameter in self._template.named_parameters():
+            if _version(parameter) != self._versions[name]:
+                raise StaleModelError(
+                    f"parameter {name!r} of the wrapped model was written to after the fit; the posterior belongs to the "
+                    "old weights. Wrap the model again, or train a copy"
+                )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes, dtypes and values of every parameter and buffer of the base model."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors.items():
+            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
+            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _find_last_layer(self, example: Any) -> str:
+        if example is None:
+            raise SelectionError(
+                'select="last_layer" finds the layer by running one batch: pass data (or example=), or name the layer'
+            )
+        seen: list[tuple[str, Tensor]] = []
+        module = structural_clone(self._template, _same, _snapshot)  # fresh: its hooks die with it
+        for name, layer in module.named_modules():
+            if any(p is not None for p in layer._parameters.values()):
+                layer.register_forward_hook(_recorder(name, seen))
+        call = self.prepare(example)
+        with torch.no_grad():
+            output = extract_output(module(*call.args, **dict(call.kwargs or {})))
+        matches = [n for n, out in seen if out.data_ptr() == output.data_ptr() and out.numel() == output.numel()]
+        if not matches:
+            raise SelectionError(
+                "no layer's output is the network's output (is there a softmax or a sum behind the last layer?); name the "
+                f"layer instead, e.g. select={seen[-1][0] if seen else 'head'!r}"
+            )
+        return matches[-1]
+
+
+def extract_output(raw: Any) -> Tensor:
+    """The output tensor of a call: the tensor itself, its `.logits`, or the entry "logits"."""
+    if isinstance(raw, Tensor):
+        return raw
+    logits = getattr(raw, "logits", None)
+    if logits is None and isinstance(raw, Mapping):
+        logits = raw.get("logits")
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(raw, (tuple, list)) and len(raw) == 1 and isinstance(raw[0], Tensor):
+        return raw[0]
+    raise ShapeError(
+        f"the network returned {type(raw).__name__}; expected a tensor or an object with .logits. Wrap it in a module "
+        "that returns the outputs alone"
+    )
+
+
+def two_dimensional(output: Tensor) -> Tensor:
+    """`(B,)` becomes `(B, 1)`; `(B, C)` stays; anything else raises `ShapeError`."""
+    if output.dim() == 1:
+        return output.unsqueeze(1)
+    if output.dim() != 2:
+        raise ShapeError(
+            f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). Flatten positions into the "
+            "batch, or pool them, in a module around the network"
+        )
+    return output
+
+
+def first_inputs(data: Iterable[Any] | None, adapter: BatchAdapter) -> Any:
+    """Inputs of a loader's first batch; None without data."""
+    if data is None:
+        return None
+    for batch in data:
+        return adapter(batch)[0]
+    raise ArgumentError("the data loader yields no batch")
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    # detach() shares memory and version counter, but survives the user's `net.to(...)`, which swaps .data
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _recorder(name: str, seen: list[tuple[str, Tensor]]) -> Callable[[nn.Module, Any, Any], None]:
+    def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen.append((name, output))
+
+    return record
+
+
+def _refuse(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
+            raise UnsupportedError(
+                f"embedding {name!r} has max_norm, which rewrites its weight in every forward pass; the library never "
+                "writes to your model. Renormalise once and set max_norm=None"
+            )
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UnsupportedError(f"parameter {name!r} is lazy and not initialised: run one batch through the model first")
