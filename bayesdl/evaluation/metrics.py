@@ -179,8 +179,7 @@ def _at_level(percent: int) -> tuple[Metric, ...]:
         _mean(
             f"picp_{percent}", f"coverage {percent} %", ("regression",), losses.coverage(level), "target",
             "fraction",
-
-                       f"Share of targets between the {50 - percent / 2:g} % and {50 + percent / 2:g} % quantile.",
+            f"Share of targets between the {50 - percent / 2:g} % and {50 + percent / 2:g} % quantile.",
             target=level, needs=parts,
         ),
         _mean(
@@ -190,10 +189,9 @@ def _at_level(percent: int) -> tuple[Metric, ...]:
         ),
         _mean(
             f"interval_score_{percent}", f"interval score {percent} %", ("regression",),
-            losses.interval_score(level), "min",
-            "target units",
-            f"Width of the central {percent} % interval plus 2/(1-level) times the distance of a missed "
-            "target to it.", proper=True, needs=parts,
+            losses.interval_score(level), "min", "target units",
+            f"Width of the central {percent} % interval plus {2 / (1 - level):g} times the distance of a missed target.",
+            proper=True, needs=parts,
         ),
     )  # fmt: skip
 
@@ -240,7 +238,7 @@ METRICS: dict[str, Metric] = {
         *(metric for percent in LEVELS for metric in _at_level(percent)),
         _calibration("ece", "ECE", "ece", f"Top-label expected calibration error, {BINS} equal-width bins."),
         _calibration("mce", "MCE", "mce", f"Largest top-label calibration gap, {BINS} equal-width bins."),
-        _calibration("ece_l2", "ECE l2", "l2", f"Root mean squared top-label calibration gap, {BINS} equal-width bins."),
+        _calibration("ece_l2", "ECE l2", "l2", f"Root mean squared top-label gap, {BINS} equal-width bins."),
         _calibration("ece_mass", "ECE mass", "ece", f"As ECE, {BINS} equal-mass bins.", mass=True),
         _calibration(
             "ece_unweighted", "ECE unweighted", "unweighted",
