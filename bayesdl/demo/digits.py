@@ -18,8 +18,8 @@ from torch.nn import functional
 from bayesdl.demo.examples import Examples
 
 NUM_CLASSES = 8
-NUM_TRAIN = 300
-NUM_VALIDATION = 300
+NUM_TRAIN = 200
+NUM_VALIDATION = 200
 SPLIT_SEED = 0  # every run sees the same splits, whatever its own seed
 ROTATIONS = (15, 30, 45, 60, 90)
 BLURS = (0.5, 1.0, 1.5, 2.0, 3.0)
