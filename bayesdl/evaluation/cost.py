@@ -117,21 +117,21 @@ class PeakMemory:
         self._highest = max(self._highest, resident_bytes() or 0)
 
 
-def _seconds(predict: Callable[[Sequence[Any]], object], batches: Sequence[Any], device: torch.device) -> float:
+def _run(predict: Callable[[Sequence[Any]], int], batches: Sequence[Any], device: torch.device) -> tuple[float, int]:
+    """Seconds of one call, and how many examples it predicted."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    predict(batches)
+    examples = predict(batches)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, examples
 
 
 def measure(
-    predict: Callable[[Sequence[Any]], object],
+    predict: Callable[[Sequence[Any]], int],
     batches: Sequence[Any],
     *,
-    examples: int,
     device: torch.device | str = "cpu",
     seconds: float = 1.0,
     repeats: int = 5,
@@ -139,26 +139,25 @@ def measure(
     """Time `predict(batches)` after a warm-up, synchronised, and watch its memory in a run of its own.
 
     Args:
-        predict: called with `batches`; its result is dropped.
+        predict: called with `batches`; returns how many examples it predicted.
         batches: batches that are already in memory, so that reading data is not charged to the method.
-        examples: how many examples they hold together.
         device: where the work runs.
         seconds: time budget of the timed runs; one slow run is enough when it alone exceeds the budget.
         repeats: at most this many timed runs.
 
     Raises:
-        ArgumentError: no batches, or `examples` or `repeats` below 1.
+        ArgumentError: no batches, `repeats` below 1, or not one example predicted.
     """
-    if not batches or examples < 1 or repeats < 1:
-        raise ArgumentError(
-            f"cost.measure needs at least one batch, example and repeat, got {len(batches)}, {examples}, {repeats}"
-        )
+    if not batches or repeats < 1:
+        raise ArgumentError(f"measure needs at least one batch and one repeat, got {len(batches)} and {repeats}")
     where = torch.device(device)
     predict(batches[:1])
     with PeakMemory(where) as peak:
-        first = _seconds(predict, batches, where)
+        first, examples = _run(predict, batches, where)
+    if examples < 1:
+        raise ArgumentError("measure needs at least one example, but the batches hold none")
     runs = min(repeats, int(seconds / max(first, 1e-9)))
-    times = [_seconds(predict, batches, where) for _ in range(runs)] or [first]
+    times = [_run(predict, batches, where)[0] for _ in range(runs)] or [first]
     return Cost(
         milliseconds=1e3 * statistics.median(times) / examples,
         peak_mib=peak.bytes / _MIB,

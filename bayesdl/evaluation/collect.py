@@ -1,0 +1,256 @@
+"""Gather the predictions of every method on every data set, and what they cost, before any metric is computed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayesdl.errors import ArgumentError, LabelError, ShapeError
+from bayesdl.evaluation import cost as costs
+from bayesdl.evaluation.predictions import Predictions
+
+TEST = "test"
+_COST_EXAMPLES = 512  # enough to time a method, few enough that a slow one is not run over the whole test set again
+_COST_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Predictions by row and data set (`test`, `ood/<set>`, `shift/<name>/<severity>`), and facts about each row.
+
+    `about[row]` holds `method`, `temperature` and `cost` (a dict of floats) where they are known.
+    """
+
+    predictions: dict[str, dict[str, Predictions]]
+    about: dict[str, dict[str, Any]]
+    shifts: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return tuple(self.predictions)
+
+    @property
+    def task(self) -> str:
+        return next(iter(self.predictions.values()))[TEST].task
+
+
+def collect(
+    methods: Mapping[str, Any],
+    data: Any,
+    ood: Mapping[str, Any] | None,
+    shift: Mapping[str, Any] | None,
+    *,
+    cost: bool,
+    progress: bool,
+) -> Collected:
+    """Run every method that is a model over all loaders; take and load what is given as predictions.
+
+    Raises:
+        ArgumentError: no methods, a loader that is missing or can be read only once, or a value of an unknown kind.
+        ShapeError, LabelError: methods whose test targets differ.
+    """
+    if not isinstance(methods, Mapping) or not methods:
+        raise ArgumentError(f"methods: expected a dict of at least one name -> method, got {methods!r}")
+    sources, shifts = _sources(data, ood, shift)
+    models = {str(row): method for row, method in methods.items() if not _is_given(method)}
+    if models and data is None:
+        raise ArgumentError(f"data: a loader is needed to run {', '.join(models)}; got None")
+    for name, source in sources.items():
+        if not models and name != TEST and not isinstance(source, Mapping):
+            raise ArgumentError(
+                f"{name}: all methods are given as predictions, so no loader can be run; give {{method: Predictions}}"
+            )
+    predictions: dict[str, dict[str, Predictions]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    notes: dict[str, None] = {}
+    steps = tqdm(total=len(methods) * (len(sources) + bool(cost)), desc="predict", disable=not progress, leave=False)
+    with steps:
+        for row, method in methods.items():
+            sets: dict[str, Predictions] = {}
+            for name, source in sources.items():
+                steps.set_postfix_str(f"{row}, {name}")
+                found = _predictions(str(row), method, name, source)
+                if found is not None:
+                    sets[name] = found
+                steps.update()
+            facts = _facts(method) if str(row) in models else dict(sets[TEST].meta.get("about", {}))
+            if cost and str(row) in models:
+                measured = _measure(method, data)
+                facts["cost"] = {
+                    **facts.get("cost", {}),
+                    "ms_per_example": measured.milliseconds,
+                    "peak_mib": measured.peak_mib,
+                }
+                facts["device"] = measured.device
+                notes[_cost_note(measured)] = None
+            steps.update(int(bool(cost)))
+            predictions[str(row)], about[str(row)] = sets, facts
+    _check_same_targets(predictions)
+    return Collected(predictions, about, shifts, tuple(notes))
+
+
+def one(source: Any, data: Any, ood: Mapping[str, Any] | None) -> dict[str, Predictions]:
+    """Predictions by data set of a single model, predictions or path."""
+    named = {name: {"it": value} if _is_given(value) else value for name, value in (ood or {}).items()}
+    return collect({"it": source}, data, named, None, cost=False, progress=False).predictions["it"]
+
+
+def _is_given(method: Any) -> bool:
+    return isinstance(method, (Predictions, str, os.PathLike))
+
+
+def _sources(
+    data: Any, ood: Mapping[str, Any] | None, shift: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """All data sets under the keys of a report, and the severities of every shift."""
+    sources: dict[str, Any] = {TEST: data}
+    for name, value in (ood or {}).items():
+        sources[f"ood/{_set_name(name)}"] = value
+    shifts: dict[str, list[str]] = {}
+    for name, loaders in (shift or {}).items():
+        if isinstance(loaders, Mapping):
+            levels = {str(severity): loader for severity, loader in loaders.items()}
+        elif isinstance(loaders, Sequence) and not isinstance(loaders, str):
+            levels = {str(severity): loader for severity, loader in enumerate(loaders, start=1)}
+        else:
+            raise ArgumentError(
+                f"shift[{name!r}]: expected loaders by growing severity, a list or a dict, got {loaders!r}"
+            )
+        if not levels:
+            raise ArgumentError(f"shift[{name!r}] holds no loader")
+        shifts[_set_name(name)] = [_set_name(severity) for severity in levels]
+        sources.update({f"shift/{name}/{severity}": loader for severity, loader in levels.items()})
+    for name, source in sources.items():
+        if source is not None and not isinstance(source, Mapping) and _read_once(source):
+            raise ArgumentError(f"{name}: an iterator is empty after the first method; give a DataLoader or a list")
+    return sources, shifts
+
+
+def _read_once(source: Any) -> bool:
+    """True for a generator or iterator, which can be read only once."""
+    return hasattr(source, "__next__")
+
+
+def _set_name(name: object) -> str:
+    text = str(name)
+    if not text or "/" in text:
+        raise ArgumentError(f"{text!r} cannot name a data set: the slash separates the parts of column names")
+    return text
+
+
+def _predictions(row: str, method: Any, name: str, source: Any) -> Predictions | None:
+    """Predictions of one method on one data set; None where they were not given."""
+    if isinstance(source, Mapping):  # predictions by method
+        value = source.get(row)
+        return None if value is None else _load(value, f"{name}[{row!r}]")
+    if _is_given(method):
+        return _load(method, f"methods[{row!r}]", targets=True) if name == TEST else None
+    if not hasattr(method, "predict_with_targets"):
+        raise ArgumentError(
+            f"methods[{row!r}]: expected a BayesianModel, Predictions or a path to some, got {type(method).__name__}; "
+            'wrap a network first: bayesdl.wrap(net, "map", loader, likelihood=...)'
+        )
+    predictive, targets = method.predict_with_targets(source)
+    labelled = not name.startswith("ood/")
+    if labelled and targets is None:
+        raise LabelError(f"{name}: the loader gives inputs without targets, and nothing can be scored without them")
+    meta = {"about": _facts(method)} if name == TEST else {}
+    made = Predictions.from_predictive(predictive, targets if labelled else None, name=name, meta=meta)
+    return made.map(Tensor.cpu)
+
+
+def _load(value: Any, where: str, *, targets: bool = False) -> Predictions:
+    found = value if isinstance(value, Predictions) else None
+    if found is None and isinstance(value, (str, os.PathLike)):
+        found = Predictions.load(Path(value))
+    if found is None:
+        raise ArgumentError(f"{where}: expected Predictions or a path to some, got {type(value).__name__}")
+    if targets and found.targets is None:
+        raise LabelError(f"{where}: these predictions hold no targets, and nothing can be scored without them")
+    return found
+
+
+def _facts(method: Any) -> dict[str, Any]:
+    """What a model says about itself: method name, temperature, fit cost."""
+    facts: dict[str, Any] = {}
+    if isinstance(getattr(method, "method_name", None), str):
+        facts["method"] = method.method_name
+    temperature = getattr(method, "temperature", None)
+    if isinstance(temperature, (int, float)) and math.isfinite(temperature):
+        facts["temperature"] = float(temperature)
+    facts["cost"] = {str(key): float(value) for key, value in dict(getattr(method, "cost", {})).items()}
+    return facts
+
+
+def _measure(method: Any, data: Iterable[Any]) -> costs.Cost:
+    """Time and memory on a few batches that are held in memory."""
+    batches: list[Any] = []
+    seen = 0
+    for batch in data:
+        batches.append(batch)
+        seen += _batch_size(batch)
+        if seen >= _COST_EXAMPLES or len(batches) >= _COST_BATCHES:
+            break
+
+    def predict(some: Sequence[Any]) -> int:
+        return int(method.predict(some).mean.shape[0])
+
+    return costs.measure(predict, batches, device=getattr(method, "device", "cpu"))
+
+
+def _batch_size(batch: Any) -> int:
+    """Examples in a batch as far as they can be seen; 1 where not, which only makes the sample longer."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0]) if batch.dim() else 1
+    parts = (
+        list(batch.values()) if isinstance(batch, Mapping) else list(batch) if isinstance(batch, (list, tuple)) else []
+    )
+    return _batch_size(parts[0]) if parts else 1
+
+
+def _cost_note(measured: costs.Cost) -> str:
+    text = (
+        "Time: wall clock per example over batches held in memory, after a warm-up, median of repeated runs. "
+        "Peak memory: highest level during a prediction above the level before it"
+    )
+    text += ", CUDA allocator" if measured.device.startswith("cuda") else ", resident set sampled every millisecond"
+    return f"{text}. {measured.note}." if measured.note else f"{text}."
+
+
+def _check_same_targets(predictions: Mapping[str, Mapping[str, Predictions]]) -> None:
+    """Paired resampling compares example with example, so all rows must hold the same examples in the same order."""
+    first_row = next(iter(predictions))
+    for row, sets in predictions.items():
+        for name, found in sets.items():
+            other = predictions[first_row].get(name)
+            if other is None or other is found:
+                continue
+            if found.task != other.task:
+                raise ArgumentError(f"{name}: {row!r} is about {found.task}, {first_row!r} about {other.task}")
+            if len(found) != len(other):
+                raise ShapeError(
+                    f"{name}: {row!r} has {len(found)} examples, {first_row!r} has {len(other)}; "
+                    "compare the same examples"
+                )
+            if found.targets is None or other.targets is None:
+                continue
+            if found.targets.shape != other.targets.shape:
+                raise ShapeError(
+                    f"{name}: targets of {row!r} have shape {tuple(found.targets.shape)}, "
+                    f"of {first_row!r} {tuple(other.targets.shape)}"
+                )
+            unequal = (found.targets.double() != other.targets.double()).reshape(len(found), -1).any(1)
+            if bool(unequal.any()):
+                index = int(unequal.nonzero()[0])
+                raise LabelError(
+                    f"{name}: targets of {row!r} and {first_row!r} differ, first at example {index}; "
+                    "if the loader shuffles, build it with shuffle=False"
+                )

@@ -1,0 +1,188 @@
+"""`compare` and `evaluate`: predictions in, a `Report` or a dict of floats out."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from bayesdl.errors import ArgumentError
+from bayesdl.evaluation.collect import TEST, Collected, collect, one
+from bayesdl.evaluation.metrics import HEADLINE, evaluate_metrics
+from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
+from bayesdl.evaluation.predictions import Predictions
+from bayesdl.evaluation.report import Report
+from bayesdl.evaluation.table import Resampler, Table
+
+_SHIFT_METRICS = {
+    "classification": ("nll", "accuracy", "ece"),
+    "multilabel": ("nll", "accuracy"),
+    "regression": ("nll", "rmse", "picp_90"),
+    "count": ("nll", "rmse"),
+}
+
+
+def compare(
+    methods: Mapping[str, Any],
+    data: Any = None,
+    *,
+    ood: Mapping[str, Any] | None = None,
+    shift: Mapping[str, Any] | None = None,
+    metrics: Sequence[str] | None = None,
+    bootstrap: int = 1000,
+    level: float = 0.95,
+    generator: torch.Generator | None = None,
+    cost: bool = True,
+    score: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Compare methods on the same examples: proper scores, calibration, OOD detection, shift, cost, with error bars.
+
+    Args:
+        methods: name -> `BayesianModel`, `Predictions`, or path to saved predictions.
+        data: loader of the test data, read once per model in the same order; None if all methods are predictions.
+        ood: name -> loader of out-of-distribution data (labels are ignored), or name -> {method: Predictions}.
+        shift: name -> loaders by growing severity, as {severity: loader} or a list; in place of a loader, predictions
+            by method.
+        metrics: keys of `METRICS`; None takes the task's `HEADLINE`.
+        bootstrap: resamples of the test points, shared by all methods and columns; 0 for no intervals and no tests.
+        level: of the intervals.
+        generator: for the resamples; None means one seeded with 0, so that the same input gives the same report.
+        cost: measure time and memory of every model.
+        score: headline OOD score, a key of `SCORES`; None means entropy, for regression the variance of f.
+        progress: show a progress bar.
+
+    Returns:
+        A `Report`. A value that is undefined for a method is NaN there, with its reason in `rep.cell(row, key).note`.
+
+    Raises:
+        ArgumentError, ShapeError, LabelError: nothing to compare, or methods that were not run on the same examples.
+        UnknownNameError: a metric or score that does not exist.
+    """
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or bootstrap < 0:
+        raise ArgumentError(f"bootstrap: expected a number of resamples, 0 for none, got {bootstrap!r}")
+    if not 0.0 < level < 1.0:
+        raise ArgumentError(f"level={level!r} was given; expected a number between 0 and 1")
+    found = collect(methods, data, ood, shift, cost=cost, progress=progress)
+    names = tuple(HEADLINE[found.task] if metrics is None else metrics)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    seed = generator.initial_seed()
+    chosen = DEFAULT_SCORE[found.task] if score is None else score
+    table = Table(found, Resampler(bootstrap, level, generator))
+    shifts = [(name, severity) for name, severities in found.shifts.items() for severity in severities]
+    sets = [name for name in _sets(found) if name.startswith("ood/")]
+    with tqdm(total=1 + len(shifts) + len(sets), desc="evaluate", disable=not progress, leave=False) as steps:
+        table.add_metrics(TEST, names, headline=True)
+        steps.update()
+        for name in sets:
+            table.add_ood(name, chosen)
+            steps.update()
+        watched = [metric for metric in _SHIFT_METRICS[found.task] if metric in names]
+        for name, severity in shifts:
+            table.add_metrics(f"shift/{name}/{severity}", watched, headline=False)
+            steps.update()
+        for name, severities in found.shifts.items():
+            table.add_shift_means(name, severities, watched)
+    table.add_costs()
+    return table.report(_details(found, table, bootstrap, level, seed, chosen, watched))
+
+
+def evaluate(
+    method: Any, data: Any = None, ood: Mapping[str, Any] | None = None, metrics: Sequence[str] | None = None
+) -> dict[str, float]:
+    """One method's values as plain floats, with keys made for loggers; undefined values are NaN.
+
+    Args:
+        method: `BayesianModel`, `Predictions`, or path to saved predictions.
+        data: loader of the test data; None for predictions.
+        ood: name -> loader, `Predictions` or path.
+        metrics: keys of `METRICS`; None takes the task's `HEADLINE`.
+
+    Returns:
+        `nll`, ..., `ood/<set>/<score>/<metric>` for every score the predictions hold, and `ood/<set>/<metric>` for the
+        task's default score.
+    """
+    sets = one(method, data, ood)
+    test = sets.pop(TEST)
+    values = evaluate_metrics(test, metrics)
+    for name, outside in sets.items():
+        for score in scores_for(test):
+            found = {metric: float(value) for metric, value in ood_metrics(test, outside, score).items()}
+            values |= {f"{name}/{score}/{metric}": value for metric, value in found.items()}
+            if score == DEFAULT_SCORE[test.task]:
+                values |= {f"{name}/{metric}": value for metric, value in found.items()}
+    return values
+
+
+def scores_for(predictions: Predictions) -> list[str]:
+    """The OOD scores that these predictions hold."""
+    return [
+        name
+        for name, score in SCORES.items()
+        if predictions.task in score.tasks and score.read(predictions) is not None
+    ]
+
+
+def _sets(found: Collected) -> list[str]:
+    return list(dict.fromkeys(name for sets in found.predictions.values() for name in sets))
+
+
+def _details(
+    found: Collected, table: Table, bootstrap: int, level: float, seed: int, score: str, watched: Sequence[str]
+) -> dict[str, Any]:
+    """What the footer and the notes of a report say."""
+    test = {row: sets[TEST] for row, sets in found.predictions.items()}
+    first = next(iter(test.values()))
+    about = {row: {k: v for k, v in facts.items() if k != "cost"} for row, facts in found.about.items()}
+    notes = list(found.notes)
+    if found.task == "classification":
+        for row, predictions in test.items():
+            gap = float(predictions.confidence.mean() - predictions.correct.double().mean())
+            about[row]["confidence_gap"] = gap
+            if ties := predictions.num_tied:
+                notes.append(f"{row}: {ties} examples have several most probable classes; the lowest index counts.")
+    if bootstrap:
+        notes.append(_bootstrap_note(bootstrap, first.group is not None))
+    devices = sorted({str(facts["device"]) for facts in about.values() if "device" in facts})
+    return {
+        "task": found.task,
+        "n": len(first),
+        "sizes": {name: table.size(name) for name in _sets(found)},
+        "bootstrap": bootstrap,
+        "level": level,
+        "seed": seed,
+        "score": score,
+        "shift": dict(found.shifts),
+        "shift_metrics": list(watched),
+        "methods": about,
+        "device": ", ".join(devices),
+        "data": _fingerprint(first),
+        "versions": _versions(),
+        "notes": notes,
+    }
+
+
+def _bootstrap_note(count: int, clustered: bool) -> str:
+    units = "whole groups of examples" if clustered else "examples"
+    return (
+        f"Intervals: {count} bootstrap resamples of {units}, the same for every method and column; BCa for means of "
+        "losses, reflected for calibration errors (whose bootstrap is biased upwards), percentiles for the rest. "
+        "They cover the choice of test examples, not the randomness of training. Tests compare every method with the best of "
+        "the column on the same resamples, two-sided, adjusted by Holm over the methods of the column."
+    )
+
+
+def _fingerprint(predictions: Predictions) -> str:
+    """A short hash of the targets, by which two reports can be seen to be about the same data."""
+    targets = predictions.labelled().cpu().contiguous()
+    return hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:12]
+
+
+def _versions() -> dict[str, str]:
+    from bayesdl import __version__  # not at module level: the package imports this module
+
+    return {"bayesdl": __version__, "torch": torch.__version__, "Python": platform.python_version()}

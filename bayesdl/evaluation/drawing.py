@@ -1,0 +1,111 @@
+"""What all figures share: dressed Axes, percentage ticks, labels at line ends, thinned curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bayesdl.evaluation import style
+from bayesdl.evaluation.selective import risk_coverage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+FONT = 8
+POINTS = 300  # a curve over 50 000 examples needs no more points than a screen has
+
+
+def dressed(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The Axes given, or those of a new figure; dressed in the report's style."""
+    if ax is None:
+        from matplotlib.figure import Figure
+
+        ax = Figure(figsize=size, layout="constrained").subplots()
+        ax.figure.patch.set_alpha(0)
+        ax.patch.set_alpha(0)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(style.MUTED)
+    ax.spines[["left", "bottom"]].set_linewidth(0.6)
+    ax.tick_params(colors=style.MUTED, labelcolor=style.INK, labelsize=FONT - 0.5, width=0.6, length=2.5)
+    ax.grid(color=style.GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for label in (ax.xaxis.label, ax.yaxis.label):
+        label.set(fontsize=FONT, color=style.INK)
+    return ax
+
+
+def percent(axes: Axes, which: str) -> None:
+    """Print the ticks of the named axes as percentages, with as many decimals as they need."""
+    from matplotlib.ticker import FuncFormatter
+
+    for letter in which:
+        axis = axes.xaxis if letter == "x" else axes.yaxis
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}%"))
+
+
+def legend(axes: Axes, place: str = "best") -> None:
+    """A small legend without a frame."""
+    axes.legend(
+        fontsize=FONT - 0.5, frameon=False, labelcolor=style.INK, loc=place, handlelength=1.8, borderaxespad=0.2
+    )
+
+
+def axis_label(label: str, unit: str) -> str:
+    """Label with unit; percentages show theirs at the ticks."""
+    return f"{label} ({unit})" if unit and unit != "fraction" else label
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
+    """Names at the right ends of lines, pushed apart so that none covers another."""
+    low, high = axes.get_ylim()
+    finite = sorted((e for e in ends if math.isfinite(e[1])), key=lambda e: e[1])
+    gap = 0.075 * (high - low)
+    places = [value for _, value, _ in finite]
+    for _ in range(100):  # relaxation: neighbours that are too close move apart by equal parts
+        moved = False
+        for i in range(1, len(places)):
+            lack = gap - (places[i] - places[i - 1])
+            if lack > 1e-9 * gap:
+                places[i - 1] -= lack / 2
+                places[i] += lack / 2
+                moved = True
+        if not moved:
+            break
+    if places:  # all of them inside the plot again
+        shift = max(low - places[0], 0.0) or min(high - places[-1], 0.0)
+        places = [place + shift for place in places]
+    for (name, _, colour), place in zip(finite, places, strict=True):
+        axes.annotate(
+            name, (1, (place - low) / (high - low)), xycoords="axes fraction", xytext=(5, 0),
+            textcoords="offset points", fontsize=FONT, color=colour, va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Share of values per bin; values beyond the ends count in the outermost bins, so the shares sum to one."""
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    return counts / len(values)
+
+
+def risk_curve(confidence: Tensor, loss: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage and risk, thinned; without the first two per cent, where a handful of examples makes the risk jump."""
+    curve = risk_coverage(confidence, loss)
+    coverage, risk = array(curve.coverage), array(curve.risk)
+    calm = coverage >= min(0.02, coverage[-1])
+    coverage, risk = coverage[calm], risk[calm]
+    points = thin(len(coverage))
+    return coverage[points], risk[points]
+
+
+def thin(n: int) -> np.ndarray:
+    """At most `POINTS` of n positions, evenly spread, both ends kept."""
+    return np.unique(np.linspace(0, n - 1, POINTS).round().astype(int))
+
+
+def array(values: Tensor) -> np.ndarray:
+    """float64 copy for Matplotlib."""
+    return values.detach().double().cpu().numpy()

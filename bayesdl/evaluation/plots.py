@@ -1,0 +1,308 @@
+"""The figures of a report. Each draws on the Axes given, or on a new figure of its own, and returns the Axes.
+
+Only Matplotlib's object-oriented interface is used: no pyplot state, no window, no backend to choose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bayesdl.errors import UnknownNameError, UnsupportedError
+from bayesdl.evaluation import drawing, style
+from bayesdl.evaluation.classification import reliability_of
+from bayesdl.evaluation.ood import ood_score
+from bayesdl.evaluation.regression import pit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from bayesdl.evaluation.predictions import Predictions
+    from bayesdl.evaluation.report import Report
+
+_SMALL = (2.6, 2.55)
+_MIDDLE = (3.6, 2.7)
+_WIDE = (4.4, 3.0)
+_NORMAL_975 = 1.959963984540054
+
+
+class Plots:
+    """Figures of one report, reached as `rep.plot`."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def reliability(self, row: str | None = None, *, bins: int = 15, ax: Axes | None = None) -> Axes:
+        """Accuracy against confidence of one method (default: the best by NLL), per equal-width bin of confidence.
+
+        Grey bars: where 95 % of the accuracies would fall if the forecasts were perfectly calibrated. Bottom: how many
+        examples each bin holds, to its own scale.
+
+        Raises:
+            UnsupportedError: not a classification report, or read from JSON.
+        """
+        name, predictions = self._one(row, ("classification",), "reliability")
+        table = reliability_of(predictions.confidence, predictions.correct, bins=bins)
+        axes = drawing.dressed(ax, _SMALL)
+        count, low, high = drawing.array(table.count), drawing.array(table.low), drawing.array(table.high)
+        used = count > 0
+        centres = (np.arange(bins) + 0.5) / bins
+        axes.bar(centres, 0.22 * count / count.max(), width=0.9 / bins, color=style.GRID, zorder=1)
+        low, high = low[used], high[used]
+        axes.bar(
+            centres[used],
+            high - low,
+            bottom=low,
+            width=0.9 / bins,
+            color=style.MUTED,
+            alpha=0.28,
+            linewidth=0,
+            zorder=2,
+        )
+        axes.plot([0, 1], [0, 1], color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3)
+        look = self._look(name)
+        # A bin with a handful of examples says little: it gets a small mark, and no line leads to it.
+        confidence, accuracy, share = (
+            drawing.array(table.confidence),
+            drawing.array(table.accuracy),
+            count / count.sum(),
+        )
+        solid = share >= 0.005
+        axes.plot(confidence[solid], accuracy[solid], color=look[0], linewidth=1.3, zorder=4)
+        sizes = np.clip(400 * share[used], 3.0, 16.0)
+        axes.scatter(confidence[used], accuracy[used], s=sizes, color=look[0], marker=look[1], zorder=5)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+        drawing.percent(axes, "xy")
+        return axes
+
+    def risk_coverage(self, *, ax: Axes | None = None) -> Axes:
+        """Error rate among the most confident examples against the share of examples kept; lower is better.
+
+        The dotted line is what the most accurate method would reach with a perfect order of the same errors.
+
+        Raises:
+            UnsupportedError: not a classification report, or read from JSON.
+        """
+        axes = drawing.dressed(ax, _WIDE)
+        ends: list[tuple[str, float, str]] = []
+        ideal: tuple[float, np.ndarray, np.ndarray] | None = None
+        for name in self._report.rows:
+            _, predictions = self._one(name, ("classification",), "risk-coverage")
+            wrong = (~predictions.correct).double()
+            kept, risk = drawing.risk_curve(predictions.confidence, wrong)
+            look = self._look(name)
+            axes.plot(kept, risk, color=look[0], linestyle=look[2], linewidth=1.5)
+            ends.append((name, float(risk[-1]), look[0]))
+            # A perfect order of the same errors depends on the error rate alone: draw that of the most accurate method.
+            if ideal is None or risk[-1] < ideal[0]:
+                rising = np.sort(drawing.array(wrong)).cumsum() / np.arange(1, len(wrong) + 1)
+                ideal = float(risk[-1]), np.arange(1, len(wrong) + 1) / len(wrong), rising
+        if ideal is not None:
+            points = drawing.thin(len(ideal[1]))
+            axes.plot(ideal[1][points], ideal[2][points], color=style.MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        axes.set(xlim=(0, 1), xlabel="share of examples kept, most confident first", ylabel="error rate among them")
+        axes.set_ylim(bottom=0)
+        drawing.percent(axes, "xy")
+        drawing.label_ends(axes, ends)
+        return axes
+
+    def ood_histogram(self, row: str | None = None, *, score: str | None = None, ax: Axes | None = None) -> Axes:
+        """Histogram of an uncertainty score on the test data (filled) and on every out-of-distribution set (lines).
+
+        Raises:
+            UnsupportedError: the report has no out-of-distribution set, or was read from JSON.
+        """
+        name, predictions = self._one(row, (), "OOD histogram")
+        sets = {key[4:]: value for key, value in self._report.predictions[name].items() if key.startswith("ood/")}
+        if not sets:
+            raise UnsupportedError("the report has no out-of-distribution set; give compare(..., ood={name: loader})")
+        wanted = score or str(self._report.details["score"])
+        inside = drawing.array(ood_score(predictions, wanted))
+        outside = {key: drawing.array(ood_score(value, wanted)) for key, value in sets.items()}
+        pooled = np.concatenate([inside, *outside.values()])
+        low, high = np.quantile(pooled, [0.002, 0.998])
+        edges = np.linspace(low, high if high > low else low + 1.0, 31)
+        axes = drawing.dressed(ax, _SMALL)
+        axes.stairs(drawing.shares(inside, edges), edges, fill=True, color=style.MUTED, alpha=0.35, label="test")
+        colour = self._look(name)[0]
+        for index, (key, values) in enumerate(outside.items()):
+            axes.stairs(
+                drawing.shares(values, edges),
+                edges,
+                color=colour,
+                linewidth=1.4,
+                linestyle=style.DASHES[index % 8],
+                label=key,
+                baseline=None,
+            )
+        axes.set(
+            xlabel=f"{wanted.replace('_', ' ')} (higher: more unusual)", ylabel="share of examples", xlim=edges[[0, -1]]
+        )
+        axes.set_ylim(bottom=0)
+        drawing.percent(axes, "y")
+        drawing.legend(axes)
+        return axes
+
+    def shift(self, metric: str = "nll", *, name: str | None = None, ax: Axes | None = None) -> Axes:
+        """One metric against growing severity of a shift (default: the first), every method with its interval.
+
+        Raises:
+            UnsupportedError: the report has no shift. UnknownNameError: no such shift or metric.
+        """
+        shifts: dict[str, list[str]] = dict(self._report.details.get("shift", {}))
+        if not shifts:
+            raise UnsupportedError("the report has no shift; give compare(..., shift={name: {severity: loader}})")
+        chosen = next(iter(shifts)) if name is None else name
+        if chosen not in shifts:
+            raise UnknownNameError(f"no shift {chosen!r}; the report has {', '.join(shifts)}")
+        keys = [metric, *(f"shift/{chosen}/{severity}/{metric}" for severity in shifts[chosen])]
+        column = self._report.column(metric)
+        axes = drawing.dressed(ax, _MIDDLE)
+        ends: list[tuple[str, float, str]] = []
+        steps = np.arange(len(keys))
+        for index, row in enumerate(self._report.rows):
+            cells = [self._report.cell(row, key) for key in keys]
+            values = np.array([math.nan if c.value is None else c.value for c in cells])
+            look = self._look(row)
+            moved = steps + 0.05 * (index - (len(self._report.rows) - 1) / 2)  # so that the bars stand side by side
+            axes.plot(moved, values, color=look[0], linestyle=look[2], marker=look[1], markersize=3.6, linewidth=1.3)
+            ranges = [(x, c.low, c.high) for x, c in zip(moved, cells, strict=True) if c.low is not None]
+            axes.vlines(
+                [r[0] for r in ranges],
+                [r[1] for r in ranges],
+                [r[2] for r in ranges],
+                color=look[0],
+                linewidth=1,
+                alpha=0.7,
+            )
+            ends.append((row, float(values[-1]), look[0]))
+        axes.set_xticks(steps, ["test", *shifts[chosen]])
+        axes.set(xlabel=f"{chosen}, growing severity", ylabel=drawing.axis_label(column.label, column.unit))
+        if column.unit == "fraction":
+            drawing.percent(axes, "y")
+        drawing.label_ends(axes, ends)
+        return axes
+
+    def intervals(self, *, ax: Axes | None = None) -> Axes:
+        """Observed coverage of central prediction intervals against their nominal level; the diagonal is perfect.
+
+        Grey band: where 95 % of the observations would fall, level by level, if the forecasts were right.
+
+        Raises:
+            UnsupportedError: not a regression report, or read from JSON.
+        """
+        levels = np.linspace(0.02, 0.98, 49)
+        axes = drawing.dressed(ax, _WIDE)
+        for position, name in enumerate(self._report.rows):
+            central = np.abs(2 * self._pit(name) - 1)
+            if position == 0:
+                spread = _NORMAL_975 * np.sqrt(levels * (1 - levels) / len(central))
+                axes.fill_between(levels, levels - spread, levels + spread, color=style.MUTED, alpha=0.25, linewidth=0)
+                axes.plot([0, 1], [0, 1], color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+            look = self._look(name)
+            observed = (central[None, :] <= levels[:, None]).mean(1)
+            axes.plot(levels, observed, color=look[0], linestyle=look[2], linewidth=1.5, label=name)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level of the interval", ylabel="targets inside")
+        drawing.percent(axes, "xy")
+        drawing.legend(axes, "upper left")
+        return axes
+
+    def pit(self, row: str | None = None, *, bins: int = 20, ax: Axes | None = None) -> Axes:
+        """Histogram of F(y), the probability integral transform: flat if the forecasts are right.
+
+        A U means intervals too narrow, a hump too wide, a slope bias. Grey band: 95 % of bars under right forecasts.
+
+        Raises:
+            UnsupportedError: not a regression report, or read from JSON.
+        """
+        name, _ = self._one(row, ("regression",), "PIT histogram")
+        values = self._pit(name)
+        edges = np.linspace(0, 1, bins + 1)
+        density = drawing.shares(values, edges) * bins
+        axes = drawing.dressed(ax, _SMALL)
+        spread = _NORMAL_975 * math.sqrt((bins - 1) / len(values))
+        axes.stairs(density, edges, fill=True, color=self._look(name)[0], alpha=0.75)
+        axes.axhspan(max(1 - spread, 0), 1 + spread, color=style.MUTED, alpha=0.28, linewidth=0)
+        axes.axhline(1, color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set(xlim=(0, 1), xlabel="F(y)", ylabel="density")
+        return axes
+
+    def decomposition(self, *, ax: Axes | None = None) -> Axes:
+        """Mean aleatoric and epistemic uncertainty of every method on the test data and on every OOD set.
+
+        Raises:
+            UnsupportedError: the report was read from JSON.
+        """
+        self._one(self._report.rows[0], (), "decomposition")
+        sets = [key for key in self._report.predictions[self._report.rows[0]] if not key.startswith("shift/")]
+        bars = [
+            (key.removeprefix("ood/"), row, self._report.predictions[row][key])
+            for key in sets
+            for row in self._report.rows
+        ]
+        axes = drawing.dressed(ax, (4.4, 0.75 + 0.24 * len(bars) + 0.16 * len(sets)))
+        ticks: list[float] = []
+        for index, (key, _, predictions) in enumerate(bars):
+            place = float(index) + 0.8 * (index // len(self._report.rows))
+            if index % len(self._report.rows) == 0:
+                axes.annotate(
+                    key, (0, place - 0.55), xytext=(2, 0), textcoords="offset points", fontsize=drawing.FONT, color=style.INK,
+                    fontweight="bold", annotation_clip=False,
+                )  # fmt: skip
+            aleatoric, epistemic = (
+                float(drawing.array(part).mean()) for part in (predictions.aleatoric, predictions.epistemic)
+            )
+            first = index == 0
+            axes.barh(place, aleatoric, color=style.SERIES[5], height=0.72, label="aleatoric" if first else None)
+            axes.barh(
+                place,
+                epistemic,
+                left=aleatoric,
+                color=style.SERIES[1],
+                height=0.72,
+                label="epistemic" if first else None,
+            )
+            ticks.append(place)
+        axes.set_yticks(ticks, [row for _, row, _ in bars])
+        axes.set_ylim(ticks[-1] + 0.6, -1.0)
+        square = self._report.task in ("regression", "count")
+        axes.set_xlabel("mean variance (target units²)" if square else "mean uncertainty (nats)")
+        axes.grid(axis="y", visible=False)
+        axes.legend(
+            fontsize=drawing.FONT - 1,
+            frameon=False,
+            labelcolor=style.INK,
+            loc="lower right",
+            ncols=2,
+            bbox_to_anchor=(1, 1),
+        )
+        return axes
+
+    def _look(self, row: str) -> tuple[str, str, object]:
+        """Colour, marker and dash of a method: the same in every figure."""
+        index = self._report.rows.index(row)
+        return style.colour(index), style.MARKERS[index % 8], style.DASHES[index % 8]
+
+    def _one(self, row: str | None, tasks: Sequence[str], what: str) -> tuple[str, Predictions]:
+        """The row asked for (default: the best by NLL) and its test predictions."""
+        report = self._report
+        if tasks and report.task not in tasks:
+            raise UnsupportedError(f"a {what} is defined for {' and '.join(tasks)}; this report is about {report.task}")
+        if not report.predictions:
+            raise UnsupportedError("this report was read from JSON and holds no raw predictions to draw")
+        name = row if row is not None else (report.best("nll") if "nll" in report.columns else None) or report.rows[0]
+        if name not in report.predictions:
+            raise UnknownNameError(f"the report has no row {name!r}; its rows are {', '.join(report.rows)}")
+        return name, report.predictions[name]["test"]
+
+    def _pit(self, row: str) -> np.ndarray:
+        _, predictions = self._one(row, ("regression",), "PIT")
+        parts = {
+            "mean": predictions.means,
+            "variance": predictions.variances,
+            "member_weights": predictions.member_weights,
+        }
+        return drawing.array(pit(predictions.targets, **parts)).ravel()

@@ -1,0 +1,336 @@
+"""Fill the cells of a report: values, intervals, paired tests against the best, and reasons where there is no value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesdl.evaluation import bootstrap
+from bayesdl.evaluation.bootstrap import Resamples
+from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of, place
+from bayesdl.evaluation.collect import TEST, Collected
+from bayesdl.evaluation.metrics import METRICS, Metric, metric_values
+from bayesdl.evaluation.ood import OOD_METRICS, SCORES, ood_metrics
+from bayesdl.evaluation.predictions import Predictions
+from bayesdl.evaluation.report import Report
+from bayesdl.evaluation.validation import UndefinedError
+
+SIGNIFICANCE = 0.05
+_HEADLINE_OOD = ("auroc", "fpr95")
+_GROUPS = {
+    "accuracy": ("accuracy", "rmse", "mae"),
+    "selective": ("error_auroc", "aurc", "eaurc", "augrc", "risk_at_coverage_80", "coverage_at_risk_5"),
+}
+_COSTS = (
+    Column("fit_seconds", "Fit time", "cost", "min", "s", "Seconds to fit the method on top of the trained network."),
+    Column("ms_per_example", "Time", "cost", "min", "ms / example", "Milliseconds to predict one example."),
+    Column("peak_mib", "Peak memory", "cost", "min", "MiB", "Memory a prediction needs above what was held before it."),
+    Column(
+        "forward_passes", "Forward passes", "cost", "min", "", "Cost of a prediction in passes through the network."
+    ),
+    Column("parameters", "Parameters", "cost", "none", "", "Parameters that the method treats as uncertain."),
+)
+
+
+@dataclass(frozen=True)
+class Resampler:
+    """How values are resampled: `count` paired resamples (0: none) at `level`, drawn from `generator`."""
+
+    count: int
+    level: float
+    generator: torch.Generator
+
+
+@dataclass
+class Table:
+    """Cells under construction; `report` freezes them."""
+
+    found: Collected
+    resampler: Resampler
+    columns: list[Column] = field(default_factory=list)
+    cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    replicates: dict[str, np.ndarray] = field(default_factory=dict)
+    _drawn: dict[str, Resamples] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cells = {row: {} for row in self.found.rows}
+
+    def add_metrics(self, dataset: str, names: Sequence[str], *, headline: bool) -> None:
+        """One column for each metric on one data set."""
+        prefix = "" if dataset == TEST else f"{dataset}/"
+        where = "" if dataset == TEST else f", {place(dataset)}"
+        columns = {
+            name: Column(
+                key=prefix + name,
+                label=_sentence(METRICS[name].label) + where,
+                group="shift" if dataset.startswith("shift/") else _group(METRICS[name]),
+                direction=METRICS[name].direction,
+                unit=METRICS[name].unit,
+                definition=METRICS[name].definition,
+                target=METRICS[name].target,
+                n=self.size(dataset),
+                dataset=dataset,
+                headline=headline,
+            )
+            for name in names
+        }
+        samples: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for row in self.found.rows:
+            predictions = self.found.predictions[row].get(dataset)
+            if predictions is None:
+                self.cells[row] |= {c.key: Cell(None, note="not given") for c in columns.values()}
+                continue
+            values = metric_values(predictions, names)
+            usable = [name for name in names if not math.isnan(values[name].value) and METRICS[name].resampled]
+            resampled: dict[str, Tensor] = {}
+            if self.resampler.count and usable:
+                resampled = bootstrap.resample(predictions, usable, self._resamples(dataset, predictions))
+            for name, column in columns.items():
+                cell = _cell(values[name].value, values[name].reason)
+                if name in resampled:
+                    samples[name][row] = resampled[name]
+                    cell = self._with_interval(cell, name, predictions, resampled[name])
+                self.cells[row][column.key] = cell
+        for name, column in columns.items():
+            self._finish(column, samples[name])
+
+    def add_ood(self, dataset: str, headline_score: str) -> None:
+        """AUROC and FPR95 of the headline score with intervals, then every score and metric without."""
+        samples: dict[str, dict[str, Tensor]] = {name: {} for name in OOD_METRICS}
+        for row in self.found.rows:
+            values, reason = self._ood_values(row, dataset, headline_score)
+            for name in OOD_METRICS:
+                self.cells[row][f"{dataset}/{name}"] = _cell(values.get(name, math.nan), reason)
+            if values and self.resampler.count:
+                inside, outside = self.found.predictions[row][TEST], self.found.predictions[row][dataset]
+                resampled = bootstrap.resample_ood(
+                    inside,
+                    outside,
+                    self._resamples(TEST, inside),
+                    self._resamples(dataset, outside),
+                    score=headline_score,
+                )
+                for name, sample in resampled.items():
+                    samples[name][row] = sample
+                    span = bootstrap.percentile_interval(sample, level=self.resampler.level)
+                    cell = self.cells[row][f"{dataset}/{name}"]
+                    self.cells[row][f"{dataset}/{name}"] = replace(cell, low=_known(span.low), high=_known(span.high))
+        for name in OOD_METRICS:
+            column = self._ood_column(dataset, name, headline_score, named=False)
+            self._finish(column, samples[name])
+        for score in SCORES:
+            if self.found.task in SCORES[score].tasks:
+                self._add_score(dataset, score)
+
+    def _add_score(self, dataset: str, score: str) -> None:
+        found = {row: self._ood_values(row, dataset, score) for row in self.found.rows}
+        if not any(values for values, _ in found.values()):
+            return
+        for name in OOD_METRICS:
+            column = self._ood_column(dataset, name, score, named=True)
+            for row, (values, reason) in found.items():
+                self.cells[row][column.key] = _cell(values.get(name, math.nan), reason)
+            self._finish(column, {})
+
+    def _ood_column(self, dataset: str, name: str, score: str, *, named: bool) -> Column:
+        metric = OOD_METRICS[name]
+        return Column(
+            key=f"{dataset}/{score}/{name}" if named else f"{dataset}/{name}",
+            label=f"{metric.label}, {place(dataset)}" + (f", {score.replace('_', ' ')}" if named else ""),
+            group="ood",
+            direction=metric.direction,
+            unit=metric.unit,
+            definition=f"{metric.definition} Score: {SCORES[score].definition}",
+            n=self.size(dataset),
+            dataset=dataset,
+            headline=not named and name in _HEADLINE_OOD,
+        )
+
+    def _ood_values(self, row: str, dataset: str, score: str) -> tuple[Mapping[str, float], str]:
+        sets = self.found.predictions[row]
+        if dataset not in sets:
+            return {}, "not given"
+        try:
+            return {k: float(v) for k, v in ood_metrics(sets[TEST], sets[dataset], score).items()}, ""
+        except UndefinedError as error:
+            return {}, error.reason
+
+    def add_shift_means(self, name: str, severities: Sequence[str], metrics: Sequence[str]) -> None:
+        """The plain mean of each metric over the severities of one shift."""
+        for metric in metrics:
+            keys = [f"shift/{name}/{severity}/{metric}" for severity in severities]
+            single = next(c for c in self.columns if c.key == keys[0])
+            column = replace(
+                single,
+                key=f"shift/{name}/{metric}",
+                label=f"{_sentence(METRICS[metric].label)}, {name}",
+                definition=f"{single.definition} Mean over {len(keys)} severities.",
+                n=sum(c.n for c in self.columns if c.key in keys),
+                dataset=f"shift/{name}",
+                headline=True,
+            )
+            # The mean of biased calibration errors has no interval that would cover; it is printed without one.
+            tested = METRICS[metric].interval != "calibration" and all(key in self.replicates for key in keys)
+            samples: dict[str, Tensor] = {}
+            for position, row in enumerate(self.found.rows):
+                cells = [self.cells[row][key] for key in keys]
+                missing = next((c.note for c in cells if c.value is None), None)
+                if missing is not None:
+                    self.cells[row][column.key] = Cell(None, note=missing)
+                    continue
+                cell = Cell(sum(c.value for c in cells if c.value is not None) / len(cells))
+                if tested:
+                    values = torch.from_numpy(np.mean([self.replicates[key][position] for key in keys], axis=0))
+                    span = bootstrap.percentile_interval(values, level=self.resampler.level)
+                    cell, samples[row] = replace(cell, low=_known(span.low), high=_known(span.high)), values
+                self.cells[row][column.key] = cell
+            self._finish(column, samples)
+
+    def add_costs(self) -> None:
+        """Fit time, prediction time, memory, passes, parameters: whatever at least one method knows."""
+        known = {row: about.get("cost", {}) for row, about in self.found.about.items()}
+        for column in _COSTS:
+            if not any(column.key in costs for costs in known.values()):
+                continue
+            for row, costs in known.items():
+                value = costs.get(column.key)
+                self.cells[row][column.key] = (
+                    Cell(None, note="not known") if value is None else _cell(value, "unreadable")
+                )
+            self._finish(column, {})
+
+    def report(self, details: Mapping[str, Any]) -> Report:
+        """The finished report."""
+        return Report(
+            rows=self.found.rows,
+            specs=tuple(self.columns),
+            cells={row: dict(cells) for row, cells in self.cells.items()},
+            details=details,
+            predictions=self.found.predictions,
+            replicates=self.replicates,
+        )
+
+    def size(self, dataset: str) -> int:
+        """Number of examples of a data set."""
+        return next((len(sets[dataset]) for sets in self.found.predictions.values() if dataset in sets), 0)
+
+    def _resamples(self, dataset: str, predictions: Predictions) -> Resamples:
+        """The data set's resamples, the same for every method; a shifted copy of the test set shares its resamples."""
+        test = self._drawn.get(TEST)
+        if dataset.startswith("shift/") and test is not None and test.num_examples == len(predictions):
+            return test
+        if dataset not in self._drawn:
+            self._drawn[dataset] = Resamples.draw(
+                len(predictions), self.resampler.count, generator=self.resampler.generator, group=predictions.group
+            )
+        return self._drawn[dataset]
+
+    def _with_interval(self, cell: Cell, name: str, predictions: Predictions, values: Tensor) -> Cell:
+        span = bootstrap.interval(
+            name,
+            predictions,
+            values,
+            level=self.resampler.level,
+            group=predictions.group,
+            generator=torch.Generator().manual_seed(0),  # the redrawn labels of all methods come from one seed
+        )
+        return replace(
+            cell,
+            low=_known(span.low),
+            high=_known(span.high),
+            expected=span.null_mean,
+            expected_high=span.null_quantile,
+        )
+
+    def _finish(self, column: Column, samples: Mapping[str, Tensor]) -> None:
+        """Keep the column and its resamples, and mark the best and whatever is not separable from it."""
+        self.columns.append(column)
+        if samples and len(samples) == len(self.found.rows):
+            self.replicates[column.key] = torch.stack([samples[row] for row in self.found.rows]).numpy()
+        cells = {row: self.cells[row][column.key] for row in self.found.rows}
+        ranked = {row: loss_of(column, c.value) for row, c in cells.items() if c.value is not None and _ranks(column)}
+        if len(ranked) < 2:
+            return
+        best = min(ranked, key=lambda row: ranked[row])
+        adjusted = tests(column, {row: samples[row] for row in ranked if row in samples}, best)
+        for row in ranked:
+            p = adjusted.get(row)
+            marked = ranked[row] == ranked[best] or (p is not None and p > SIGNIFICANCE)
+            self.cells[row][column.key] = replace(cells[row], best=marked, p=p)
+
+
+def tests(column: Column, samples: Mapping[str, Tensor], reference: str) -> dict[str, float]:
+    """Holm-adjusted p-value of the paired difference of every other row to `reference`."""
+    if reference not in samples:
+        return {}
+    base = _losses(column, samples[reference])
+    raw = {
+        row: bootstrap.bootstrap_p(_minus(_losses(column, s), base)) for row, s in samples.items() if row != reference
+    }
+    return holm(raw)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Step-down adjustment of Holm (1979): controls the chance of any false finding among the given tests."""
+    adjusted: dict[str, float] = {}
+    highest = 0.0
+    for rank, row in enumerate(sorted(p, key=lambda row: p[row])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[row]))
+        adjusted[row] = highest
+    return {row: adjusted[row] for row in p}
+
+
+def paired_difference(report: Report, row: str, reference: str, key: str) -> Difference:
+    """`row` minus `reference` in one column, with an interval and p-values from the report's resamples."""
+    column = report.column(key)
+    samples = {name: torch.from_numpy(report.replicates[key][i]) for i, name in enumerate(report.rows)}
+    differences = _minus(samples[row], samples[reference])
+    span = bootstrap.percentile_interval(differences, level=float(report.details["level"]))
+    ranked = column if _ranks(column) else replace(column, direction="min")
+    p = bootstrap.bootstrap_p(_minus(_losses(ranked, samples[row]), _losses(ranked, samples[reference])))
+    adjusted = 1.0 if row == reference else tests(ranked, samples, reference)[row]
+    value = report[row][key] - report[reference][key]
+    return Difference(0.0 if row == reference else value, span.low, span.high, p, adjusted)
+
+
+def _ranks(column: Column) -> bool:
+    return column.direction in ("min", "max") or (column.direction == "target" and column.target is not None)
+
+
+def _losses(column: Column, values: Tensor) -> Tensor:
+    turn: dict[str, Callable[[Tensor], Tensor]] = {
+        "min": lambda v: v,
+        "max": lambda v: -v,
+        "target": lambda v: (v - (column.target or 0.0)).abs(),
+    }
+    return turn[column.direction](values)
+
+
+def _minus(left: Tensor, right: Tensor) -> Tensor:
+    """Difference in which two equal infinities cancel."""
+    return torch.where(left == right, torch.zeros_like(left), left - right)
+
+
+def _cell(value: float, reason: str) -> Cell:
+    return Cell(None, note=reason or "undefined") if math.isnan(value) else Cell(float(value))
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _group(metric: Metric) -> str:
+    for group, names in _GROUPS.items():
+        if metric.name in names:
+            return group
+    return "proper" if metric.proper else "calibration"
+
+
+def _sentence(label: str) -> str:
+    return label[:1].upper() + label[1:]
