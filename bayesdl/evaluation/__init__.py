@@ -1,8 +1,8 @@
 """Evaluation: calibration, out-of-distribution detection, selective prediction, decomposition, error bars.
 
-Two layers: pure functions of arrays (`classification`, `regression`, `ranking`, `ood`, `selective`, `decomposition`), and
-`METRICS`, which applies them to `Predictions` by name. `nll` exists for classes and for regression: reach it through its
-module.
+Two layers: pure functions of arrays (`classification`, `regression`, `ranking`, `ood`, `selective`, ...),
+and `METRICS`, which applies them to `Predictions` by name. `nll` exists for classes and for regression: reach it
+through its module.
 """
 
 from bayesdl.evaluation import bootstrap, classification, decomposition, ood, ranking, regression, selective

@@ -7,6 +7,7 @@ All raise `TypeError` unless exactly one forecast is given, and subclasses of `V
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -46,7 +47,7 @@ class Forecast:
             # float64 costs one pass and keeps log-softmax exact for logits far apart.
             log_mean, column = validation.wide(validation.logits(logits)).log_softmax(-1), False
             if log_mean.dim() == 3:
-                log_mean = log_mean.logsumexp(0) - torch.tensor(float(len(log_mean))).log().double()
+                log_mean = log_mean.logsumexp(0) - math.log(len(log_mean))
             mean = log_mean.exp()
         keep = validation.keep_rows(targets, ignore_index)
         if keep is not None:
@@ -80,7 +81,7 @@ def nll(
     forecast = Forecast.read(targets, probs, logits)
     losses = nll_losses(forecast.log_probs, forecast.targets)
     if floor is not None:
-        losses = losses.clamp_max(-torch.tensor(validation.fraction(floor, "floor"), dtype=torch.float64).log().item())
+        losses = losses.clamp_max(-math.log(validation.fraction(floor, "floor")))
     return _reduce(losses, weights, per_example)
 
 

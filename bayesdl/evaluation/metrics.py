@@ -190,7 +190,7 @@ def _at_level(percent: int) -> tuple[Metric, ...]:
         _mean(
             f"interval_score_{percent}", f"interval score {percent} %", ("regression",),
             losses.interval_score(level), "min", "target units",
-            f"Width of the central {percent} % interval plus {2 / (1 - level):g} times the distance of a missed target.",
+            f"Width of the central {percent} % interval plus {2 / (1 - level):g} x the distance of a missed target.",
             proper=True, needs=parts,
         ),
     )  # fmt: skip

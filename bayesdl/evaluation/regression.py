@@ -78,10 +78,11 @@ class Mixture:
             return low
         # Near 0 a relative error means nothing: the narrowest component sets the scale there.
         scale = self.deviations.amin(0)
-        while bool((high - low > 1e-10 * torch.maximum(scale, torch.maximum(low.abs(), high.abs()))).any()):
+        # Each output stops by itself, so that a quantile does not depend on the examples beside it.
+        while bool((open_ := high - low > 1e-10 * torch.maximum(scale, torch.maximum(low.abs(), high.abs()))).any()):
             middle = (low + high) / 2
             left = self.cdf(middle) < q
-            low, high = torch.where(left, middle, low), torch.where(left, high, middle)
+            low, high = torch.where(open_ & left, middle, low), torch.where(open_ & ~left, middle, high)
         return (low + high) / 2
 
     def crps(self, y: Tensor) -> Tensor:
