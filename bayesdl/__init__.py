@@ -1,3 +1,62 @@
 """bayesdl: turns trained PyTorch networks into Bayesian ones."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# name -> module; loaded on first use, so that `import bayesdl` costs little more than `import torch`
+_PUBLIC = {
+    "BayesianModel": "bayesdl.model",
+    "Bernoulli": "bayesdl.likelihoods",
+    "Categorical": "bayesdl.likelihoods",
+    "Ensemble": "bayesdl.methods",
+    "Gaussian": "bayesdl.likelihoods",
+    "GaussianPrior": "bayesdl.priors",
+    "Heteroscedastic": "bayesdl.likelihoods",
+    "Laplace": "bayesdl.methods",
+    "Likelihood": "bayesdl.likelihoods",
+    "MAP": "bayesdl.methods",
+    "MCDropout": "bayesdl.methods",
+    "Poisson": "bayesdl.likelihoods",
+    "Predictive": "bayesdl.predictive",
+    "Prior": "bayesdl.priors",
+    "Report": "bayesdl.evaluation.report",
+    "SWAG": "bayesdl.methods",
+    "Temperature": "bayesdl.methods",
+    "compare": "bayesdl.evaluation.compare",
+    "evaluate": "bayesdl.evaluation.compare",
+    "load": "bayesdl.files",
+    "wrap": "bayesdl.wrap",
+}
+_MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors")
+
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from bayesdl.evaluation.compare import compare, evaluate
+    from bayesdl.evaluation.report import Report
+    from bayesdl.files import load
+    from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, Poisson
+    from bayesdl.methods import MAP, SWAG, Ensemble, Laplace, MCDropout, Temperature
+    from bayesdl.model import BayesianModel
+    from bayesdl.predictive import Predictive
+    from bayesdl.priors import GaussianPrior, Prior
+    from bayesdl.wrap import wrap
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        # the function `wrap` shadows the module of the same name from here on
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"bayesdl.{name}")
+    raise AttributeError(f"module 'bayesdl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES})

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bayesdl.evaluation.report import Report
 
 _PIPED_WIDTH = 160  # columns of a table when the output is no terminal, whose width rich would guess as 80
+_SCORE_DEPTH = 3  # slashes in ood/<set>/<score>/<metric>; the usual score is ood/<set>/<metric> as well
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             # The reader of the output has gone, as in `bayesdl evaluate file | head -1`; nothing more to flush at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return 1
         if arguments.debug:
             raise
         sys.stderr.write(f"bayesdl {arguments.command}: {_one_line(error)}\n")
@@ -137,7 +138,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         device=_device(arguments.device),
         cache=None if arguments.no_cache else cache_directory() / "demo",
         bootstrap=_bootstrap(arguments.bootstrap),
-        progress=not arguments.quiet,
+        progress=_progress(arguments),
     )
     _check_out(arguments.out)
     report = compare_diabetes(settings) if arguments.regression else compare_digits(settings)
@@ -166,7 +167,7 @@ def _compare_methods(arguments: argparse.Namespace) -> Report:
     networks = cli_model.load_networks(arguments.model, arguments.weights, device)
     data = cli_model.load_data(arguments.data)
     ood = cli_model.load_ood(arguments.ood)
-    progress = not arguments.quiet
+    progress = _progress(arguments)
     rows: dict[str, Any] = {}
     for name in names:
         rows[name] = wrap(
@@ -211,7 +212,7 @@ def _compare_files(arguments: argparse.Namespace) -> Report:
         ood=ood or None,
         bootstrap=_bootstrap(arguments.bootstrap),
         generator=torch.Generator().manual_seed(arguments.seed),
-        progress=not arguments.quiet,
+        progress=_progress(arguments),
     )
 
 
@@ -234,10 +235,11 @@ def _print_values(values: Mapping[str, float]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
+    shown = {key: value for key, value in values.items() if key.count("/") < _SCORE_DEPTH}
+    table = Table(caption="all other OOD scores: --json" if len(shown) < len(values) else None)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
-    for key, value in values.items():
+    for key, value in shown.items():
         table.add_row(Text(key), f"{value:.6g}")
     _print(table)
 
@@ -293,6 +295,11 @@ def _bootstrap(count: int) -> int:
     if count < 0:
         raise ArgumentError(f"--bootstrap {count}: expected 0 or more")
     return count
+
+
+def _progress(arguments: argparse.Namespace) -> bool:
+    """Bars are for eyes: a log file would keep every one of their redrawings."""
+    return not arguments.quiet and sys.stderr.isatty()
 
 
 def _device(name: str) -> str:

@@ -152,7 +152,7 @@ class Network:
         digest = hashlib.sha256()
         for name, tensor in self.tensors.items():
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
-            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _find_last_layer(self, example: Any) -> str:

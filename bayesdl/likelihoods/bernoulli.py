@@ -58,8 +58,10 @@ class Bernoulli(Likelihood):
         return self.mixture(*latent.draws(noise))
 
     def mixture(self, weights: Tensor, draws: Tensor) -> Distribution:
-        # rounding can push a mean of ones above one
-        return TorchBernoulli(probs=torch.einsum("s,sbc->bc", weights, torch.sigmoid(draws)).clamp(0.0, 1.0))
+        share = weights.log().view(-1, 1, 1)
+        positive = torch.logsumexp(share + torch.nn.functional.logsigmoid(draws), 0)
+        negative = torch.logsumexp(share + torch.nn.functional.logsigmoid(-draws), 0)
+        return TorchBernoulli(logits=positive - negative)
 
     def split(self, latent: Latent, noise: Tensor) -> Split:
         """Entropies summed over the labels, `(B,)` nats; both parts from draws."""

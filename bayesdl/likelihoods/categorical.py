@@ -90,13 +90,15 @@ class Categorical(Likelihood):
 
     def marginal(self, latent: Latent, noise: Tensor) -> Distribution:
         if not isinstance(latent, GaussianLatent) or self.link == "mc":
-            return TorchCategorical(probs=self._mean_probs(latent, noise))
+            return self.mixture(*latent.draws(noise))
         if self.link == "probit":
             return TorchCategorical(logits=scaled_mean(latent))
         return TorchCategorical(logits=self._log_concentration(latent))
 
     def mixture(self, weights: Tensor, draws: Tensor) -> Distribution:
-        return TorchCategorical(probs=torch.einsum("s,sbc->bc", weights, torch.softmax(draws, -1)))
+        # in log space, so that a class of tiny probability keeps its log-probability
+        shares = weights.log().view(-1, 1, 1) + torch.log_softmax(draws, -1)
+        return TorchCategorical(logits=torch.logsumexp(shares, 0))
 
     def split(self, latent: Latent, noise: Tensor) -> Split:
         """Total entropy, expected entropy and mutual information, `(B,)` nats.
@@ -113,10 +115,6 @@ class Categorical(Likelihood):
         weights, draws = latent.draws(noise)
         probs = torch.softmax(draws, -1)
         return entropy_split(weights, entropy(probs), entropy(torch.einsum("s,sbc->bc", weights, probs)))
-
-    def _mean_probs(self, latent: Latent, noise: Tensor) -> Tensor:
-        weights, draws = latent.draws(noise)
-        return torch.einsum("s,sbc->bc", weights, torch.softmax(draws, -1))
 
     def _log_concentration(self, latent: GaussianLatent) -> Tensor:
         """log alpha `(B, C)` of the Dirichlet matched to the logits in softmax coordinates."""

@@ -1,0 +1,182 @@
+"""Files: safetensors plus JSON metadata, written atomically, checked against the base network. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesdl.batch import BatchAdapter
+from bayesdl.clone import unwrap
+from bayesdl.diagnose import Finding
+from bayesdl.errors import FileFormatError
+from bayesdl.network import Network
+from bayesdl.posteriors import POSTERIORS
+
+if TYPE_CHECKING:
+    from bayesdl.model import BayesianModel
+
+FORMAT = 1
+KEY = "bayesdl"
+
+
+def save(model: BayesianModel, path: str | Path) -> None:
+    """Posterior, likelihood, selection and record; the base network's weights are not stored.
+
+    Raises:
+        FileFormatError: a likelihood of the user's own (pass it again to `load`: it is saved by name only) holds
+            arguments that are not JSON.
+    """
+    header = {
+        "format": FORMAT,
+        "method": model.record.method,
+        "cost": list(model.record.cost),
+        "findings": [[f.severity, f.text, f.action] for f in model.record.findings],
+        "posterior": model.posterior.kind,
+        "config": model.posterior.config(),
+        "likelihood": model.likelihood.name,
+        "likelihood_config": model.likelihood.config(),
+        "select": model.network.select,
+        "names": list(model.network.names),
+        "fingerprint": model.network.fingerprint(),
+        "torch": torch.__version__,
+    }
+    try:
+        text = json.dumps(header)
+    except TypeError as error:
+        raise FileFormatError(f"the model cannot be described in JSON: {error}") from error
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.posterior.tensors().items()}
+    write_tensors(Path(path), tensors, {KEY: text})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file that is either the old one or the new one, whenever the process dies."""
+    from safetensors.torch import save as serialise
+
+    payload = serialise(tensors or {"empty": torch.zeros(1)}, metadata)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def load(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    likelihood: Any = None,
+    batch: str | BatchAdapter | None = None,
+) -> BayesianModel:
+    """Read what `BayesianModel.save` wrote.
+
+    Args:
+        path: the file.
+        model: the base network, with the weights it had when it was wrapped.
+        likelihood: needed for a likelihood of the user's own, which a file cannot hold.
+        batch: batch adapter, as in `wrap`.
+
+    Raises:
+        FileFormatError: not such a file, another format version, or another network.
+    """
+    from bayesdl.likelihoods import LIKELIHOODS, resolve
+    from bayesdl.model import BayesianModel, Record
+
+    header, tensors = _read(Path(path))
+    network = Network(unwrap(model), select=_names(header, unwrap(model)), batch=batch)
+    network.select = str(header["select"])
+    if header["fingerprint"] != network.fingerprint():
+        raise FileFormatError(
+            f"{path} was saved for a network with other weights (fingerprint {str(header['fingerprint'])[:12]}, this network "
+            f"{network.fingerprint()[:12]}); load the weights that were wrapped"
+        )
+    if likelihood is None:
+        if header["likelihood"] not in LIKELIHOODS:
+            raise FileFormatError(
+                f"{path} holds the likelihood {header['likelihood']!r}, which is not one of the library's: pass likelihood="
+            )
+        likelihood = resolve(str(header["likelihood"]), **header["likelihood_config"])
+    try:
+        moved = {name: value.to(network.device) for name, value in tensors.items()}
+        posterior = POSTERIORS[str(header["posterior"])].restore(moved, header["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path} is damaged: {error!r} while rebuilding the posterior") from error
+    findings = tuple(Finding(*map(str, row)) for row in header["findings"])
+    cost = tuple((str(name), float(value)) for name, value in header["cost"])
+    return BayesianModel(network, posterior, likelihood, record=Record(str(header["method"]), cost, findings))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from a torch file read with `weights_only=True`.
+
+    Raises:
+        FileFormatError: unreadable, or not a mapping of tensors.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileFormatError(f"checkpoint {file} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        content = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # every reader has its own errors; none may pass as success
+        raise FileFormatError(f"checkpoint {file} cannot be read: {error}") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise FileFormatError(f"checkpoint {file} holds {type(content).__name__}; expected a mapping of tensors")
+    return content
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata[KEY])
+        version = header["format"]
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise FileFormatError(f"{path} is not a bayesdl file, or it is damaged: {error}") from error
+    if version != FORMAT:
+        raise FileFormatError(f"{path} has format version {version}; this library reads version {FORMAT}")
+    missing = {"posterior", "config", "likelihood", "likelihood_config", "select", "names", "fingerprint"} - set(header)
+    if missing:
+        raise FileFormatError(f"{path} is damaged: its header lacks {sorted(missing)[0]!r}")
+    return header, tensors
+
+
+def _names(header: dict[str, Any], model: nn.Module) -> list[str]:
+    own = {name for name, _ in model.named_parameters()}
+    names = [str(name) for name in header["names"]]
+    unknown = [name for name in names if name not in own]
+    if unknown or not names:
+        raise FileFormatError(
+            f"the file belongs to another network: it selects {unknown[0] if unknown else 'nothing'!r}, which this one lacks"
+        )
+    return names
+
+
+def _sync_folder(folder: Path) -> None:
+    # makes the rename itself durable; not every platform lets a folder be opened
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

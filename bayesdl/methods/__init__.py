@@ -1,0 +1,48 @@
+"""Methods, and the registry that `wrap` looks names up in."""
+
+from __future__ import annotations
+
+from bayesdl.errors import ArgumentError, UnknownNameError
+from bayesdl.methods.base import Fitted, Method, Task
+from bayesdl.methods.dropout import MCDropout
+from bayesdl.methods.ensemble import Ensemble
+from bayesdl.methods.laplace import Laplace
+from bayesdl.methods.map import MAP
+from bayesdl.methods.swag import SWAG
+from bayesdl.methods.temperature import Temperature
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout)
+}
+
+__all__ = [
+    "MAP",
+    "METHODS",
+    "SWAG",
+    "Ensemble",
+    "Fitted",
+    "Laplace",
+    "MCDropout",
+    "Method",
+    "Task",
+    "Temperature",
+    "resolve",
+]
+
+
+def resolve(method: str | Method | type[Method]) -> Method:
+    """Name, object or class -> object.
+
+    Raises:
+        UnknownNameError: no such name.
+        ArgumentError: neither name nor method.
+    """
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise UnknownNameError(f"method {method!r} is not known; choose one of {sorted(METHODS)}")
+        return METHODS[method]()
+    if isinstance(method, type) and issubclass(method, Method):
+        return method()
+    raise ArgumentError(f"method={method!r} was given; pass one of {sorted(METHODS)} or an object such as bdl.Laplace()")

@@ -1,0 +1,119 @@
+"""Laplace approximation: a Gaussian at the trained weights with the curvature of the loss there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from bayesdl.curvature.estimate import CURVATURE_KINDS, STRUCTURES, Fit, fit_curvature
+from bayesdl.curvature.plan import plan
+from bayesdl.diagnose import Finding
+from bayesdl.errors import ArgumentError, UnknownNameError
+from bayesdl.likelihoods import Gaussian, Likelihood
+from bayesdl.methods.base import Fitted, Method, Task
+from bayesdl.network import first_inputs
+from bayesdl.posteriors import GaussianPosterior
+from bayesdl.priors import GaussianPrior
+from bayesdl.select import Selector
+from bayesdl.tuning.evidence import maximise
+
+
+@final
+@dataclass(frozen=True)
+class Laplace(Method):
+    """N(theta_MAP, P^-1) (MacKay 1992; Daxberger et al. 2021).
+
+    Args:
+        select: Bayesian parameters: "all", "last_layer", names, a pattern, a predicate.
+        structure: "full", "diag" or "kron".
+        kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
+        predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).
+        temperature: T of the posterior p^(1/T).
+        samples: draws of y per example for kind "mc".
+        dtype: of the curvature; default at least float32.
+        memory: bytes that one chunk of examples may take while fitting.
+        allow_partial: accept a loader that skips part of its data (drop_last).
+    """
+
+    select: Selector | None = "all"
+    structure: str = "kron"
+    kind: str = "ggn"
+    predictive: str = "linearized"
+    temperature: float = 1.0
+    samples: int = 1
+    dtype: torch.dtype | None = None
+    memory: int | None = None
+    allow_partial: bool = False
+
+    name: ClassVar[str] = "laplace"
+
+    def fit(self, task: Task) -> Fitted:
+        self._check()
+        data = task.need_data(self.name)
+        prior = task.gaussian_prior()
+        layout = plan(task.network, first_inputs(data, task.network.batch))
+        fit = fit_curvature(
+            task.network,
+            layout,
+            data,
+            task.likelihood,
+            structure=self.structure,
+            kind=self.kind,
+            samples=self.samples,
+            generator=task.generator,
+            dtype=self.dtype,
+            memory=self.memory,
+            allow_partial=self.allow_partial,
+            progress=task.progress,
+        )
+        posterior = self._posterior(fit, task, prior)
+        rule = "scalar" if prior is None else "keep"
+        findings: tuple[Finding, ...] = ()
+        if prior is None or posterior.noise is not None:
+            posterior, findings = maximise(posterior, task.network, rule, True, "gradient", 100)
+        likelihood: Likelihood = task.likelihood
+        if isinstance(likelihood, Gaussian) and posterior.noise is not None:
+            likelihood = likelihood.with_noise(posterior.noise)
+        return Fitted(posterior, likelihood, findings)
+
+    def _check(self) -> None:
+        if self.structure not in STRUCTURES:
+            raise UnknownNameError(f"structure {self.structure!r} is not known; choose one of {sorted(STRUCTURES)}")
+        if self.kind not in CURVATURE_KINDS:
+            raise UnknownNameError(f"kind {self.kind!r} is not known; choose one of {CURVATURE_KINDS}")
+        if self.predictive not in ("linearized", "samples"):
+            raise ArgumentError(f"predictive={self.predictive!r}; choose 'linearized' or 'samples'")
+        if not self.temperature > 0:
+            raise ArgumentError(f"temperature={self.temperature}; expected a positive number")
+
+    def _posterior(self, fit: Fit, task: Task, prior: GaussianPrior | None) -> GaussianPosterior:
+        device = task.network.device
+
+        def wide(value: object) -> Tensor:
+            return torch.as_tensor(value, dtype=torch.float64, device=device)
+
+        open_noise = isinstance(task.likelihood, Gaussian) and task.likelihood.noise is None
+        noise = None
+        if open_noise and fit.squared_error is not None:
+            noise = (fit.squared_error / fit.num_data).sqrt().clamp(min=1e-6)
+            if not fit.parts:  # one common factor: start from the pooled residual
+                noise = noise.square().mean().sqrt().expand_as(noise).clone()
+        posterior = GaussianPosterior(
+            fit.curvature,
+            fit.parts,
+            wide(1.0 if prior is None else prior.precision),
+            wide(0.0 if prior is None else prior.mean),
+            noise,
+            float(self.temperature),
+            fit.num_data,
+            fit.log_likelihood,
+            fit.squared_error,
+            self.kind,
+            self.predictive,
+        )
+        # raise here, not at the first prediction, if the prior does not fit the structure
+        posterior.structure.logdet(posterior.scale, posterior.precision)
+        return posterior

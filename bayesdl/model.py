@@ -1,0 +1,218 @@
+"""BayesianModel: a network, a posterior and a likelihood; everything that users ask of a wrapped network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bayesdl.batch import BatchAdapter
+from bayesdl.data import batches, in_batch
+from bayesdl.diagnose import Diagnosis, Finding, diagnose
+from bayesdl.errors import ArgumentError, UnsupportedError
+from bayesdl.evidence import log_evidence
+from bayesdl.likelihoods import Likelihood
+from bayesdl.likelihoods import resolve as resolve_likelihood
+from bayesdl.network import Network
+from bayesdl.posteriors import GaussianPosterior, Posterior
+from bayesdl.posteriors.base import Function, standard_normal
+from bayesdl.predictive import Predictive
+
+DEFAULT_DRAWS = 64
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a model came about; carried through tuning and files.
+
+    Attributes:
+        method: registered name.
+        cost: fit seconds, selected parameters and whatever else the method measured.
+        findings: what was chosen and noticed.
+    """
+
+    method: str = "custom"
+    cost: tuple[tuple[str, float], ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+class BayesianModel(nn.Module):
+    """A network that answers with distributions.
+
+    Args:
+        model: the user's network, or a `Network`. It stays as it is.
+        posterior: what a method or a chain left.
+        likelihood: name or object.
+        batch: batch adapter, where `model` is not a `Network` yet.
+        record: provenance.
+
+    `.to()` and its kin move the posterior and the private view of the network, never the user's own module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Network,
+        posterior: Posterior,
+        likelihood: str | Likelihood,
+        *,
+        batch: str | BatchAdapter | None = None,
+        record: Record | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(posterior, Posterior):
+            raise ArgumentError(
+                f"posterior is {type(posterior).__name__}; expected a fitted posterior. Call bdl.wrap(model, method, data)"
+            )
+        self.network = model if isinstance(model, Network) else Network(model, batch=batch)
+        self.posterior = posterior
+        self.likelihood = resolve_likelihood(likelihood)
+        self.record = record or Record()
+
+    def forward(
+        self, x: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> Predictive:
+        """Predictive distribution of one batch.
+
+        Args:
+            x: whatever the network takes, a batch of B inputs.
+            num_samples: draws for whatever has no closed form.
+            generator: source of their base noise; the same state gives the same answer. Default: a fixed seed.
+
+        Raises:
+            ShapeError: the outputs do not fit the likelihood.
+            NonFiniteError: NaN or infinity in the outputs.
+        """
+        state = self.posterior.prepare(self.network, num_samples, generator)
+        latent = self.posterior.push(self.network, x, state)
+        self.likelihood.check_outputs(latent.mean)
+        noise = standard_normal((num_samples or DEFAULT_DRAWS, latent.mean.shape[-1]), latent.mean, generator)
+        return self.likelihood.predictive(latent, noise)
+
+    def predict(
+        self,
+        data: Iterable[Any],
+        *,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Predictive:
+        """Predictive of all batches of a loader, concatenated; targets in the batches are ignored."""
+        return self.predict_with_targets(data, num_samples=num_samples, generator=generator, progress=progress)[0]
+
+    def predict_with_targets(
+        self,
+        data: Iterable[Any],
+        *,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> tuple[Predictive, Tensor | None]:
+        """`predict`, and the targets of all batches; None where the batches hold none."""
+        state = self.posterior.prepare(self.network, num_samples, generator)
+        parts: list[Predictive] = []
+        targets: list[Tensor] = []
+        noise: Tensor | None = None
+        with torch.no_grad():
+            passes = batches(self.network, data, progress=progress, describe="predict", need_targets=False)
+            for number, inputs, target in passes:
+                with in_batch(number):
+                    latent = self.posterior.push(self.network, inputs, state)
+                    self.likelihood.check_outputs(latent.mean)
+                    if noise is None:
+                        shape = (num_samples or DEFAULT_DRAWS, latent.mean.shape[-1])
+                        noise = standard_normal(shape, latent.mean, generator)
+                    parts.append(self.likelihood.predictive(latent, noise))
+                if target is not None:
+                    targets.append(torch.as_tensor(target).to(self.device))
+        if targets and len(targets) != len(parts):
+            raise ArgumentError(f"{len(targets)} of {len(parts)} batches hold a target; expected all or none")
+        return Predictive.cat(parts), torch.cat(targets) if targets else None
+
+    def log_evidence(self) -> Tensor:
+        """Laplace approximation of log p(data), a scalar.
+
+        Raises:
+            UnsupportedError: the method has none.
+        """
+        return log_evidence(self._gaussian("log_evidence"), self.network)
+
+    def tune(self, rule: str = "evidence", data: Iterable[Any] | None = None, **options: Any) -> BayesianModel:
+        """A new model with hyper-parameters chosen by a rule; nothing is refitted and this one stays as it is.
+
+        Args:
+            rule: "evidence" (marginal likelihood; Laplace) or "heldout" (NLL on `data`; any method).
+            data: held-out loader, for "heldout".
+            options: see `bayesdl.tuning`.
+        """
+        from bayesdl.tuning import tune
+
+        return tune(self, rule, data, **options)
+
+    def draw(self, n: int, *, generator: torch.Generator | None = None) -> list[Function]:
+        """`n` functions from the posterior: callables `x -> outputs (B, C)` that answer the same at every call."""
+        return self.posterior.draw(self.network, n, generator)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything but the base network to a safetensors file, atomically. See `bdl.load`."""
+        from bayesdl.files import save
+
+        save(self, path)
+
+    def diagnose(self) -> Diagnosis:
+        """What was chosen, and what looks wrong."""
+        return diagnose(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where predictions are computed."""
+        return self.network.device
+
+    @property
+    def method_name(self) -> str:
+        """Registered name of the method."""
+        return self.record.method
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What the fit cost."""
+        return dict(self.record.cost)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the curvature's blocks, in the order that a per-layer prior precision follows."""
+        return tuple(block.name for block in self._gaussian("layers").layout.blocks)
+
+    def replaced(
+        self,
+        *,
+        posterior: Posterior | None = None,
+        likelihood: Likelihood | None = None,
+        findings: tuple[Finding, ...] = (),
+    ) -> BayesianModel:
+        """A copy with parts exchanged and findings added."""
+        record = Record(self.record.method, self.record.cost, self.record.findings + findings)
+        return BayesianModel(self.network, posterior or self.posterior, likelihood or self.likelihood, record=record)
+
+    def _gaussian(self, what: str) -> GaussianPosterior:
+        if not isinstance(self.posterior, GaussianPosterior):
+            raise UnsupportedError(
+                f"method {self.method_name!r} has no {what}; a Gaussian weight posterior has one: "
+                'bdl.wrap(model, "laplace", data, likelihood=...)'
+            )
+        return self.posterior
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def at_least_single(tensor: Tensor) -> Tensor:
+            # curvature in half precision has no decomposition; only the network itself goes there
+            moved = fn(tensor)
+            return moved.float() if moved.dtype in HALF else moved
+
+        self.network = self.network.map(fn)
+        self.posterior = self.posterior.map(at_least_single)
+        self.likelihood = self.likelihood.map(at_least_single)
+        return self

@@ -1,0 +1,22 @@
+"""Posteriors, and the registry that files look kinds up in."""
+
+from bayesdl.posteriors.base import Posterior
+from bayesdl.posteriors.gaussian import GaussianPosterior
+from bayesdl.posteriors.masks import MaskPosterior
+from bayesdl.posteriors.point import PointPosterior
+from bayesdl.posteriors.samples import SamplePosterior
+from bayesdl.posteriors.scaled import ScaledPosterior
+
+POSTERIORS: dict[str, type[Posterior]] = {
+    kind.kind: kind for kind in (PointPosterior, GaussianPosterior, SamplePosterior, ScaledPosterior, MaskPosterior)
+}
+
+__all__ = [
+    "POSTERIORS",
+    "GaussianPosterior",
+    "MaskPosterior",
+    "PointPosterior",
+    "Posterior",
+    "SamplePosterior",
+    "ScaledPosterior",
+]

@@ -1,0 +1,223 @@
+"""Gaussian posterior over the selected weights: N(theta_MAP, P^-1), P = scale * H + diag(prior precision)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor
+
+from bayesdl.batch import batch_size, flatten_tensors
+from bayesdl.curvature.estimate import STRUCTURES, chunk_size, chunks
+from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.factors import identity_cotangents, layer_factors
+from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.structure import Structure, weighted_curvature
+from bayesdl.errors import ArgumentError
+from bayesdl.latent import GaussianLatent, Latent, SampleLatent
+from bayesdl.network import Network
+from bayesdl.posteriors.base import Function, Posterior, frozen, standard_normal
+
+# beyond this many outputs only marginal variances are computed, unless asked for
+JOINT_OUTPUTS = 128
+DEFAULT_SAMPLES = 32
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GaussianPosterior(Posterior):
+    """A Laplace posterior.
+
+    Attributes:
+        curvature: H; at unit noise where `noise` is set.
+        parts: curvature of each output alone at unit noise, where several noise scales are open; else empty.
+        precision: prior precision: scalar, per block, or per parameter.
+        prior_mean: scalar, or flat `(P,)`.
+        noise: standard deviations `(C,)` that still scale H; None where H contains the likelihood's noise.
+        temperature: T of the posterior p^(1/T); 1 is Bayes.
+        num_data, log_likelihood, squared_error: what the evidence needs (see `Fit`).
+        fisher: "ggn", "mc" or "empirical".
+        predictive: "linearized" (f_MAP + J (theta - theta_MAP)) or "samples" (weights drawn, network run).
+    """
+
+    curvature: Structure
+    parts: tuple[Structure, ...]
+    precision: Tensor
+    prior_mean: Tensor
+    noise: Tensor | None
+    temperature: float
+    num_data: int
+    log_likelihood: float
+    squared_error: Tensor | None
+    fisher: str
+    predictive: str
+
+    kind: ClassVar[str] = "gaussian"
+
+    @property
+    def layout(self) -> Layout:
+        """Blocks of the selection."""
+        return self.curvature.layout
+
+    @cached_property
+    def structure(self) -> Structure:
+        """H at the present ratio of the outputs' noise scales."""
+        return self.structure_at(self.noise)
+
+    @property
+    def scale(self) -> Tensor:
+        """What multiplies `structure` in the posterior precision."""
+        return self.scale_at(self.noise)
+
+    def structure_at(self, noise: Tensor | None) -> Structure:
+        """H for other noise scales `(C,)`."""
+        if not self.parts or noise is None:
+            return self.curvature
+        return weighted_curvature(self.parts, noise.expand(len(self.parts)).square().reciprocal())
+
+    def scale_at(self, noise: Tensor | None) -> Tensor:
+        """The scale for other noise scales."""
+        heat = self.precision.new_tensor(1.0 / self.temperature)
+        if noise is None or self.parts:
+            return heat
+        power = -4 if self.fisher == "empirical" else -2  # the empirical score carries the noise variance twice
+        return heat * noise.reshape(-1)[0].to(heat) ** power
+
+    def prepare(self, network: Network, num_samples: int | None, generator: torch.Generator | None) -> Any:
+        if self.predictive == "linearized":
+            return None
+        return self._weights(network, num_samples or DEFAULT_SAMPLES, generator)
+
+    def push(self, network: Network, inputs: Any, state: Any) -> Latent:
+        if self.predictive == "samples":
+            call = network.prepare(inputs)
+            outputs = torch.stack([network(call, weights) for weights in state])
+            return SampleLatent(outputs, outputs.new_full((len(outputs),), 1.0 / len(outputs)))
+        pieces = [self._linearized(network, piece) for piece in self._pieces(network, inputs)]
+        return GaussianLatent.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def linearize(self, network: Network, inputs: Any) -> tuple[Tensor, list[Factor]]:
+        """Outputs `(B, C)` and the Jacobian's factors, in at least float32; nothing that a prior changes."""
+        network.check_fresh()
+        output, factors = layer_factors(network, self.layout, inputs, identity_cotangents, self._dtype)
+        return output.to(self._dtype), factors
+
+    def _linearized(self, network: Network, inputs: Any) -> GaussianLatent:
+        mean, factors = self.linearize(network, inputs)
+        with torch.no_grad():
+            if mean.shape[-1] > JOINT_OUTPUTS:
+                return GaussianLatent(mean, self.structure.marginal(factors, self.scale, self.precision))
+            covariance = self.structure.quad(factors, self.scale, self.precision)
+            return GaussianLatent(mean, covariance.diagonal(dim1=-2, dim2=-1), covariance)
+
+    def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
+        """Functions of weights drawn from the posterior: linearised at the mode, or the network itself."""
+        offsets = self._offsets(n, generator)
+        if self.predictive == "samples":
+            return [frozen(network, self._shifted(network, offset)) for offset in offsets]
+        return [_tangent(network, self.layout, offset) for offset in offsets]
+
+    def forward_passes(self, outputs: int) -> float:
+        return float(DEFAULT_SAMPLES) if self.predictive == "samples" else 1.0 + outputs
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {f"curvature.{k}": v for k, v in self.curvature.tensors().items()} if not self.parts else {}
+        for c, part in enumerate(self.parts):
+            named |= {f"parts.{c}.{k}": v for k, v in part.tensors().items()}
+        named |= {"precision": self.precision, "prior_mean": self.prior_mean}
+        if self.noise is not None:
+            named["noise"] = self.noise
+        if self.squared_error is not None:
+            named["squared_error"] = self.squared_error
+        return named
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "structure": self.curvature.name,
+            "layout": self.layout.to_json(),
+            "parts": len(self.parts),
+            "temperature": self.temperature,
+            "num_data": self.num_data,
+            "log_likelihood": self.log_likelihood,
+            "fisher": self.fisher,
+            "predictive": self.predictive,
+        }
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        layout = Layout.from_json(config["layout"])
+
+        def structure(prefix: str) -> Structure:
+            inner = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+            empty = STRUCTURES[config["structure"]].empty(layout, torch.float32, torch.device("meta"))
+            return empty.with_tensors(inner)
+
+        parts = tuple(structure(f"parts.{c}.") for c in range(int(config["parts"])))
+        total = structure("curvature.") if not parts else _sum(parts)
+        return cls(
+            total,
+            parts,
+            tensors["precision"],
+            tensors["prior_mean"],
+            tensors.get("noise"),
+            float(config["temperature"]),
+            int(config["num_data"]),
+            float(config["log_likelihood"]),
+            tensors.get("squared_error"),
+            str(config["fisher"]),
+            str(config["predictive"]),
+        )
+
+    def with_prior(self, precision: Tensor, noise: Tensor | None = None) -> GaussianPosterior:
+        """The same curvature under another prior precision and noise."""
+        return replace(self, precision=precision.detach(), noise=self.noise if noise is None else noise.detach())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(v.dtype for k, v in self.curvature.tensors().items() if not k.startswith("rows"))
+
+    def _pieces(self, network: Network, inputs: Any) -> list[Any]:
+        call = network.prepare(inputs)
+        tensors, _ = flatten_tensors(call)
+        if not tensors:
+            return [call]
+        step = chunk_size(self.layout, None, None, self._dtype)
+        return [piece for piece, _ in chunks(call, None, step)] if batch_size(call) > step else [call]
+
+    def _offsets(self, n: int, generator: torch.Generator | None) -> Tensor:
+        if n < 1:
+            raise ArgumentError(f"{n} draws were asked for; expected at least 1")
+        noise = standard_normal((n, self.layout.numel), self.precision.to(self._dtype), generator)
+        return self.structure.sample(noise, self.scale, self.precision)
+
+    def _weights(self, network: Network, n: int, generator: torch.Generator | None) -> list[dict[str, Tensor]]:
+        return [self._shifted(network, offset) for offset in self._offsets(n, generator)]
+
+    def _shifted(self, network: Network, offset: Tensor) -> dict[str, Tensor]:
+        delta = self.layout.to_dict(offset)
+        return {name: value + delta[name].to(value) for name, value in network.parameters.items()}
+
+
+def _tangent(network: Network, layout: Layout, offset: Tensor) -> Function:
+    """x -> f(x) + J(x) delta, one Jacobian-vector product a call."""
+    delta = {name: value.clone() for name, value in layout.to_dict(offset).items()}
+
+    def function(inputs: Any) -> Tensor:
+        call, module, origin = network.prepare(inputs), network.module(), network.parameters
+        network.check_fresh()
+        direction = {name: delta[name].to(value) for name, value in origin.items()}
+        plain = {name: value.detach() for name, value in origin.items()}
+        output, slope = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
+        return output + slope
+
+    return function
+
+
+def _sum(parts: tuple[Structure, ...]) -> Structure:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

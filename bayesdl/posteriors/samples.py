@@ -1,0 +1,96 @@
+"""Sample posterior: snapshots of parameters and buffers (ensembles, SWAG, chains), with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor
+
+from bayesdl.errors import ArgumentError, NotFittedError, ShapeError, check_finite
+from bayesdl.latent import Latent, SampleLatent
+from bayesdl.network import Network
+from bayesdl.posteriors.base import Function, Posterior, frozen
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SamplePosterior(Posterior):
+    """S snapshots.
+
+    Attributes:
+        snapshots: `(S, *shape)` by tensor name; names that do not vary may be left out.
+        weights: `(S,)`, summing to one.
+    """
+
+    snapshots: Mapping[str, Tensor]
+    weights: Tensor
+
+    kind: ClassVar[str] = "samples"
+
+    def __post_init__(self) -> None:
+        for name, value in self.snapshots.items():
+            if value.shape[0] != len(self.weights):
+                raise ShapeError(f"snapshot {name!r} holds {value.shape[0]} samples and there are {len(self.weights)} weights")
+            check_finite(value, f"snapshot {name!r}")
+
+    @classmethod
+    def from_states(cls, states: Sequence[Mapping[str, Tensor]], weights: Tensor | None = None) -> Self:
+        """From one mapping of tensors per sample (copied).
+
+        Raises:
+            NotFittedError: no sample.
+            ArgumentError: the samples hold different tensors.
+        """
+        if not states:
+            raise NotFittedError("no sample was collected: lower burn_in or thin, or run longer")
+        for number, state in enumerate(states):
+            odd = set(state) ^ set(states[0])
+            if odd:
+                raise ArgumentError(f"sample {number} differs from sample 0 in tensor {sorted(odd)[0]!r}")
+            for name, value in state.items():
+                if value.shape != states[0][name].shape:
+                    raise ShapeError(
+                        f"{name!r} has shape {tuple(value.shape)} in sample {number} and {tuple(states[0][name].shape)} in "
+                        "sample 0; all members must have one architecture"
+                    )
+        stacked = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
+        share = torch.full((len(states),), 1.0 / len(states)) if weights is None else weights
+        return cls(stacked, share)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def member(self, index: int) -> dict[str, Tensor]:
+        """Tensors of one sample."""
+        return {name: value[index] for name, value in self.snapshots.items()}
+
+    def push(self, network: Network, inputs: Any, state: Any) -> Latent:
+        call = network.prepare(inputs)
+        outputs = torch.stack([network(call, self.member(i)) for i in range(len(self))])
+        return SampleLatent(outputs, self.weights.to(outputs))
+
+    def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
+        """Members in order while n <= S and all weigh the same, so that none is repeated; resampled otherwise."""
+        if n <= len(self) and bool((self.weights == self.weights[0]).all()):
+            order = torch.randperm(len(self), generator=generator)[:n]
+        else:
+            order = torch.multinomial(self.weights.float().cpu(), n, replacement=True, generator=generator)
+        return [frozen(network, self.member(int(i))) for i in order]
+
+    def forward_passes(self, outputs: int) -> float:
+        return float(len(self))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weights": self.weights, **{f"snapshot.{name}": value for name, value in self.snapshots.items()}}
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        prefix = "snapshot."
+        snapshots = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        return cls(snapshots, tensors["weights"])

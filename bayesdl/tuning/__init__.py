@@ -1,0 +1,26 @@
+"""Choosing hyper-parameters without a refit: one entry, one rule a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from bayesdl.errors import UnknownNameError
+from bayesdl.tuning.evidence import tune_evidence
+from bayesdl.tuning.heldout import tune_heldout
+
+if TYPE_CHECKING:
+    from bayesdl.model import BayesianModel
+
+RULES: dict[str, Callable[..., BayesianModel]] = {"evidence": tune_evidence, "heldout": tune_heldout}
+
+
+def tune(model: BayesianModel, rule: str, data: Iterable[Any] | None, **options: Any) -> BayesianModel:
+    """Dispatch to a rule; a new model comes back.
+
+    Raises:
+        UnknownNameError: no such rule.
+    """
+    if rule not in RULES:
+        raise UnknownNameError(f"tuning rule {rule!r} is not known; choose one of {sorted(RULES)}")
+    return RULES[rule](model, data, **options)

@@ -1,0 +1,99 @@
+"""`wrap`: a trained network, a method and data -> a BayesianModel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayesdl.batch import BatchAdapter
+from bayesdl.clone import unwrap
+from bayesdl.errors import ArgumentError, StaleModelError
+from bayesdl.likelihoods import Likelihood
+from bayesdl.likelihoods import resolve as resolve_likelihood
+from bayesdl.methods import Method, Task
+from bayesdl.methods import resolve as resolve_method
+from bayesdl.model import BayesianModel, Record
+from bayesdl.network import Network, first_inputs
+from bayesdl.batch import resolve_adapter
+from bayesdl.priors import Prior
+from bayesdl.select import Selector
+
+
+def wrap(
+    model: nn.Module | Sequence[nn.Module],
+    method: str | Method,
+    data: Iterable[Any] | None = None,
+    *,
+    likelihood: str | Likelihood,
+    prior: Prior | None = None,
+    select: Selector | None = None,
+    batch: str | BatchAdapter | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> BayesianModel:
+    """Make a trained network Bayesian.
+
+    Args:
+        model: trained network, never written to; a list of networks for "ensemble".
+        method: name ("map", "temperature", "laplace", "swag", "ensemble", "dropout") or an object such as
+            `bdl.Laplace(select="last_layer")`.
+        data: loader of `(inputs, target)` batches: training data for "laplace" and "swag", held-out data for
+            "temperature", optional for the others (it chooses an open Gaussian noise).
+        likelihood: "categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson" or an object.
+        prior: `bdl.GaussianPrior(precision=...)` is kept as given; None lets the method choose.
+        select: which parameters are Bayesian; overrides the method's own selection.
+        batch: "auto", "huggingface" or a callable `batch -> (inputs, target)`.
+        generator: source of all randomness.
+        progress: show progress bars.
+
+    Returns:
+        A `BayesianModel`; `diagnose()` says what was chosen.
+
+    Raises:
+        BayesDLError: every error names what was given, what was expected and what to do.
+    """
+    chosen = resolve_method(method)
+    family = resolve_likelihood(likelihood)
+    models = _models(model)
+    if prior is not None and not isinstance(prior, Prior):
+        raise ArgumentError(f"prior={prior!r} was given; pass a bdl.GaussianPrior(precision=...)")
+    if len(models) > 1 and chosen.name != "ensemble":
+        raise ArgumentError(f'{len(models)} networks were given; method "{chosen.name}" takes one (only "ensemble" takes a list)')
+    selection = select if select is not None else chosen.select
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cuda):  # iterating a shuffling loader would move the user's global state
+        if generator is not None:
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+        example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
+        network = Network(models[0], select="all" if selection is None else selection, batch=batch, example=example)
+        start = time.perf_counter()
+        fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress))
+        seconds = time.perf_counter() - start
+    result = fitted.network or network
+    _unchanged(network)
+    outputs = (("fit_seconds", seconds), ("parameters", float(network.num_parameters)), *fitted.cost)
+    return BayesianModel(result, fitted.posterior, fitted.likelihood, record=Record(chosen.name, outputs, fitted.findings))
+
+
+def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    models = (model,) if isinstance(model, nn.Module) else tuple(model) if isinstance(model, (list, tuple)) else ()
+    if not models or not all(isinstance(m, nn.Module) for m in models):
+        raise ArgumentError(f"a torch.nn.Module, or a list of them, is expected; got {type(model).__name__}")
+    if isinstance(model, BayesianModel):
+        raise ArgumentError("this model is Bayesian already; wrap the network it was made from")
+    return tuple(unwrap(m) for m in models)
+
+
+def _needs_example(selection: Selector | None) -> bool:
+    return isinstance(selection, str) and selection == "last_layer"
+
+
+def _unchanged(network: Network) -> None:
+    try:
+        network.check_fresh()
+    except StaleModelError as error:
+        raise StaleModelError("the network's parameters changed while it was being wrapped (another thread?)") from error

@@ -1,0 +1,186 @@
+"""The command: what it prints where, what it writes, and what it says about wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from scipy.special import log_softmax
+
+import bayesdl
+from bayesdl.cli import main
+
+TARGETS = np.random.default_rng(0).integers(0, 3, 40)
+
+
+def save_predictions(path: Path, seed: int, targets: np.ndarray | None = TARGETS, shift: float = 2.0) -> np.ndarray:
+    """Random logits that lean towards the targets; returned as log-probabilities."""
+    logits = np.random.default_rng(seed).normal(size=(40, 3))
+    arrays = {"logits": logits}
+    if targets is not None:
+        logits[np.arange(40), targets] += shift
+        arrays["targets"] = targets
+    np.savez(path, **arrays)
+    return log_softmax(logits, axis=1)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def failing(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a wrong call leaves on the standard error stream."""
+    try:
+        status: int | str | None = main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("bayesdl")
+    return captured.err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"bayesdl {bayesdl.__version__}\n"
+
+
+def test_help_is_quick_because_it_imports_no_torch() -> None:
+    code = "import sys, bayesdl.cli; bayesdl.cli.build_parser().format_help(); print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_evaluate_prints_json_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_probs = save_predictions(here / "a.npz", 1)
+    save_predictions(here / "out.npz", 2, targets=None)
+    assert main(["evaluate", "a.npz", "--ood", "far=out.npz", "--metrics", "nll,accuracy", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["nll"] == pytest.approx(-log_probs[np.arange(40), TARGETS].mean(), abs=1e-6)
+    assert values["accuracy"] == pytest.approx((log_probs.argmax(1) == TARGETS).mean())
+    inside, outside = (-(np.exp(p) * p).sum(1) for p in (log_probs, save_predictions(here / "out.npz", 2, None)))
+    pairs = outside[:, None] - inside[None, :]  # AUROC is the share of pairs that the score puts in the right order
+    assert values["ood/far/auroc"] == pytest.approx((pairs > 0).mean() + 0.5 * (pairs == 0).mean(), abs=1e-6)
+
+
+def test_evaluate_prints_a_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log_probs = save_predictions(here / "a.npz", 1)
+    assert main(["evaluate", "a.npz"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " nll " in line]
+    assert len(lines) == 1
+    assert f"{-log_probs[np.arange(40), TARGETS].mean():.6g}"[:6] in lines[0]
+
+
+def test_infinite_values_are_text_in_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(here / "a.npz", probs=np.array([[1.0, 0.0], [0.5, 0.5]]), targets=np.array([1, 0]))
+    assert main(["evaluate", "a.npz", "--metrics", "nll", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nll": "inf"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["required"]),
+        (["evaluate", "nope.npz"], ["nope.npz"]),
+        (["evaluate", "text.npz"], ["text.npz"]),
+        (["evaluate", "a.npz", "--metrics", "nll,nope"], ["nope"]),
+        (["evaluate", "a.npz", "--metrics", "nll,,ece"], ["--metrics"]),
+        (["evaluate", "a.npz", "--ood", "nope.npz"], ["--ood", "NAME=FILE"]),
+        (["compare"], ["--model"]),
+        (["compare", "a.npz", "--model", "x:y"], ["--model"]),
+        (["compare", "a.npz", "other.npz"], ["other", "targets"]),
+        (["compare", "a.npz", "a.npz"], ["--names"]),
+        (["compare", "a.npz", "b.npz", "--names", "x"], ["--names", "2 files"]),
+        (["compare", "a.npz", "b.npz", "--ood", "far=out.npz"], ["ROW:NAME=FILE", "far"]),
+        (["compare", "a.npz", "b.npz", "--bootstrap", "-1"], ["--bootstrap", "-1"]),
+        (["compare", "a.npz", "b.npz", "--out", "a.npz"], ["--out", "a.npz"]),
+        (["compare", "--model", "x:y"], ["--weights"]),
+        (["compare", "--model", "nope_for_cli:build", "--weights", "w.safetensors", "--data", "x:y"], ["nope_for_cli"]),
+        (["demo", "--device", "abacus"], ["--device", "abacus"]),
+        (["demo", "--seed", "one"], ["--seed", "one"]),
+    ],
+)
+def test_wrong_input_is_told_in_one_line(
+    arguments: list[str], words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_predictions(here / "a.npz", 1)
+    save_predictions(here / "b.npz", 2)
+    save_predictions(here / "other.npz", 2, targets=(TARGETS + 1) % 3)
+    (here / "text.npz").write_text("no archive")
+    message = failing(arguments, capsys)
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
+
+
+def test_debug_shows_where_an_error_comes_from(here: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", "nope.npz", "--debug"])
+
+
+def test_files_are_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = save_predictions(here / "good.npz", 1, shift=4.0), save_predictions(here / "bad.npz", 2, shift=0.5)
+    save_predictions(here / "far.npz", 3, targets=None)
+    arguments = ["compare", "good.npz", "bad.npz", "--ood", "good:far=far.npz", "bad:far=far.npz"]
+    assert main([*arguments, "--reference", "bad", "--bootstrap", "50", "--out", "report", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert "good" in captured.out
+    assert "Difference to bad" in captured.out
+    assert captured.err == ""
+    report = json.loads((here / "report" / "report.json").read_text())
+    assert report["rows"] == ["good", "bad"]
+    for row, log_probs in (("good", good), ("bad", bad)):
+        expected = -log_probs[np.arange(40), TARGETS].mean()
+        assert report["cells"][row]["nll"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert (here / "report" / "index.html").read_text().startswith("<!DOCTYPE html>")
+    assert (here / "report" / "report.csv").read_text().startswith("method,")
+    assert (here / "report" / "predictions" / "good" / "test.npz").is_file()
+
+
+def test_a_reader_that_leaves_ends_the_command_in_silence(here: Path) -> None:
+    save_predictions(here / "a.npz", 1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bayesdl", "evaluate", "a.npz"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(bayesdl.__file__).parents[1])},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    message = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+    assert message == b""
+
+
+MODULE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+def build():
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+
+def part(seed, n=60):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2, generator=generator)
+    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=32)
+
+def loaders():
+    return {"train": part(0), "val": part(1), "test": part(2)}
+
+far = DataLoader(TensorDataset(5 + torch.randn(30, 2, generator=torch.Generator().manual_seed(3))), batch_size=32)
+"""
