@@ -33,7 +33,30 @@ _PUBLIC = {
 }
 _MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors")
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = [
+    "MAP",
+    "SWAG",
+    "BayesianModel",
+    "Bernoulli",
+    "Categorical",
+    "Ensemble",
+    "Gaussian",
+    "GaussianPrior",
+    "Heteroscedastic",
+    "Laplace",
+    "Likelihood",
+    "MCDropout",
+    "Poisson",
+    "Predictive",
+    "Prior",
+    "Report",
+    "Temperature",
+    "__version__",
+    "compare",
+    "evaluate",
+    "load",
+    "wrap",
+]
 
 if TYPE_CHECKING:
     from bayesdl.evaluation.compare import compare, evaluate

@@ -48,7 +48,10 @@ def diagnose(model: BayesianModel) -> Diagnosis:
         count = posterior.layout.numel
         effective = effective_parameters(posterior)
         found.append(
-            Finding("info", f"{effective:.1f} effective of {count} selected parameters ({len(posterior.layout.blocks)} blocks)")
+            Finding(
+                "info",
+                f"{effective:.1f} effective of {count} selected parameters ({len(posterior.layout.blocks)} blocks)",
+            )
         )
         if effective < 0.01:
             found.append(

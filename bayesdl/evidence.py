@@ -35,9 +35,8 @@ def log_evidence(
     level = posterior.noise if noise is None else noise
     structure = posterior.structure_at(level)
     logdet = structure.logdet(posterior.scale_at(level), shift)
-    return (
-        log_likelihood(posterior, level) / posterior.temperature
-        - 0.5 * (scatter(posterior, network, shift) + logdet - log_prior_precision(posterior, shift))
+    return log_likelihood(posterior, level) / posterior.temperature - 0.5 * (
+        scatter(posterior, network, shift) + logdet - log_prior_precision(posterior, shift)
     )
 
 

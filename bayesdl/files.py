@@ -98,13 +98,15 @@ def load(
     network.select = str(header["select"])
     if header["fingerprint"] != network.fingerprint():
         raise FileFormatError(
-            f"{path} was saved for a network with other weights (fingerprint {str(header['fingerprint'])[:12]}, this network "
+            f"{path} was saved for a network with other weights (fingerprint "
+            f"{str(header['fingerprint'])[:12]}, this network "
             f"{network.fingerprint()[:12]}); load the weights that were wrapped"
         )
     if likelihood is None:
         if header["likelihood"] not in LIKELIHOODS:
             raise FileFormatError(
-                f"{path} holds the likelihood {header['likelihood']!r}, which is not one of the library's: pass likelihood="
+                f"{path} holds the likelihood {header['likelihood']!r}, which is not one of the library's: "
+                "pass likelihood="
             )
         likelihood = resolve(str(header["likelihood"]), **header["likelihood_config"])
     try:
@@ -148,7 +150,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         header = json.loads(metadata[KEY])
         version = header["format"]
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
@@ -167,7 +169,8 @@ def _names(header: dict[str, Any], model: nn.Module) -> list[str]:
     unknown = [name for name in names if name not in own]
     if unknown or not names:
         raise FileFormatError(
-            f"the file belongs to another network: it selects {unknown[0] if unknown else 'nothing'!r}, which this one lacks"
+            f"the file belongs to another network: it selects {unknown[0] if unknown else 'nothing'!r}, "
+            "which this one lacks"
         )
     return names
 

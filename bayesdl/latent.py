@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesdl.linalg import symmetric_root
 from bayesdl.errors import ShapeError
+from bayesdl.linalg import symmetric_root
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,13 @@ def cholesky(matrix: Tensor, what: str = "matrix") -> Tensor:
     for jitter in JITTER:
         factor, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed((jitter * scale).expand(matrix.shape[:-1])))
         if not bool(info.any()):
-            warnings.warn(f"{what}: jitter of {jitter:g} times the mean diagonal was added", JitterWarning, stacklevel=2)
+            warnings.warn(
+                f"{what}: jitter of {jitter:g} times the mean diagonal was added", JitterWarning, stacklevel=2
+            )
             return factor
     raise NumericalError(
-        f"{what} of shape {tuple(matrix.shape)} is not positive definite even with jitter {JITTER[-1]:g} times its mean "
+        f"{what} of shape {tuple(matrix.shape)} is not positive definite even with jitter {JITTER[-1]:g} "
+        "times its mean "
         "diagonal; use float64 curvature or a larger prior precision"
     )
 

@@ -31,7 +31,8 @@ def has_entropy(distribution: Distribution) -> bool:
 
 
 def sample(distribution: Distribution, n: int, generator: torch.Generator | None) -> Tensor:
-    """`n` draws that use `generator` alone; torch's own `.sample` would use global state; families unknown here run in a fork of that state."""
+    """`n` draws that use `generator` alone; torch's own `.sample` would use global state; families "
+    "unknown here run in a fork of that state."""
     if isinstance(distribution, Independent):
         return sample(distribution.base_dist, n, generator)
     if isinstance(distribution, MixtureSameFamily):

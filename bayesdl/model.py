@@ -66,7 +66,8 @@ class BayesianModel(nn.Module):
         super().__init__()
         if not isinstance(posterior, Posterior):
             raise ArgumentError(
-                f"posterior is {type(posterior).__name__}; expected a fitted posterior. Call bdl.wrap(model, method, data)"
+                f"posterior is {type(posterior).__name__}; expected a fitted posterior. Call "
+                "bdl.wrap(model, method, data)"
             )
         self.network = model if isinstance(model, Network) else Network(model, batch=batch)
         self.posterior = posterior

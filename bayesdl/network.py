@@ -143,7 +143,8 @@ class Network:
         for name, parameter in self._template.named_parameters():
             if _version(parameter) != self._versions[name]:
                 raise StaleModelError(
-                    f"parameter {name!r} of the wrapped model was written to after the fit; the posterior belongs to the "
+                    f"parameter {name!r} of the wrapped model was written to after the fit; the posterior "
+                    "belongs to the "
                     "old weights. Wrap the model again, or train a copy"
                 )
 
@@ -171,7 +172,8 @@ class Network:
         matches = [n for n, out in seen if out.data_ptr() == output.data_ptr() and out.numel() == output.numel()]
         if not matches:
             raise SelectionError(
-                "no layer's output is the network's output (is there a softmax or a sum behind the last layer?); name the "
+                "no layer's output is the network's output (is there a softmax or a sum behind the last "
+                "layer?); name the "
                 f"layer instead, e.g. select={seen[-1][0] if seen else 'head'!r}"
             )
         return matches[-1]
@@ -200,7 +202,8 @@ def two_dimensional(output: Tensor) -> Tensor:
         return output.unsqueeze(1)
     if output.dim() != 2:
         raise ShapeError(
-            f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). Flatten positions into the "
+            f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). Flatten "
+            "positions into the "
             "batch, or pool them, in a module around the network"
         )
     return output
@@ -249,4 +252,6 @@ def _refuse(module: nn.Module) -> None:
             )
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UnsupportedError(f"parameter {name!r} is lazy and not initialised: run one batch through the model first")
+            raise UnsupportedError(
+                f"parameter {name!r} is lazy and not initialised: run one batch through the model first"
+            )

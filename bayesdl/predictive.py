@@ -45,7 +45,7 @@ class Predictive:
 
     @property
     def task(self) -> str:
-        """"classification", "multilabel", "regression" or "count"."""
+        """ "classification", "multilabel", "regression" or "count"."""
         return self.likelihood.task
 
     @cached_property

@@ -43,7 +43,8 @@ class GaussianPrior(Prior):
         value = torch.as_tensor(self.precision, dtype=torch.float64)
         if value.dim() > 1 or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ArgumentError(
-                f"precision={self.precision!r}; expected a positive finite number, or a vector of them (per layer or per "
+                f"precision={self.precision!r}; expected a positive finite number, or a vector of them "
+                "(per layer or per "
                 "parameter)"
             )
 

@@ -44,7 +44,7 @@ def resolve(
     Raises:
         SelectionError: nothing selected, or a name that does not exist.
     """
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
     if not parameters:
         raise SelectionError("the network has no parameters")
     names = _chosen(select, parameters, requires_grad, last_layer)
@@ -55,7 +55,8 @@ def resolve(
     )
     if not chosen:
         raise SelectionError(
-            f"select={describe(select)!r} matches no floating-point parameter; the network has {_some(list(parameters))}"
+            f"select={describe(select)!r} matches no floating-point parameter; the network has "
+            f"{_some(list(parameters))}"
         )
     return chosen
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayesdl.batch import BatchAdapter
+from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.clone import unwrap
 from bayesdl.errors import ArgumentError, StaleModelError
 from bayesdl.likelihoods import Likelihood
@@ -18,7 +18,6 @@ from bayesdl.methods import Method, Task
 from bayesdl.methods import resolve as resolve_method
 from bayesdl.model import BayesianModel, Record
 from bayesdl.network import Network, first_inputs
-from bayesdl.batch import resolve_adapter
 from bayesdl.priors import Prior
 from bayesdl.select import Selector
 
@@ -62,7 +61,9 @@ def wrap(
     if prior is not None and not isinstance(prior, Prior):
         raise ArgumentError(f"prior={prior!r} was given; pass a bdl.GaussianPrior(precision=...)")
     if len(models) > 1 and chosen.name != "ensemble":
-        raise ArgumentError(f'{len(models)} networks were given; method "{chosen.name}" takes one (only "ensemble" takes a list)')
+        raise ArgumentError(
+            f'{len(models)} networks were given; method "{chosen.name}" takes one (only "ensemble" takes a list)'
+        )
     selection = select if select is not None else chosen.select
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=cuda):  # iterating a shuffling loader would move the user's global state
@@ -76,7 +77,9 @@ def wrap(
     result = fitted.network or network
     _unchanged(network)
     outputs = (("fit_seconds", seconds), ("parameters", float(network.num_parameters)), *fitted.cost)
-    return BayesianModel(result, fitted.posterior, fitted.likelihood, record=Record(chosen.name, outputs, fitted.findings))
+    return BayesianModel(
+        result, fitted.posterior, fitted.likelihood, record=Record(chosen.name, outputs, fitted.findings)
+    )
 
 
 def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
@@ -96,4 +99,6 @@ def _unchanged(network: Network) -> None:
     try:
         network.check_fresh()
     except StaleModelError as error:
-        raise StaleModelError("the network's parameters changed while it was being wrapped (another thread?)") from error
+        raise StaleModelError(
+            "the network's parameters changed while it was being wrapped (another thread?)"
+        ) from error

@@ -85,14 +85,25 @@ def estimate(
         NonFiniteError, ShapeError, LabelError: bad data; the message names the batch.
         UnsupportedError: the network or the size does not allow this structure.
     """
-    network = model if isinstance(model, Network) else Network(
-        model, select=select, batch=batch, example=first_inputs(data, resolve_adapter(batch))
+    network = (
+        model
+        if isinstance(model, Network)
+        else Network(model, select=select, batch=batch, example=first_inputs(data, resolve_adapter(batch)))
     )
     layout = plan(network, first_inputs(data, network.batch))
     return fit_curvature(
-        network, layout, data, resolve(likelihood),
-        structure=structure, kind=kind, samples=samples, generator=generator, dtype=dtype, memory=memory,
-        allow_partial=allow_partial, progress=progress,
+        network,
+        layout,
+        data,
+        resolve(likelihood),
+        structure=structure,
+        kind=kind,
+        samples=samples,
+        generator=generator,
+        dtype=dtype,
+        memory=memory,
+        allow_partial=allow_partial,
+        progress=progress,
     ).curvature
 
 
@@ -205,6 +216,7 @@ def _check(curvature: Structure) -> None:
         raise NumericalError("the curvature overflowed: fit with dtype=torch.float64")
     if not any(bool(v.any()) for name, v in curvature.tensors().items() if not name.startswith("rows")):
         raise NumericalError(
-            "the curvature is exactly zero: the likelihood is flat at these outputs (saturated logits?), or the selected "
+            "the curvature is exactly zero: the likelihood is flat at these outputs (saturated logits?), "
+            "or the selected "
             "parameters have no influence on this data"
         )

@@ -115,9 +115,7 @@ def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor) -> list[Tenso
         return [None if g is None else g.unsqueeze(0) for g in single]
     try:
         return list(
-            torch.autograd.grad(
-                output, nodes, vectors, allow_unused=True, is_grads_batched=True, retain_graph=True
-            )
+            torch.autograd.grad(output, nodes, vectors, allow_unused=True, is_grads_batched=True, retain_graph=True)
         )
     except RuntimeError as error:
         if "vmap" not in str(error) and "batching rule" not in str(error):
@@ -150,8 +148,9 @@ def _dense_rows(
             single = [t.unsqueeze(0) if moved else t for t, moved in zip(example, batched, strict=True)]
             return network.forward(module, rebuild(single), parameters)[0]
 
-        value, pull = torch.func.vjp(forward, selected)
-        return torch.func.vmap(lambda v: pull(v)[0])(cotangent), value
+        pulled = torch.func.vjp(forward, selected)
+        pull = pulled[1]
+        return torch.func.vmap(lambda v: pull(v)[0])(cotangent), pulled[0]
 
     where = (1, *(0 if moved else None for moved in batched))
     try:

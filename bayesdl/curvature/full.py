@@ -37,7 +37,8 @@ class Full(Structure):
         size = layout.numel**2 * torch.finfo(dtype).bits // 8
         if size > MAX_BYTES:
             raise UnsupportedError(
-                f"a full matrix over {layout.numel} parameters takes {size / 2**30:.1f} GB (limit {MAX_BYTES / 2**30:.0f}); "
+                f"a full matrix over {layout.numel} parameters takes {size / 2**30:.1f} GB (limit "
+                f"{MAX_BYTES / 2**30:.0f}); "
                 'use structure="kron" or "diag", or select fewer parameters, e.g. select="last_layer"'
             )
         return cls(layout, torch.zeros(layout.numel, layout.numel, dtype=dtype, device=device))

@@ -179,7 +179,8 @@ class Kron(Structure):
         value = torch.as_tensor(shift)
         if value.numel() > 1 and value.shape != (len(self.layout.blocks),):
             raise UnsupportedError(
-                f"a prior precision of shape {tuple(value.shape)} was given; Kronecker curvature is exact for a scalar or "
+                f"a prior precision of shape {tuple(value.shape)} was given; Kronecker curvature is exact "
+                "for a scalar or "
                 f'one per block ({len(self.layout.blocks)},) only. Use structure="diag" or "full" for one per parameter'
             )
         like = self.outer[0].to(dtype or self.outer[0].dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from bayesdl.curvature.layout import Block
 class Use:
     """One call of a layer: its input, and the gradients `(K, ...)` at its output."""
 
-    module: nn.Module
+    module: Any  # an nn.Module; its attributes are the layer type's own
     value: Tensor
     gradient: Tensor
 
@@ -74,7 +75,10 @@ def _linear(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -
         if isinstance(use.module, CONVOLUTIONS):
             a, g = _unfold(use.module, value), gradient.flatten(3).transpose(2, 3)
         else:
-            a, g = value.reshape(batch, -1, value.shape[-1]), gradient.reshape(len(gradient), batch, -1, gradient.shape[-1])
+            a, g = (
+                value.reshape(batch, -1, value.shape[-1]),
+                gradient.reshape(len(gradient), batch, -1, gradient.shape[-1]),
+            )
         groups = block.groups
         inputs.append(a.unflatten(-1, (groups, -1)).permute(2, 0, 1, 3))
         cotangents.append(g.unflatten(-1, (groups, -1)).permute(3, 0, 1, 2, 4))
@@ -92,7 +96,7 @@ def _rows(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> 
         gradient = gradient.reshape(len(gradient), batch, -1, block.rows)
         padding = use.module.padding_idx
         if padding is not None:
-            ignored = index == padding
+            ignored: Tensor = index == padding
             index = torch.where(ignored, -1, index)
             gradient = gradient.masked_fill(ignored[None, :, :, None], 0.0)
         indices.append(index)
@@ -128,7 +132,7 @@ def _scale(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) ->
     return dense_factor(torch.stack(total).sum(0))
 
 
-def _normalised(module: nn.Module, value: Tensor) -> Tensor:
+def _normalised(module: Any, value: Tensor) -> Tensor:
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(value, module.normalized_shape, None, None, module.eps)
     if isinstance(module, nn.RMSNorm):
@@ -153,7 +157,7 @@ def _batch_first(value: Tensor, axis: int, batch: int, skip: int) -> Tensor:
     return value.reshape(*value.shape[:skip], batch, -1, *value.shape[skip + 1 :])
 
 
-def _unfold(module: nn.Module, value: Tensor) -> Tensor:
+def _unfold(module: Any, value: Tensor) -> Tensor:
     """Patches `(B, T, C k)` of a convolution's input, channels grouped as its weight has them."""
     dims = len(module.kernel_size)
     if dims == 2 and module.padding_mode == "zeros" and not isinstance(module.padding, str):

@@ -98,12 +98,12 @@ def _candidates(network: Network) -> list[Block]:
 
 def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
     """Find the batch axis by running two and three examples; without one the block becomes dense."""
-    axes = set()
+    axes: set[int | None] = set()
     for a, b in zip(two, three, strict=True):
         if a.layer not in block.modules:
             continue
         before, after = a.output.shape, b.output.shape
-        changed = [i for i, (m, n) in enumerate(zip(before, after, strict=True)) if m != n]
+        changed = [i for i, (m, n) in enumerate(zip(before, after, strict=False)) if m != n]
         if len(before) != len(after) or len(changed) != 1 or 2 * after[changed[0]] != 3 * before[changed[0]]:
             axes.add(None)
         elif before[changed[0]] == 2:
@@ -112,7 +112,7 @@ def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
             axes.add(-1 if changed[0] == 0 else None)
     if len(axes) != 1 or None in axes:
         return replace(block, kind="dense")
-    return replace(block, axis=axes.pop())
+    return replace(block, axis=axes.pop() or 0)
 
 
 def _first_example_gradient(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,7 +128,8 @@ def _first_example_gradient(network: Network, pair: Any) -> tuple[Tensor, dict[s
     missing = [name for name, g in zip(leaves, gradients, strict=True) if g is None]
     if missing:
         raise UnreachedParameterError(
-            f"{len(missing)} selected parameter(s) have no influence on the outputs, the first is {missing[0]!r}; leave "
+            f"{len(missing)} selected parameter(s) have no influence on the outputs, the first is "
+            f"{missing[0]!r}; leave "
             "them out of select= (is there a second head, or a detach()?)"
         )
     return vector, {name: g[0] for name, g in zip(leaves, gradients, strict=True) if g is not None}

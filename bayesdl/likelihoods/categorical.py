@@ -49,7 +49,8 @@ class Categorical(Likelihood):
     def check_outputs(self, f: Tensor) -> Tensor:
         if f.shape[-1] < 2:
             raise ShapeError(
-                f"the outputs have shape {tuple(f.shape)}; the categorical likelihood needs at least 2 logits per input. "
+                f"the outputs have shape {tuple(f.shape)}; the categorical likelihood needs at least 2 "
+                "logits per input. "
                 'For one logit use likelihood="bernoulli"; for one real value "gaussian"; for one log-rate "poisson"'
             )
         return super().check_outputs(f)
@@ -61,7 +62,8 @@ class Categorical(Likelihood):
             y = y.squeeze(1)
         if y.shape != f.shape[:1]:
             raise ShapeError(
-                f"targets have shape {tuple(y.shape)} and the outputs {tuple(f.shape)}; the categorical likelihood expects "
+                f"targets have shape {tuple(y.shape)} and the outputs {tuple(f.shape)}; the categorical "
+                "likelihood expects "
                 f"class indices of shape ({f.shape[0]},)"
             )
         if y.dtype.is_floating_point or y.dtype in (torch.bool, torch.complex64):
@@ -111,7 +113,9 @@ class Categorical(Likelihood):
             strength = alpha.sum(-1, keepdim=True)
             share = alpha / strength
             aleatoric = -(share * (torch.digamma(alpha + 1.0) - torch.digamma(strength + 1.0))).sum(-1)
-            return Split(aleatoric.to(latent.mean.dtype), (entropy(share) - aleatoric).clamp(min=0).to(latent.mean.dtype))
+            return Split(
+                aleatoric.to(latent.mean.dtype), (entropy(share) - aleatoric).clamp(min=0).to(latent.mean.dtype)
+            )
         weights, draws = latent.draws(noise)
         probs = torch.softmax(draws, -1)
         return entropy_split(weights, entropy(probs), entropy(torch.einsum("s,sbc->bc", weights, probs)))

@@ -44,7 +44,8 @@ class Gaussian(Likelihood):
         """The standard deviations `(C,)` in the dtype and on the device of `f`."""
         if self.noise is None:
             raise NotFittedError(
-                "the gaussian likelihood has no noise yet: pass bdl.Gaussian(noise=...), or give the method data so that it "
+                "the gaussian likelihood has no noise yet: pass bdl.Gaussian(noise=...), or give the "
+                "method data so that it "
                 "can choose one"
             )
         value = torch.as_tensor(self.noise).to(f)
@@ -109,7 +110,8 @@ class Heteroscedastic(Likelihood):
     def check_outputs(self, f: Tensor) -> Tensor:
         if f.shape[-1] % 2:
             raise ShapeError(
-                f"the outputs have shape {tuple(f.shape)}; the heteroscedastic likelihood needs an even number: means, then "
+                f"the outputs have shape {tuple(f.shape)}; the heteroscedastic likelihood needs an even "
+                "number: means, then "
                 'log-variances. For means alone use likelihood="gaussian"'
             )
         return super().check_outputs(f)

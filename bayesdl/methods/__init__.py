@@ -45,4 +45,6 @@ def resolve(method: str | Method | type[Method]) -> Method:
         return METHODS[method]()
     if isinstance(method, type) and issubclass(method, Method):
         return method()
-    raise ArgumentError(f"method={method!r} was given; pass one of {sorted(METHODS)} or an object such as bdl.Laplace()")
+    raise ArgumentError(
+        f"method={method!r} was given; pass one of {sorted(METHODS)} or an object such as bdl.Laplace()"
+    )

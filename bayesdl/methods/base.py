@@ -97,12 +97,17 @@ def with_residual_noise(task: Task, posterior: Posterior) -> tuple[Likelihood, t
         return likelihood, ()
     if task.data is None:
         raise ArgumentError(
-            "the gaussian likelihood has no noise and there is no data to choose it from: pass bdl.Gaussian(noise=...), or a "
+            "the gaussian likelihood has no noise and there is no data to choose it from: pass "
+            "bdl.Gaussian(noise=...), or a "
             "loader (held-out data is best)"
         )
     noise = residual_noise(task, posterior, likelihood)
     text = ", ".join(f"{float(v):.4g}" for v in noise)
-    found = Finding("info", f"noise {text} is the residual on the data given", 'tune("heldout", val_loader) if those were training data')
+    found = Finding(
+        "info",
+        f"noise {text} is the residual on the data given",
+        'tune("heldout", val_loader) if those were training data',
+    )
     return likelihood.with_noise(noise), (found,)
 
 

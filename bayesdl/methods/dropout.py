@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import nn
 
@@ -33,7 +33,7 @@ class MCDropout(Method):
             raise ArgumentError(f"num_samples={self.num_samples}; expected at least 1")
         if self.rate is not None and not 0.0 <= self.rate < 1.0:
             raise ArgumentError(f"rate={self.rate}; expected a probability in [0, 1)")
-        modules = dict(task.network.module().named_modules())
+        modules: dict[str, Any] = dict(task.network.module().named_modules())
         odd = [n for n, m in modules.items() if isinstance(m, (nn.AlphaDropout, nn.FeatureAlphaDropout))]
         if odd:
             raise UnsupportedError(f"layer {odd[0]!r} is an alpha dropout, whose masks are not multiplicative")

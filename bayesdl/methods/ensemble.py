@@ -47,7 +47,7 @@ class Ensemble(Method):
                 f"an ensemble of {len(states)} member was asked for; pass a list of at least two networks to wrap, or "
                 "bdl.Ensemble(checkpoints=[...])"
             )
-        own = {name: value for name, value in task.network.tensors.items()}
+        own = task.network.tensors
         members = [_matched(state, own, number) for number, state in enumerate(states)]
         posterior = SamplePosterior.from_states(members)
         likelihood, findings = with_residual_noise(task, posterior)
@@ -80,7 +80,8 @@ def _matched(state: Mapping[str, Tensor], own: Mapping[str, Tensor], number: int
             continue
         if state[name].shape != value.shape:
             raise ShapeError(
-                f"member {number}: {name!r} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}; all members "
+                f"member {number}: {name!r} has shape {tuple(state[name].shape)}, expected "
+                f"{tuple(value.shape)}; all members "
                 "must have one architecture"
             )
         member[name] = torch.as_tensor(state[name]).to(value)

@@ -47,7 +47,9 @@ class SWAG(Method):
 
     def fit(self, task: Task) -> Fitted:
         if self.epochs < 1 or self.num_samples < 1 or self.collects < 1 or self.rank < 2 or not self.lr > 0:
-            raise ArgumentError(f"{self}: epochs, num_samples and collects are at least 1, rank at least 2, lr positive")
+            raise ArgumentError(
+                f"{self}: epochs, num_samples and collects are at least 1, rank at least 2, lr positive"
+            )
         data = task.need_data(self.name)
         moments = self._train(task, data)
         samples = [self._sample(moments, noise) for noise in self._noises(task, moments)]

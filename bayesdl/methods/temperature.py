@@ -29,7 +29,8 @@ class Temperature(Method):
     def fit(self, task: Task) -> Fitted:
         if task.likelihood.task not in ("classification", "multilabel"):
             raise UnsupportedError(
-                f"temperature scaling needs logits (categorical or bernoulli); the likelihood is {task.likelihood.name}. "
+                f"temperature scaling needs logits (categorical or bernoulli); the likelihood is "
+                f"{task.likelihood.name}. "
                 'For regression choose the noise on held-out data: wrap(net, "map", val_loader, likelihood="gaussian")'
             )
         base = PointPosterior()

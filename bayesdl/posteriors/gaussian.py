@@ -210,8 +210,8 @@ def _tangent(network: Network, layout: Layout, offset: Tensor) -> Function:
         network.check_fresh()
         direction = {name: delta[name].to(value) for name, value in origin.items()}
         plain = {name: value.detach() for name, value in origin.items()}
-        output, slope = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
-        return output + slope
+        pair = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
+        return pair[0] + pair[1]
 
     return function
 

@@ -93,7 +93,7 @@ class MaskPosterior(Posterior):
                 handle.remove()
 
 
-def _mask(layer: nn.Module, output: Tensor, rate: float | None, stream: torch.Generator) -> Tensor:
+def _mask(layer: Any, output: Tensor, rate: float | None, stream: torch.Generator) -> Tensor:
     p = float(layer.p if rate is None else rate)
     shape = list(output.shape[1:])
     if isinstance(layer, CHANNELWISE):

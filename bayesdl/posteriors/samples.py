@@ -33,7 +33,9 @@ class SamplePosterior(Posterior):
     def __post_init__(self) -> None:
         for name, value in self.snapshots.items():
             if value.shape[0] != len(self.weights):
-                raise ShapeError(f"snapshot {name!r} holds {value.shape[0]} samples and there are {len(self.weights)} weights")
+                raise ShapeError(
+                    f"snapshot {name!r} holds {value.shape[0]} samples and there are {len(self.weights)} weights"
+                )
             check_finite(value, f"snapshot {name!r}")
 
     @classmethod
@@ -53,7 +55,8 @@ class SamplePosterior(Posterior):
             for name, value in state.items():
                 if value.shape != states[0][name].shape:
                     raise ShapeError(
-                        f"{name!r} has shape {tuple(value.shape)} in sample {number} and {tuple(states[0][name].shape)} in "
+                        f"{name!r} has shape {tuple(value.shape)} in sample {number} and "
+                        f"{tuple(states[0][name].shape)} in "
                         "sample 0; all members must have one architecture"
                     )
         stacked = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}

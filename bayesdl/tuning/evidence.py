@@ -70,7 +70,11 @@ def maximise(
         log_noise = None
         if noise and posterior.noise is not None:
             # several scales need the curvature of each output alone; otherwise their ratio stays as it is
-            log_noise = posterior.noise.double().log() if posterior.parts else posterior.noise.new_zeros((), dtype=torch.float64)
+            log_noise = (
+                posterior.noise.double().log()
+                if posterior.parts
+                else posterior.noise.new_zeros((), dtype=torch.float64)
+            )
         rounds = steps if algorithm == "fixed_point" else 10
         log_precision, log_noise = _fixed_point(posterior, network, prior, log_precision, log_noise, rounds)
         if algorithm == "gradient":

@@ -53,7 +53,9 @@ def tune_heldout(
         found = Finding("info", f"noise {[round(float(v), 4) for v in noise]} chosen on held-out data")
         return model.replaced(likelihood=model.likelihood.with_noise(noise), findings=(found,))
     if model.likelihood.task not in ("classification", "multilabel"):
-        raise UnsupportedError(f"a {model.likelihood.name} likelihood has no output temperature; tune the method instead")
+        raise UnsupportedError(
+            f"a {model.likelihood.name} likelihood has no output temperature; tune the method instead"
+        )
     temperature, findings = fit_temperature(model.likelihood, latent, targets)
     base = posterior
     if isinstance(posterior, ScaledPosterior):

@@ -40,7 +40,11 @@ def fit_temperature(likelihood: Likelihood, latent: Latent, targets: Tensor) -> 
     findings = [Finding("info", f"temperature {math.exp(log_t):.4f} chosen on held-out data")]
     if abs(log_t) > BOUND - 1e-3:
         findings.append(
-            Finding("warning", f"the temperature {math.exp(log_t):.3g} lies at its search bound", "check the held-out labels")
+            Finding(
+                "warning",
+                f"the temperature {math.exp(log_t):.3g} lies at its search bound",
+                "check the held-out labels",
+            )
         )
     return torch.tensor(math.exp(log_t), dtype=torch.float64, device=latent.mean.device), tuple(findings)
 
