@@ -88,7 +88,7 @@ def fpr_at_recall(scores: Any, positive: Any, *, recall: float = 0.95, weights: 
 
 def _checked(name: str, scores: Any, positive: Any, weights: Any, read: Any) -> float | Tensor:
     scores = validation.vector(scores, "scores")
-    positive = validation.binary_targets(positive, tuple(scores.shape), "positive")
+    positive = validation.binary_targets(positive, tuple(scores.shape), "positive").to(scores.device)
     weights = validation.example_weights(weights, len(scores))
     validation.two_classes(int(positive.sum()), int((1 - positive).sum()), name)
     values = read(counts(scores, positive, weights))
@@ -106,7 +106,7 @@ def separated(
     left = validation.example_weights(negative_weights, len(negatives))
     right = validation.example_weights(positive_weights, len(positives))
     weights = _joint(left, right, len(negatives), len(positives), negatives.device)
-    scores = torch.cat([validation.wide(negatives), validation.wide(positives)])
+    scores = torch.cat([validation.wide(negatives), validation.wide(positives).to(negatives.device)])
     labels = torch.cat([scores.new_zeros(len(negatives)), scores.new_ones(len(positives))])
     return counts(scores, labels, weights), weights
 

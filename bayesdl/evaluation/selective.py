@@ -132,7 +132,7 @@ def risk_coverage(confidence: Any, loss: Any, *, weights: Any = None) -> RiskCov
 
 def _checked(confidence: Any, loss: Any, weights: Any) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     confidence = validation.vector(confidence, "confidence")
-    loss = validation.vector(loss, "loss", length=len(confidence))
+    loss = validation.vector(loss, "loss", length=len(confidence)).to(confidence.device)
     return (confidence, loss), validation.example_weights(weights, len(confidence))
 
 

@@ -9,9 +9,10 @@ from bayesdl.evaluation.validation import UndefinedError
 
 
 def rows(weights: Tensor | None, num_examples: int, device: torch.device) -> Tensor:
-    """Weights as (R, N) float64; absent weights are one row of ones."""
+    """Weights as (R, N) float64 on `device`; absent weights are one row of ones."""
     if weights is None:
         return torch.ones(1, num_examples, dtype=torch.float64, device=device)
+    weights = weights.to(device)
     return weights[None] if weights.dim() == 1 else weights
 
 
