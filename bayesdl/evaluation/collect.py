@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,8 +182,8 @@ def _facts(method: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if isinstance(getattr(method, "method_name", None), str):
         facts["method"] = method.method_name
-    temperature = getattr(method, "temperature", None)
-    if isinstance(temperature, (int, float)) and math.isfinite(temperature):
+    temperature = getattr(getattr(method, "posterior", None), "temperature", None)
+    if temperature is not None:
         facts["temperature"] = float(temperature)
     facts["cost"] = {str(key): float(value) for key, value in dict(getattr(method, "cost", {})).items()}
     return facts

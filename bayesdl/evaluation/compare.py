@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.evaluation.collect import TEST, Collected, collect, one
-from bayesdl.evaluation.metrics import HEADLINE, evaluate_metrics
+from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
@@ -67,6 +67,11 @@ def compare(
         raise ArgumentError(f"bootstrap: expected a number of resamples, 0 for none, got {bootstrap!r}")
     if not 0.0 < level < 1.0:
         raise ArgumentError(f"level={level!r} was given; expected a number between 0 and 1")
+    for name in metrics or ():  # before hours of prediction, not after
+        if name not in METRICS:
+            raise UnknownNameError(f"metrics: {name!r} is unknown; available: {', '.join(METRICS)}")
+    if score is not None and score not in SCORES:
+        raise UnknownNameError(f"score={score!r} is unknown; available: {', '.join(SCORES)}")
     found = collect(methods, data, ood, shift, cost=cost, progress=progress)
     names = tuple(HEADLINE[found.task] if metrics is None else metrics)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -171,8 +176,9 @@ def _bootstrap_note(count: int, clustered: bool) -> str:
     return (
         f"Intervals: {count} bootstrap resamples of {units}, the same for every method and column; BCa for means of "
         "losses, reflected for calibration errors (whose bootstrap is biased upwards), percentiles for the rest. "
-        "They cover the choice of test examples, not the randomness of training. Tests compare every method with the best of "
-        "the column on the same resamples, two-sided, adjusted by Holm over the methods of the column."
+        "A reflected interval may lie below the printed error, which chance inflates. All of them cover the choice of "
+        "test examples, not the randomness of training. Tests compare every method with the best of the column on the "
+        "same resamples, two-sided, adjusted by Holm over the methods of the column."
     )
 
 

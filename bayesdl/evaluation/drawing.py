@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def percent(axes: Axes, which: str) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}%"))
 
 
-def legend(axes: Axes, place: str = "best") -> None:
+def legend(axes: Axes, place: Literal["best", "upper left"] = "best") -> None:
     """A small legend without a frame."""
     axes.legend(
         fontsize=FONT - 0.5, frameon=False, labelcolor=style.INK, loc=place, handlelength=1.8, borderaxespad=0.2
@@ -80,9 +80,14 @@ def label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
         places = [place + shift for place in places]
     for (name, _, colour), place in zip(finite, places, strict=True):
         axes.annotate(
-            name, (1, (place - low) / (high - low)), xycoords="axes fraction", xytext=(5, 0),
+            plain(name), (1, (place - low) / (high - low)), xycoords="axes fraction", xytext=(5, 0),
             textcoords="offset points", fontsize=FONT, color=colour, va="center", annotation_clip=False,
         )  # fmt: skip
+
+
+def plain(name: str) -> str:
+    """A name as it is: Matplotlib would set what stands between dollar signs as a formula."""
+    return name.replace("$", r"\$")
 
 
 def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -106,6 +111,6 @@ def thin(n: int) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, POINTS).round().astype(int))
 
 
-def array(values: Tensor) -> np.ndarray:
-    """float64 copy for Matplotlib."""
-    return values.detach().double().cpu().numpy()
+def array(values: Tensor | None) -> np.ndarray:
+    """float64 copy for Matplotlib; empty for None."""
+    return np.empty(0) if values is None else values.detach().double().cpu().numpy()

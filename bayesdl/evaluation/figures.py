@@ -9,8 +9,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from bayesdl.errors import UnsupportedError
 from bayesdl.evaluation import render, style
 from bayesdl.evaluation.report import Report
 
@@ -74,7 +76,7 @@ def _reliability(report: Report) -> Section:
     for row in report.rows:
         caption = _cell_words(report, row, "ece")
         alt = f"Reliability diagram of {row}: accuracy against confidence. {caption}"
-        drawings.append(_panel(row, lambda row=row: report.plot.reliability(row), alt, caption=caption, row=row))
+        drawings.append(_panel(row, partial(report.plot.reliability, row), alt, caption=caption, row=row))
     lead = (
         "Of all predictions made with 80 % confidence, 80 % should be right. Below the diagonal: over-confident. Grey "
         "bars: where 95 % of the points would fall by chance alone if the method were calibrated. Bottom: how many "
@@ -88,7 +90,7 @@ def _pit(report: Report) -> Section:
     for row in report.rows:
         caption = _cell_words(report, row, "picp_90")
         alt = f"Histogram of the probability integral transform of {row}. {caption}"
-        drawings.append(_panel(row, lambda row=row: report.plot.pit(row), alt, caption=caption, row=row))
+        drawings.append(_panel(row, partial(report.plot.pit, row), alt, caption=caption, row=row))
     lead = (
         "Where the targets fall within their predictive distributions. Flat is right. A U shape: intervals too narrow. "
         "A hump: too wide. A slope: biased. Grey: 95 % range under right forecasts."
@@ -103,7 +105,7 @@ def _ood(report: Report) -> Section:
     for row in report.rows:
         caption = "; ".join(text for name in sets if (text := _cell_words(report, row, f"ood/{name}/auroc")))
         alt = f"Histograms of the {score} of {row} on test data and on {', '.join(sets)}. {caption}"
-        drawings.append(_panel(row, lambda row=row: report.plot.ood_histogram(row), alt, caption=caption, row=row))
+        drawings.append(_panel(row, partial(report.plot.ood_histogram, row), alt, caption=caption, row=row))
     lead = (
         f"Score: {score.replace('_', ' ')}. The less a line overlaps the grey area of the test data, the better "
         "unfamiliar data are noticed."
@@ -121,7 +123,7 @@ def _shift(report: Report) -> list[Section]:
                 continue
             label = report.column(metric).label
             alt = f"{label} against severity of {name}, one line a method. At the end: {_listing(report, key)}"
-            drawings.append(_panel(label, lambda metric=metric, name=name: report.plot.shift(metric, name=name), alt))
+            drawings.append(_panel(label, partial(report.plot.shift, metric, name=name), alt))
         if drawings:
             lead = "From the unchanged test data on the left to the strongest shift on the right; bars are intervals."
             sections.append(Section(f"What happens under {name}?", lead, tuple(drawings), small=True))
@@ -161,11 +163,12 @@ def svg(axes: Axes, alt: str) -> str:
     """
     import matplotlib
 
+    figure = axes.get_figure(root=True)
+    if figure is None:
+        raise UnsupportedError("these Axes belong to no figure")
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bayesdl"}):
-        axes.get_figure(root=True).savefig(
-            stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)

@@ -129,8 +129,9 @@ def _table(report: Report, name: str, title: str, keys: Sequence[str]) -> str:
     return (
         f'<section aria-labelledby="t-{name}"><h2 id="t-{name}">{_text(title)}</h2>'
         f'<div class="scroll" tabindex="0" role="region" aria-labelledby="t-{name}">'
-        f"<table><caption>{_text(caption)}</caption>"
-        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+        f'<table aria-describedby="c-{name}"><caption>{_text(title)}</caption>'
+        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="under" id="c-{name}">{_text(caption)}</p></section>'
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from bayesdl.errors import UnknownNameError, UnsupportedError
 from bayesdl.evaluation import drawing, style
@@ -45,7 +46,8 @@ class Plots:
             UnsupportedError: not a classification report, or read from JSON.
         """
         name, predictions = self._one(row, ("classification",), "reliability")
-        table = reliability_of(predictions.confidence, predictions.correct, bins=bins)
+        generator = torch.Generator(predictions.confidence.device).manual_seed(0)  # the same report, the same picture
+        table = reliability_of(predictions.confidence, predictions.correct, bins=bins, generator=generator)
         axes = drawing.dressed(ax, _SMALL)
         count, low, high = drawing.array(table.count), drawing.array(table.low), drawing.array(table.high)
         used = count > 0
@@ -135,7 +137,7 @@ class Plots:
                 color=colour,
                 linewidth=1.4,
                 linestyle=style.DASHES[index % 8],
-                label=key,
+                label=drawing.plain(key),
                 baseline=None,
             )
         axes.set(
@@ -169,18 +171,13 @@ class Plots:
             look = self._look(row)
             moved = steps + 0.05 * (index - (len(self._report.rows) - 1) / 2)  # so that the bars stand side by side
             axes.plot(moved, values, color=look[0], linestyle=look[2], marker=look[1], markersize=3.6, linewidth=1.3)
-            ranges = [(x, c.low, c.high) for x, c in zip(moved, cells, strict=True) if c.low is not None]
-            axes.vlines(
-                [r[0] for r in ranges],
-                [r[1] for r in ranges],
-                [r[2] for r in ranges],
-                color=look[0],
-                linewidth=1,
-                alpha=0.7,
-            )
+            spans = np.array([self._report.interval(row, key) for key in keys])  # NaN where there is none: no bar
+            axes.vlines(moved, spans[:, 0], spans[:, 1], color=look[0], linewidth=1, alpha=0.7)
             ends.append((row, float(values[-1]), look[0]))
-        axes.set_xticks(steps, ["test", *shifts[chosen]])
-        axes.set(xlabel=f"{chosen}, growing severity", ylabel=drawing.axis_label(column.label, column.unit))
+        axes.set_xticks(steps, ["test", *map(drawing.plain, shifts[chosen])])
+        axes.set(
+            xlabel=f"{drawing.plain(chosen)}, growing severity", ylabel=drawing.axis_label(column.label, column.unit)
+        )
         if column.unit == "fraction":
             drawing.percent(axes, "y")
         drawing.label_ends(axes, ends)
@@ -204,7 +201,7 @@ class Plots:
                 axes.plot([0, 1], [0, 1], color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
             look = self._look(name)
             observed = (central[None, :] <= levels[:, None]).mean(1)
-            axes.plot(levels, observed, color=look[0], linestyle=look[2], linewidth=1.5, label=name)
+            axes.plot(levels, observed, color=look[0], linestyle=look[2], linewidth=1.5, label=drawing.plain(name))
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level of the interval", ylabel="targets inside")
         drawing.percent(axes, "xy")
         drawing.legend(axes, "upper left")
@@ -238,23 +235,22 @@ class Plots:
         """
         self._one(self._report.rows[0], (), "decomposition")
         sets = [key for key in self._report.predictions[self._report.rows[0]] if not key.startswith("shift/")]
-        bars = [
-            (key.removeprefix("ood/"), row, self._report.predictions[row][key])
-            for key in sets
-            for row in self._report.rows
-        ]
+        bars = [(key, row) for key in sets for row in self._report.rows if key in self._report.predictions[row]]
         axes = drawing.dressed(ax, (4.4, 0.75 + 0.24 * len(bars) + 0.16 * len(sets)))
         ticks: list[float] = []
-        for index, (key, _, predictions) in enumerate(bars):
-            place = float(index) + 0.8 * (index // len(self._report.rows))
-            if index % len(self._report.rows) == 0:
+        place = -1.8
+        for index, (key, row) in enumerate(bars):
+            place += 1.0
+            if index == 0 or key != bars[index - 1][0]:
+                place += 0.8
                 axes.annotate(
-                    key, (0, place - 0.55), xytext=(2, 0), textcoords="offset points", fontsize=drawing.FONT, color=style.INK,
-                    fontweight="bold", annotation_clip=False,
+                    drawing.plain(key.removeprefix("ood/")), (0, place - 0.55), xytext=(2, 0),
+                    textcoords="offset points", fontsize=drawing.FONT, color=style.INK, fontweight="bold",
+                    annotation_clip=False,
                 )  # fmt: skip
-            aleatoric, epistemic = (
-                float(drawing.array(part).mean()) for part in (predictions.aleatoric, predictions.epistemic)
-            )
+            predictions = self._report.predictions[row][key]
+            aleatoric = float(drawing.array(predictions.aleatoric).mean())
+            epistemic = float(drawing.array(predictions.epistemic).mean())
             first = index == 0
             axes.barh(place, aleatoric, color=style.SERIES[5], height=0.72, label="aleatoric" if first else None)
             axes.barh(
@@ -266,7 +262,7 @@ class Plots:
                 label="epistemic" if first else None,
             )
             ticks.append(place)
-        axes.set_yticks(ticks, [row for _, row, _ in bars])
+        axes.set_yticks(ticks, [drawing.plain(row) for _, row in bars])
         axes.set_ylim(ticks[-1] + 0.6, -1.0)
         square = self._report.task in ("regression", "count")
         axes.set_xlabel("mean variance (target units²)" if square else "mean uncertainty (nats)")

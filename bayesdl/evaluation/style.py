@@ -59,10 +59,11 @@ section{background:var(--card);border:1px solid var(--line);border-radius:14px;p
 .verdict p:first-of-type{font-size:20px;line-height:1.45;max-width:64ch;margin-top:8px}
 .verdict ul{margin:12px 0 0;padding:0 0 0 20px;max-width:80ch}
 .verdict li{margin:6px 0}
-.scroll{overflow-x:auto;margin:12px -24px 0}
+.scroll{position:relative;overflow-x:auto;margin:12px -24px 0}
 .scroll:focus-visible{outline:3px solid var(--accent);outline-offset:-3px}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:15px}
-caption{caption-side:bottom;text-align:left;color:var(--muted);font-size:13.5px;line-height:1.5;padding:12px 0 0}
+caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+.under{color:var(--muted);font-size:13.5px;line-height:1.5;margin:12px 0 0;max-width:110ch}
 th,td{padding:10px 12px;text-align:right;vertical-align:top;white-space:nowrap;border-bottom:1px solid var(--line)}
 thead th{font-weight:600;vertical-align:bottom;font-size:14px}
 thead .group{color:var(--muted);font-weight:600;font-size:13px;text-align:left;padding:4px 0 0 30px;border-bottom:0}
@@ -72,8 +73,7 @@ thead .unit{display:block;color:var(--muted);font-weight:400;font-size:12.5px}
 tbody tr:last-child>*{border-bottom:0}
 tr>:first-child{text-align:left;position:sticky;left:0;padding-left:24px;background:var(--card);z-index:1}
 tr>:last-child{padding-right:24px}
-caption{padding-left:24px;padding-right:24px}
-th[scope=row]{font-weight:600;white-space:normal;overflow-wrap:anywhere;min-width:118px;max-width:230px}
+th[scope=row]{font-weight:600;white-space:normal;overflow-wrap:anywhere;min-width:150px;max-width:230px}
 th[scope=row] small{display:block;font-weight:400;color:var(--muted);font-size:12.5px}
 .dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:8px;vertical-align:baseline}
 .value{display:inline-block;padding:1px 7px;margin-right:-7px;border-radius:6px}
@@ -107,8 +107,7 @@ section{padding:18px 16px;border-radius:12px}
 th,td{padding:9px 9px}
 tr>:first-child{padding-left:16px}
 tr>:last-child{padding-right:16px}
-caption{padding-left:16px;padding-right:16px}
-th[scope=row]{min-width:96px;max-width:130px}
+th[scope=row]{min-width:138px;font-size:14px}
 dl div{grid-template-columns:1fr}
 .multiples{grid-template-columns:1fr}
 }

@@ -175,8 +175,7 @@ class Table:
                 dataset=f"shift/{name}",
                 headline=True,
             )
-            # The mean of biased calibration errors has no interval that would cover; it is printed without one.
-            tested = METRICS[metric].interval != "calibration" and all(key in self.replicates for key in keys)
+            tested = all(key in self.replicates for key in keys)
             samples: dict[str, Tensor] = {}
             for position, row in enumerate(self.found.rows):
                 cells = [self.cells[row][key] for key in keys]
@@ -187,8 +186,11 @@ class Table:
                 cell = Cell(sum(c.value for c in cells if c.value is not None) / len(cells))
                 if tested:
                     values = torch.from_numpy(np.mean([self.replicates[key][position] for key in keys], axis=0))
-                    span = bootstrap.percentile_interval(values, level=self.resampler.level)
-                    cell, samples[row] = replace(cell, low=_known(span.low), high=_known(span.high)), values
+                    samples[row] = values
+                    # Resampled calibration errors are biased upwards: fit for differences, not for an interval.
+                    if METRICS[metric].interval != "calibration":
+                        span = bootstrap.percentile_interval(values, level=self.resampler.level)
+                        cell = replace(cell, low=_known(span.low), high=_known(span.high))
                 self.cells[row][column.key] = cell
             self._finish(column, samples)
 
@@ -238,7 +240,9 @@ class Table:
             values,
             level=self.resampler.level,
             group=predictions.group,
-            generator=torch.Generator().manual_seed(0),  # the redrawn labels of all methods come from one seed
+            generator=torch.Generator(predictions.device).manual_seed(
+                0
+            ),  # the redrawn labels of all methods come from one seed
         )
         return replace(
             cell,
