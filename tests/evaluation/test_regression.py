@@ -75,6 +75,10 @@ def test_crps_and_interval_score_against_scoringrules() -> None:
     m, s = mean[..., 0].T.numpy(), variance[..., 0].sqrt().T.numpy()
     expected = peer.crps_mixnorm(y[:, 0].numpy(), m, s)
     assert reg.crps(y, mean=mean, variance=variance) == pytest.approx(float(expected.mean()), rel=1e-10)
+    low, high = reg.interval_of(reg.Mixture.read(mean, variance, None), 0.8)
+    expected = peer.interval_score(y.numpy(), low.numpy(), high.numpy(), 0.2)
+    found = reg.interval_score(y, mean=mean, variance=variance, level=0.8)
+    assert found == pytest.approx(float(expected.mean()), rel=1e-10)
 
 
 @pytest.mark.parametrize("members", [1, 3])
