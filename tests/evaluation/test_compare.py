@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
+import bayesdl
 from bayesdl.errors import ArgumentError, LabelError, ShapeError, UnknownNameError, UnsupportedError
 from bayesdl.evaluation.bootstrap import Resamples, resample
 from bayesdl.evaluation.compare import compare, evaluate
@@ -266,3 +267,58 @@ def test_refusals_say_what_to_do() -> None:
             compare({"a": one}, bootstrap=wrong, **QUIET)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="level"):
         compare({"a": one}, level=95.0, **QUIET)
+
+
+def test_wrapped_networks_are_compared_end_to_end(tmp_path: Path) -> None:
+    """The real thing: three methods on one trained network, an OOD set, files, and the network left alone."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    batches = [(x, y) for x, y in loader(200)]
+    optimiser = torch.optim.Adam(net.parameters(), lr=0.05)
+    for _ in range(40):
+        for x, y in batches:
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(net(x), y).backward()
+            optimiser.step()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    models = {
+        name: bayesdl.wrap(net, name, batches, likelihood="categorical", progress=False)
+        for name in ("map", "temperature", "laplace")
+    }
+    held_out, far = loader(200, seed=1), loader(80, seed=2, scale=6.0)
+    rep = compare(models, held_out, ood={"far": far}, bootstrap=30, **QUIET)
+    x, y = (torch.cat(parts) for parts in zip(*held_out, strict=True))
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(net(x), y)
+    assert rep["map"]["nll"] == pytest.approx(float(expected), rel=1e-5)
+    assert rep["temperature"]["accuracy"] == rep["map"]["accuracy"] != rep["laplace"]["nll"]
+    assert rep.details["methods"]["temperature"]["temperature"] > 0
+    for row in rep.rows:
+        assert rep[row]["ms_per_example"] > 0 and rep[row]["fit_seconds"] >= 0 and rep[row]["parameters"] >= 0
+        assert 0 <= rep[row]["ood/far/auroc"] <= 1 and not math.isnan(rep[row]["ood/far/epistemic/auroc"])
+    assert rep["map"]["ood/far/epistemic/auroc"] == 0.5  # one network has no epistemic part: all ties
+    assert evaluate(models["laplace"], held_out)["nll"] == rep["laplace"]["nll"]
+    assert rep.to_html(tmp_path / "page.html").stat().st_size > 10_000
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_wrapped_regression_is_compared_end_to_end() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(80, 1) * 4 - 2
+    data = [(x, x.sin() + 0.1 * torch.randn(80, 1))]
+    net = torch.nn.Sequential(torch.nn.Linear(1, 10), torch.nn.Tanh(), torch.nn.Linear(10, 1))
+    optimiser = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(300):
+        optimiser.zero_grad()
+        (net(x) - data[0][1]).square().mean().backward()
+        optimiser.step()
+    noise = bayesdl.Gaussian(noise=0.1)
+    models = {name: bayesdl.wrap(net, name, data, likelihood=noise, progress=False) for name in ("map", "laplace")}
+    far = [(x + 8.0, x)]
+    rep = compare(models, data, ood={"far": far}, bootstrap=30, **QUIET)
+    fitted = net(x).detach()
+    normal = torch.distributions.Normal(fitted, 0.1)
+    assert rep["map"]["nll"] == pytest.approx(float(-normal.log_prob(data[0][1]).mean()), rel=1e-4)
+    assert rep["map"]["rmse"] == pytest.approx(float((fitted - data[0][1]).square().mean().sqrt()), rel=1e-5)
+    # tanh features saturate away from the data while the weights stay uncertain: the variance of f is larger there
+    assert rep["laplace"]["ood/far/auroc"] > 0.9 and rep["map"]["ood/far/auroc"] == 0.5
