@@ -137,7 +137,7 @@ def _cell_words(report: Report, row: str, key: str) -> str:
     column = report.column(key)
     places = render.decimals(column, render.column_cells(report, column))
     cell = report.cell(row, key)
-    text = f"{column.label} {render.value_text(column, cell, places)} {render.unit(column)}".rstrip()
+    text = f"{column.label}: {render.value_text(column, cell, places)} {render.unit(column)}".rstrip()
     if span := render.interval_text(column, cell, places):
         text += f" {span}"
     if cell.expected_high is not None and cell.value is not None and math.isfinite(cell.value):

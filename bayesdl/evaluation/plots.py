@@ -221,8 +221,10 @@ class Plots:
         density = drawing.shares(values, edges) * bins
         axes = drawing.dressed(ax, _SMALL)
         spread = _NORMAL_975 * math.sqrt((bins - 1) / len(values))
-        axes.stairs(density, edges, fill=True, color=self._look(name)[0], alpha=0.75)
+        colour = self._look(name)[0]
         axes.axhspan(max(1 - spread, 0), 1 + spread, color=style.MUTED, alpha=0.28, linewidth=0)
+        axes.stairs(density, edges, fill=True, color=colour, alpha=0.3)
+        axes.stairs(density, edges, color=colour, linewidth=1.3)
         axes.axhline(1, color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set(xlim=(0, 1), xlabel="F(y)", ylabel="density")
         return axes

@@ -20,7 +20,7 @@ _ARROWS = {"min": "↓", "max": "↑", "none": ""}
 def arrow(column: Column) -> str:
     """Which way is better: an arrow, or the value aimed at."""
     if column.direction == "target" and column.target is not None:
-        return f"→ {fixed(column, column.target, decimals(column, []))}"
+        return f"→ {100 * column.target if column.unit == 'fraction' else column.target:g}"
     return _ARROWS.get(column.direction, "")
 
 

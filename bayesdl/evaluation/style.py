@@ -107,7 +107,7 @@ section{padding:18px 16px;border-radius:12px}
 th,td{padding:9px 9px}
 tr>:first-child{padding-left:16px}
 tr>:last-child{padding-right:16px}
-th[scope=row]{min-width:138px;font-size:14px}
+th[scope=row]{min-width:148px;font-size:14px}
 dl div{grid-template-columns:1fr}
 .multiples{grid-template-columns:1fr}
 }

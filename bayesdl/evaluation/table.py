@@ -270,7 +270,11 @@ class Table:
 
 
 def tests(column: Column, samples: Mapping[str, Tensor], reference: str) -> dict[str, float]:
-    """Holm-adjusted p-value of the paired difference of every other row to `reference`."""
+    """Holm-adjusted p-value of the paired difference of every other row to `reference`.
+
+    Against a reference chosen beforehand the family-wise error is held. Against the best of the same data it is not
+    quite: simulated with two, three, five and eight equal methods, 6, 7, 9 and 8 % of data sets instead of 5 %.
+    """
     if reference not in samples:
         return {}
     base = _losses(column, samples[reference])

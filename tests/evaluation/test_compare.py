@@ -21,6 +21,7 @@ from bayesdl.evaluation.compare import compare, evaluate
 from bayesdl.evaluation.metrics import evaluate_metrics
 from bayesdl.evaluation.ood import ood_metrics
 from bayesdl.evaluation.predictions import Predictions
+from bayesdl.evaluation.report import Report
 from bayesdl.evaluation.table import holm
 from bayesdl.latent import GaussianLatent
 from tests.evaluation.made_up import classes, numbers
@@ -94,6 +95,13 @@ def test_resamples_are_paired_across_rows_and_columns() -> None:
     assert rep.details["seed"] == 5
     same = rep.difference("a", "again", "nll")
     assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_a_report_survives_json() -> None:
+    methods = {"a": classes(60, sharpness=2.0), "b": classes(60, sharpness=1.0)}
+    shift = {"blur": {"1": methods}}
+    rep = compare(methods, ood={"far": {"a": classes(30, sharpness=0.2)}}, shift=shift, bootstrap=10, **QUIET)
+    assert Report.from_json(rep.to_json()) == rep
 
 
 def test_the_same_input_gives_the_same_report() -> None:

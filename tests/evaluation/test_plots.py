@@ -103,7 +103,7 @@ def test_pit_and_intervals_show_the_narrow_forecaster() -> None:
     # P(|Y| <= 0.3 z) for nominal 0.5: z = 0.674, so 0.16; the sd of a share of 500 is at most 0.022
     middle = int(np.argmin(np.abs(np.asarray(x) - 0.5)))
     assert right[middle] == pytest.approx(0.5, abs=0.09) and narrow[middle] == pytest.approx(0.16, abs=0.07)
-    heights = rep.plot.pit("narrow", bins=10).patches[0].get_data().values
+    heights = rep.plot.pit("narrow", bins=10).patches[1].get_data().values
     assert heights.mean() == pytest.approx(1.0) and heights[0] > 2 and heights[-1] > 2  # a U
 
 
