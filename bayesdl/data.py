@@ -79,6 +79,11 @@ def declared_size(data: Iterable[Any]) -> int | None:
 
 def _check_inputs(inputs: Any) -> None:
     for tensor in flatten_tensors(inputs)[0]:
-        if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+        # one reduction first: a mask over every entry only where it has something to name
+        if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor.sum())) and not _all_finite(tensor):
             bad = (~torch.isfinite(tensor)).nonzero()[0]
             raise NonFiniteError(f"the inputs hold NaN or infinity, the first at index {tuple(int(i) for i in bad)}")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

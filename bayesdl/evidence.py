@@ -79,4 +79,4 @@ def effective_parameters(posterior: GaussianPosterior) -> float:
         scale = posterior.scale.double().detach().requires_grad_()
         logdet = posterior.structure.logdet(scale, posterior.precision)
         (slope,) = torch.autograd.grad(logdet, scale)
-    return float(slope * scale)
+    return float((slope * scale).detach())

@@ -38,6 +38,9 @@ class Diag(Structure):
         for total, factor in zip(self.diagonal, factors, strict=True):
             total += factor.square()
 
+    def per_block(self) -> Sequence[Tensor]:
+        return self.diagonal
+
     def __add__(self, other: Self) -> Self:
         return type(self)(self.layout, tuple(a + b for a, b in zip(self.diagonal, other.diagonal, strict=True)))
 

@@ -15,7 +15,7 @@ from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layers import Use, factor_of
 from bayesdl.curvature.layout import Layout
-from bayesdl.errors import UnsupportedError, check_finite
+from bayesdl.errors import UnsupportedError
 from bayesdl.network import Network
 
 Cotangents = Callable[[Tensor], Tensor]
@@ -70,8 +70,6 @@ def layer_factors(
             factors.append(factor_of(block, calls, len(output), dtype))
         else:  # the layer did not take part in this batch
             factors.append(dense_factor(output.new_zeros(len(vectors), len(output), block.numel, dtype=dtype)))
-    for block, factor in zip(layout.blocks, factors, strict=True):
-        check_finite(factor.g, f"back-propagated cotangents of layer {block.name!r}")
     return output.detach(), factors
 
 

@@ -47,6 +47,10 @@ class Full(Structure):
         rows = _rows(factors).flatten(0, 1)
         self.matrix.addmm_(rows.T, rows)
 
+    def per_block(self) -> Sequence[Tensor]:
+        # a NaN or infinite row reaches the diagonal
+        return self.matrix.diagonal().split([block.numel for block in self.layout.blocks])
+
     def __add__(self, other: Self) -> Self:
         return type(self)(self.layout, self.matrix + other.matrix)
 

@@ -92,6 +92,9 @@ class Kron(Structure):
             outer += g
             rows += count
 
+    def per_block(self) -> Sequence[Tensor]:
+        return [a.sum() + g.sum() for a, g in zip(self.inner, self.outer, strict=True)]
+
     def __add__(self, other: Self) -> Self:
         def total(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(a + b for a, b in zip(mine, theirs, strict=True))

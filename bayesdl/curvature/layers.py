@@ -82,7 +82,7 @@ def _linear(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -
         groups = block.groups
         inputs.append(a.unflatten(-1, (groups, -1)).permute(2, 0, 1, 3))
         cotangents.append(g.unflatten(-1, (groups, -1)).permute(3, 0, 1, 2, 4))
-    a, g = torch.cat(inputs, 2), torch.cat(cotangents, 3)
+    a, g = _joined(inputs, 2), _joined(cotangents, 3)
     if block.has_bias:
         a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
     return LinearFactor(a, g)
@@ -101,7 +101,7 @@ def _rows(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> 
             gradient = gradient.masked_fill(ignored[None, :, :, None], 0.0)
         indices.append(index)
         cotangents.append(gradient)
-    return RowFactor(torch.cat(indices, 1), torch.cat(cotangents, 2).unsqueeze(0), block.columns)
+    return RowFactor(_joined(indices, 1), _joined(cotangents, 2).unsqueeze(0), block.columns)
 
 
 def _shift(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
@@ -132,6 +132,11 @@ def _scale(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) ->
     return dense_factor(torch.stack(total).sum(0))
 
 
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    # nearly every layer is used once, and cat would copy the largest tensors of the pass
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
 def _normalised(module: Any, value: Tensor) -> Tensor:
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(value, module.normalized_shape, None, None, module.eps)
@@ -141,7 +146,7 @@ def _normalised(module: Any, value: Tensor) -> Tensor:
         return F.group_norm(value, module.num_groups, None, None, module.eps)
     mean, variance = module.running_mean, module.running_var
     if isinstance(module, INSTANCE_NORMS):
-        return F.instance_norm(value, mean, variance, None, None, mean is None, 0.0, module.eps)
+        return F.instance_norm(value, mean, variance, None, None, mean is None, 0.0, float(module.eps))
     # without running statistics a batch norm mixes examples; the probe then falls back and reports it
     if mean is None or variance is None:
         return F.batch_norm(value, None, None, training=True, eps=module.eps)

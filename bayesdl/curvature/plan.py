@@ -19,22 +19,29 @@ from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Tap, backward, layer_factors, tapped_forward
 from bayesdl.curvature.layers import block_of
 from bayesdl.curvature.layout import Block, Layout
-from bayesdl.errors import UnreachedParameterError
+from bayesdl.errors import ArgumentError, UnreachedParameterError
 from bayesdl.network import Network
 
 # a wrong formula is off by its own size; rounding is not
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
-def plan(network: Network, example: Any) -> Layout:
+def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
     """The layout of a network's selected parameters, checked on the first one or two examples of a batch.
+
+    Args:
+        network: with its selection.
+        example: one batch of inputs.
+        bias: "joint" treats weight and bias of a layer as one block, "separate" as two.
 
     Raises:
         UnreachedParameterError: a selected parameter has no influence on the outputs.
         UnsupportedError: neither a closed form nor per-example gradients exist for a parameter.
     """
+    if bias not in ("joint", "separate"):
+        raise ArgumentError(f"bias={bias!r}; choose 'joint' or 'separate'")
     pair = _rows(network, example, 2)
-    blocks = _candidates(network)
+    blocks = _candidates(network, bias)
     hooked = {module for block in blocks for module in block.modules}
     with torch.inference_mode(False), torch.enable_grad():
         two = tapped_forward(network, pair, hooked)[1]
@@ -71,7 +78,7 @@ def _rows(network: Network, example: Any, count: int) -> Any:
     return index_batch(call, torch.arange(count, device=network.device) % size)
 
 
-def _candidates(network: Network) -> list[Block]:
+def _candidates(network: Network, bias: str) -> list[Block]:
     """Blocks of the layers that own selected parameters and share them with no layer of another kind."""
     names = {id(p): name for name, p in network.parameters.items()}
     users: dict[tuple[str | None, str | None], list[tuple[str, nn.Module]]] = defaultdict(list)
@@ -86,13 +93,18 @@ def _candidates(network: Network) -> list[Block]:
             if name is not None:
                 uses[name].add(key)
     blocks = []
-    for (weight, bias), owners in users.items():
+    for (weight, shift), owners in users.items():
         kinds = {type(module) for _, module in owners}
-        shared_elsewhere = any(len(uses[name]) > 1 for name in (weight, bias) if name is not None)
-        if len(kinds) == 1 and not shared_elsewhere:
-            block = block_of(owners[0][1], weight, bias, tuple(path for path, _ in owners))
-            if block is not None:
-                blocks.append(block)
+        shared_elsewhere = any(len(uses[name]) > 1 for name in (weight, shift) if name is not None)
+        if len(kinds) != 1 or shared_elsewhere:
+            continue
+        module, paths = owners[0][1], tuple(path for path, _ in owners)
+        pairs = [(weight, shift)]
+        if bias == "separate" and weight is not None and shift is not None:
+            pairs = [(weight, None), (None, shift)]
+        found = [block_of(module, w, b, paths) for w, b in pairs]
+        labels = [paths[0] or "network"] if len(pairs) == 1 else [str(weight), str(shift)]
+        blocks += [replace(block, name=label) for block, label in zip(found, labels, strict=True) if block is not None]
     return blocks
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.layout import Layout
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, NonFiniteError
 
 Shift = Tensor | float
 
@@ -38,6 +38,21 @@ class Structure(ABC):
     @abstractmethod
     def update(self, factors: Sequence[Factor]) -> None:
         """Add the outer products of one batch, in place; only the estimator that owns this object calls it."""
+
+    @abstractmethod
+    def per_block(self) -> Sequence[Tensor]:
+        """One stored tensor per block that is finite exactly when everything added to the block was."""
+
+    def check_finite(self) -> None:
+        """Raise `NonFiniteError` that names the first layer whose curvature holds NaN or infinity."""
+        # one reduction per block instead of a mask over every entry
+        sums = torch.stack([value.sum() for value in self.per_block()])
+        if not bool(torch.isfinite(sums).all()):
+            first = self.layout.blocks[int((~torch.isfinite(sums)).nonzero()[0])].name
+            raise NonFiniteError(
+                f"the curvature of layer {first!r} became NaN or infinite; look for extreme inputs or weights, or fit "
+                "with dtype=torch.float64"
+            )
 
     @abstractmethod
     def __add__(self, other: Self) -> Self:

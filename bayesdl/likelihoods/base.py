@@ -97,7 +97,9 @@ class Likelihood(ABC):
     def predictive(self, latent: Latent, noise: Tensor) -> Predictive:
         """Latent -> Predictive; `noise` is base noise `(S, C)`."""
         self.check_outputs(latent.mean)
-        return Predictive(self, latent, noise)
+        if latent.mean.dtype in (torch.float16, torch.bfloat16):  # probabilities need at least single precision
+            latent = latent.map(lambda tensor: tensor.float())
+        return Predictive(self, latent, noise.to(latent.mean))
 
     def marginal(self, latent: Latent, noise: Tensor) -> Distribution:
         """The predictive distribution of y. Default: the mixture over draws of f."""

@@ -40,7 +40,7 @@ class MCDropout(Method):
         layers = tuple(
             name
             for name, module in modules.items()
-            if isinstance(module, DROPOUTS) and (module.p if self.rate is None else self.rate) > 0
+            if isinstance(module, DROPOUTS) and self._rate(module) > 0
         )
         if not layers:
             raise UnsupportedError(
@@ -50,3 +50,6 @@ class MCDropout(Method):
         posterior = MaskPosterior(layers, self.num_samples, self.rate)
         likelihood, findings = with_residual_noise(task, posterior)
         return Fitted(posterior, likelihood, findings)
+
+    def _rate(self, module: Any) -> float:
+        return float(module.p) if self.rate is None else self.rate

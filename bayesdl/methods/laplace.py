@@ -30,6 +30,7 @@ class Laplace(Method):
         select: Bayesian parameters: "all", "last_layer", names, a pattern, a predicate.
         structure: "full", "diag" or "kron".
         kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
+        bias: "joint" (weight and bias of a layer share one block) or "separate".
         predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).
         temperature: T of the posterior p^(1/T).
         samples: draws of y per example for kind "mc".
@@ -41,6 +42,7 @@ class Laplace(Method):
     select: Selector | None = "all"
     structure: str = "kron"
     kind: str = "ggn"
+    bias: str = "joint"
     predictive: str = "linearized"
     temperature: float = 1.0
     samples: int = 1
@@ -54,7 +56,7 @@ class Laplace(Method):
         self._check()
         data = task.need_data(self.name)
         prior = task.gaussian_prior()
-        layout = plan(task.network, first_inputs(data, task.network.batch))
+        layout = plan(task.network, first_inputs(data, task.network.batch), self.bias)
         fit = fit_curvature(
             task.network,
             layout,

@@ -16,7 +16,7 @@ from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.structure import Structure, weighted_curvature
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, check_finite
 from bayesdl.latent import GaussianLatent, Latent, SampleLatent
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, frozen, standard_normal
@@ -111,7 +111,9 @@ class GaussianPosterior(Posterior):
             if mean.shape[-1] > JOINT_OUTPUTS:
                 return GaussianLatent(mean, self.structure.marginal(factors, self.scale, self.precision))
             covariance = self.structure.quad(factors, self.scale, self.precision)
-            return GaussianLatent(mean, covariance.diagonal(dim1=-2, dim2=-1), covariance)
+            variance = covariance.diagonal(dim1=-2, dim2=-1)
+            check_finite(variance, "the posterior variances of the outputs")
+            return GaussianLatent(mean, variance, covariance)
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         """Functions of weights drawn from the posterior: linearised at the mode, or the network itself."""

@@ -187,9 +187,9 @@ def _gradient(
         loss.backward()
         return loss
 
-    before = float(_objective(posterior, network, prior, *unpack()))
+    before = float(_objective(posterior, network, prior, *unpack()).detach())
     optimizer.step(closure)
-    after = float(_objective(posterior, network, prior, *unpack()))
+    after = float(_objective(posterior, network, prior, *unpack()).detach())
     if not after >= before:  # a failed line search, NaN included: keep the fixed point
         return log_precision, log_noise
     shift, level = unpack()
