@@ -144,13 +144,13 @@ def _normalised(module: Any, value: Tensor) -> Tensor:
         return F.rms_norm(value, list(module.normalized_shape), None, module.eps)
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(value, module.num_groups, None, None, module.eps)
-    mean, variance = module.running_mean, module.running_var
+    mean, variance, eps = module.running_mean, module.running_var, module.eps
     if isinstance(module, INSTANCE_NORMS):
-        return F.instance_norm(value, mean, variance, None, None, mean is None, 0.0, float(module.eps))
+        return F.instance_norm(value, mean, variance, None, None, mean is None, 0.0, eps)
     # without running statistics a batch norm mixes examples; the probe then falls back and reports it
     if mean is None or variance is None:
-        return F.batch_norm(value, None, None, training=True, eps=module.eps)
-    return F.batch_norm(value, mean.to(value), variance.to(value), eps=module.eps)
+        return F.batch_norm(value, None, None, training=True, eps=eps)
+    return F.batch_norm(value, mean.to(value), variance.to(value), eps=eps)
 
 
 def _batch_first(value: Tensor, axis: int, batch: int, skip: int) -> Tensor:

@@ -1,0 +1,74 @@
+"""Measuring helpers shared by the benchmark scripts: alternating medians, CPU seconds, peak memory, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bayesdl.evaluation.cost import PeakMemory
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The options that every script takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
+    parser.add_argument("--no-peer", action="store_true", help="leave the peer library out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def alternate(work: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each piece of work, measured in turns so that a noisy minute hits all alike.
+
+    CPU seconds of this process on a CPU, which other processes do not lengthen; wall-clock, synchronised, on a GPU.
+    """
+    for function in work.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, function in work.items():
+            start = _now(device)
+            function()
+            seconds[name].append(_now(device) - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_bytes(function: Callable[[], Any], device: str) -> float:
+    """Peak memory of one call above what was held before."""
+    with PeakMemory(torch.device(device)) as peak:
+        function()
+    return peak.bytes
+
+
+def finish(figures: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the figures, and write them with the setting they belong to."""
+    figures["setting"] = {
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine(),
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text + "\n")
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
