@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -69,8 +71,9 @@ def collect(
             )
     predictions: dict[str, dict[str, Predictions]] = {}
     about: dict[str, dict[str, Any]] = {}
-    notes: dict[str, None] = {}
-    steps = tqdm(total=len(methods) * (len(sources) + bool(cost)), desc="predict", disable=not progress, leave=False)
+    notes: tuple[str, ...] = ()
+    total = len(methods) * len(sources) + (len(models) if cost else 0)
+    steps = tqdm(total=total, desc="predict", disable=not progress, leave=False)
     with steps:
         for row, method in methods.items():
             sets: dict[str, Predictions] = {}
@@ -80,20 +83,14 @@ def collect(
                 if found is not None:
                     sets[name] = found
                 steps.update()
-            facts = _facts(method) if str(row) in models else dict(sets[TEST].meta.get("about", {}))
-            if cost and str(row) in models:
-                measured = _measure(method, data)
-                facts["cost"] = {
-                    **facts.get("cost", {}),
-                    "ms_per_example": measured.milliseconds,
-                    "peak_mib": measured.peak_mib,
-                }
-                facts["device"] = measured.device
-                notes[_cost_note(measured)] = None
-            steps.update(int(bool(cost)))
-            predictions[str(row)], about[str(row)] = sets, facts
-    _check_same_targets(predictions)
-    return Collected(predictions, about, shifts, tuple(notes))
+            predictions[str(row)] = sets
+            about[str(row)] = _facts(method) if str(row) in models else dict(sets[TEST].meta.get("about", {}))
+        _check_same_targets(predictions)
+        if cost and models:
+            steps.set_postfix_str("cost")
+            notes = _add_costs(models, data, predictions, about)
+            steps.update(len(models))
+    return Collected(predictions, about, shifts, notes)
 
 
 def one(source: Any, data: Any, ood: Mapping[str, Any] | None) -> dict[str, Predictions]:
@@ -183,14 +180,19 @@ def _facts(method: Any) -> dict[str, Any]:
     if isinstance(getattr(method, "method_name", None), str):
         facts["method"] = method.method_name
     temperature = getattr(getattr(method, "posterior", None), "temperature", None)
-    if temperature is not None:
+    if isinstance(temperature, (int, float)) or (isinstance(temperature, Tensor) and temperature.numel() == 1):
         facts["temperature"] = float(temperature)
     facts["cost"] = {str(key): float(value) for key, value in dict(getattr(method, "cost", {})).items()}
     return facts
 
 
-def _measure(method: Any, data: Iterable[Any]) -> costs.Cost:
-    """Time and memory on a few batches that are held in memory."""
+def _add_costs(
+    models: Mapping[str, Any],
+    data: Iterable[Any],
+    predictions: dict[str, dict[str, Predictions]],
+    about: dict[str, dict[str, Any]],
+) -> tuple[str, ...]:
+    """Time and memory of all models on a few batches held in memory; returns how they were measured, in words."""
     batches: list[Any] = []
     seen = 0
     for batch in data:
@@ -199,10 +201,18 @@ def _measure(method: Any, data: Iterable[Any]) -> costs.Cost:
         if seen >= _COST_EXAMPLES or len(batches) >= _COST_BATCHES:
             break
 
-    def predict(some: Sequence[Any]) -> int:
-        return int(method.predict(some).mean.shape[0])
+    def predictor(model: Any) -> Callable[[Sequence[Any]], int]:
+        return lambda some: int(model.predict(some).mean.shape[0])
 
-    return costs.measure(predict, batches, device=getattr(method, "device", "cpu"))
+    devices = {row: torch.device(model.device) for row, model in models.items() if hasattr(model, "device")}
+    measured = costs.measure({row: predictor(model) for row, model in models.items()}, batches, devices=devices)
+    for row, found in measured.items():
+        values = {"ms_per_example": found.milliseconds, "peak_mib": found.peak_mib}
+        known = {key: value for key, value in values.items() if not math.isnan(value)}
+        about[row] = {**about[row], "cost": {**about[row]["cost"], **known}, "device": found.device}
+        # kept with the predictions, so that a comparison of saved files knows it too
+        predictions[row][TEST] = replace(predictions[row][TEST], meta={"about": about[row]})
+    return tuple(dict.fromkeys(_cost_note(found) for found in measured.values()))
 
 
 def _batch_size(batch: Any) -> int:
@@ -217,7 +227,8 @@ def _batch_size(batch: Any) -> int:
 
 def _cost_note(measured: costs.Cost) -> str:
     text = (
-        "Time: wall clock per example over batches held in memory, after a warm-up, median of repeated runs. "
+        "Time: wall clock per example over batches held in memory, after a warm-up, median of runs that alternate "
+        "between the methods. "
         "Peak memory: highest level during a prediction above the level before it"
     )
     text += ", CUDA allocator" if measured.device.startswith("cuda") else ", resident set sampled every millisecond"

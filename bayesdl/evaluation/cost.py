@@ -13,7 +13,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -129,20 +129,22 @@ def _run(predict: Callable[[Sequence[Any]], int], batches: Sequence[Any], device
 
 
 def measure(
-    predict: Callable[[Sequence[Any]], int],
+    predicts: Mapping[str, Callable[[Sequence[Any]], int]],
     batches: Sequence[Any],
     *,
-    device: torch.device | str = "cpu",
+    devices: Mapping[str, torch.device] | None = None,
     seconds: float = 1.0,
     repeats: int = 5,
-) -> Cost:
-    """Time `predict(batches)` after a warm-up, synchronised, and watch its memory in a run of its own.
+) -> dict[str, Cost]:
+    """Time every `predict(batches)` after a warm-up, synchronised, and watch its memory in a run of its own.
+
+    The timed runs alternate between the methods, so that a busy spell of the machine does not fall on one of them.
 
     Args:
-        predict: called with `batches`; returns how many examples it predicted.
-        batches: batches that are already in memory, so that reading data is not charged to the method.
-        device: where the work runs.
-        seconds: time budget of the timed runs; one slow run is enough when it alone exceeds the budget.
+        predicts: by method; called with `batches`, returns how many examples it predicted.
+        batches: batches that are already in memory, so that reading data is not charged to the methods.
+        devices: where each method runs; the CPU where left out.
+        seconds: time budget of each method's timed runs; one slow run is enough when it alone exceeds the budget.
         repeats: at most this many timed runs.
 
     Raises:
@@ -150,18 +152,28 @@ def measure(
     """
     if not batches or repeats < 1:
         raise ArgumentError(f"measure needs at least one batch and one repeat, got {len(batches)} and {repeats}")
-    where = torch.device(device)
-    predict(batches[:1])
-    with PeakMemory(where) as peak:
-        first, examples = _run(predict, batches, where)
-    if examples < 1:
-        raise ArgumentError("measure needs at least one example, but the batches hold none")
-    runs = min(repeats, int(seconds / max(first, 1e-9)))
-    times = [_run(predict, batches, where)[0] for _ in range(runs)] or [first]
-    return Cost(
-        milliseconds=1e3 * statistics.median(times) / examples,
-        peak_mib=peak.bytes / _MIB,
-        device=str(where),
-        repeats=len(times),
-        note=peak.note,
-    )
+    where = {name: (devices or {}).get(name, torch.device("cpu")) for name in predicts}
+    peaks: dict[str, PeakMemory] = {}
+    first: dict[str, float] = {}
+    examples: dict[str, int] = {}
+    for name, predict in predicts.items():
+        predict(batches[:1])
+        with PeakMemory(where[name]) as peaks[name]:
+            first[name], examples[name] = _run(predict, batches, where[name])
+        if examples[name] < 1:
+            raise ArgumentError("measure needs at least one example, but the batches hold none")
+    times: dict[str, list[float]] = {name: [] for name in predicts}
+    for done in range(repeats):
+        for name, predict in predicts.items():
+            if (done + 1) * first[name] <= seconds:
+                times[name].append(_run(predict, batches, where[name])[0])
+    return {
+        name: Cost(
+            milliseconds=1e3 * statistics.median(times[name] or [first[name]]) / examples[name],
+            peak_mib=peaks[name].bytes / _MIB,
+            device=str(where[name]),
+            repeats=max(len(times[name]), 1),
+            note=peaks[name].note,
+        )
+        for name in predicts
+    }

@@ -14,6 +14,7 @@ from bayesdl.evaluation.report import Report
 if TYPE_CHECKING:
     from rich.console import Group
 
+_MARK = "* best of its column, or not separable from the best at 5 % (paired bootstrap, Holm)"
 _ARROWS = {"min": "↓", "max": "↑", "none": ""}
 
 
@@ -152,7 +153,7 @@ def plain_text(report: Report) -> str:
         ]
         lines.append("")
     if any(cell.best for cells in report.cells.values() for cell in cells.values()):
-        lines.append("* best of its column, or not separable from the best at 5 % (paired bootstrap, Holm)")
+        lines.append(_MARK)
     lines.append(footer(report))
     return "\n".join(lines)
 
@@ -248,12 +249,13 @@ def rich_group(report: Report) -> Group:
             entries = []
             for c, p in zip(columns, places, strict=True):
                 cell = report.cells[row][c.key]
-                text = Text(value_text(c, cell, p), style="bold green" if cell.best else "")
+                # the star survives where a terminal or a file shows no bold
+                text = Text(value_text(c, cell, p) + "*" * cell.best, style="bold green" if cell.best else "")
                 if span := interval_text(c, cell, p):
                     text.append(f"\n{span}", style="dim not bold")
                 entries.append(text)
             table.add_row(Text(row), *entries)  # Text, so that a name with brackets is no markup
         parts.append(table)
-    parts.append(Text("Bold: best, or not separable from the best at 5 % (paired bootstrap, Holm).", style="dim"))
+    parts.append(Text(_MARK, style="dim"))
     parts.append(Text(footer(report), style="dim"))
     return Group(*parts)

@@ -200,7 +200,7 @@ def test_saved_predictions_give_the_same_table(tmp_path: Path) -> None:
     paths = rep.save_predictions(tmp_path)
     assert len({path.parent.name.lower() for sets in paths.values() for path in sets.values()}) == 2
     again = compare({row: sets["test"] for row, sets in paths.items()}, bootstrap=10, **QUIET)
-    for key in ("nll", "ece", "accuracy", "fit_seconds"):
+    for key in ("nll", "ece", "accuracy", "fit_seconds", "ms_per_example"):
         assert again["a/b"][key] == rep["a/b"][key]
     assert again.interval("a/b", "nll") == rep.interval("a/b", "nll")
 
