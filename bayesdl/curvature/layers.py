@@ -27,6 +27,8 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS: tuple[type[nn.Module], ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_NORMS, *INSTANCE_NORMS)
+# these fix the place of the batch (first) and of the channels (second); all others take the batch on any leading axis
+CHANNEL_WISE: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.GroupNorm, *BATCH_NORMS, *INSTANCE_NORMS)
 
 
 def block_of(module: nn.Module, weight: str | None, bias: str | None, modules: tuple[str, ...]) -> Block | None:
@@ -70,15 +72,12 @@ def factor_of(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype)
 def _linear(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
     inputs, cotangents = [], []
     for use in uses:
-        value = _batch_first(use.value, block.axis, batch, 0).to(dtype)
-        gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
         if isinstance(use.module, CONVOLUTIONS):
-            a, g = _unfold(use.module, value), gradient.flatten(3).transpose(2, 3)
+            a, g = _unfold(use.module, use.value.to(dtype)), use.gradient.to(dtype).flatten(3).transpose(2, 3)
         else:
-            a, g = (
-                value.reshape(batch, -1, value.shape[-1]),
-                gradient.reshape(len(gradient), batch, -1, gradient.shape[-1]),
-            )
+            a = _batch_first(use.value, block.axis, batch, 0).to(dtype)
+            g = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
+        a, g = a.reshape(batch, -1, a.shape[-1]), g.reshape(len(g), batch, -1, g.shape[-1])
         groups = block.groups
         inputs.append(a.unflatten(-1, (groups, -1)).permute(2, 0, 1, 3))
         cotangents.append(g.unflatten(-1, (groups, -1)).permute(3, 0, 1, 2, 4))
@@ -107,27 +106,27 @@ def _rows(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> 
 def _shift(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
     rows = torch.zeros((), dtype=dtype, device=uses[0].gradient.device)
     for use in uses:
-        gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
         if isinstance(use.module, CONVOLUTIONS):
-            rows = rows + gradient.flatten(3).sum(-1)
+            gradient = use.gradient.to(dtype).flatten(3).sum(-1)
         else:
-            rows = rows + gradient.reshape(len(gradient), batch, -1, block.rows).sum(2)
+            gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
+        rows = rows + gradient.reshape(len(gradient), batch, -1, block.rows).sum(2)
     return dense_factor(rows)
 
 
 def _scale(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
     total: list[Tensor] = []
     for use in uses:
-        value = _batch_first(use.value, block.axis, batch, 0).to(dtype)
-        gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
-        channels = isinstance(use.module, (nn.GroupNorm, *BATCH_NORMS, *INSTANCE_NORMS))
+        value, gradient = use.value.to(dtype), use.gradient.to(dtype)
+        channels = isinstance(use.module, CHANNEL_WISE)
+        if not channels:
+            value, gradient = _batch_first(value, block.axis, batch, 0), _batch_first(gradient, block.axis, batch, 1)
         parts = []
         for name, shape in zip(block.parameters, block.shapes, strict=True):
             rows = gradient if name.endswith("bias") else gradient * _normalised(use.module, value)
-            if channels:
-                parts.append(rows.flatten(3).sum(-1) if rows.dim() > 3 else rows)
-            else:
-                parts.append(rows.reshape(len(rows), batch, -1, torch.Size(shape).numel()).sum(2))
+            if channels and rows.dim() > 3:
+                rows = rows.flatten(3).sum(-1)
+            parts.append(rows.reshape(len(rows), batch, -1, torch.Size(shape).numel()).sum(2))
         total.append(torch.cat(parts, -1))
     return dense_factor(torch.stack(total).sum(0))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bayesdl.batch import batch_size, index_batch
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Tap, backward, layer_factors, tapped_forward
-from bayesdl.curvature.layers import block_of
+from bayesdl.curvature.layers import CHANNEL_WISE, block_of
 from bayesdl.curvature.layout import Block, Layout
 from bayesdl.errors import ArgumentError, UnreachedParameterError
 from bayesdl.network import Network
@@ -122,7 +122,8 @@ def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
             axes.add(changed[0])
         else:
             axes.add(-1 if changed[0] == 0 else None)
-    if len(axes) != 1 or None in axes:
+    fixed = any(tap.layer in block.modules and isinstance(tap.module, CHANNEL_WISE) for tap in two)
+    if len(axes) != 1 or None in axes or (fixed and axes - {0, -1}):
         return replace(block, kind="dense")
     return replace(block, axis=axes.pop() or 0)
 

@@ -1,0 +1,218 @@
+"""Brute force in float64, independent of the library's curvature code. Sizes are tiny; nothing here is clever."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev, vmap
+
+# --- networks -----------------------------------------------------------------------------------------------------
+
+
+def evaluated(net: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, so that no test depends on the mode of the network it is given."""
+    return copy.deepcopy(net).eval()
+
+
+def outputs(net: nn.Module, x: Any) -> Tensor:
+    """f `(N, C)` in eval mode; `(N,)` becomes `(N, 1)`."""
+    with torch.no_grad():
+        f = evaluated(net)(*x) if isinstance(x, tuple) else evaluated(net)(x)
+    return f.unsqueeze(1) if f.dim() == 1 else f
+
+
+def jacobian(net: nn.Module, x: Any, names: Sequence[str]) -> Tensor:
+    """df/dtheta `(N, C, P)` in the order of `names`, by jacrev through functional_call."""
+    module = evaluated(net)
+    parameters = dict(module.named_parameters())
+    chosen = {name: parameters[name].detach() for name in names}
+
+    def call(values: Mapping[str, Tensor]) -> Tensor:
+        f = functional_call(module, dict(values), x if isinstance(x, tuple) else (x,))
+        return f.unsqueeze(1) if f.dim() == 1 else f
+
+    blocks = jacrev(call, chunk_size=1)(chosen)  # a loop, no batching rule needed
+    return torch.cat([blocks[name].detach().flatten(2) for name in names], -1)
+
+
+# --- likelihoods: Lambda by its formula, by autograd, and the score -----------------------------------------------
+
+
+def negative_log_density(likelihood: str, noise: Tensor | float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """-log p(y | f) of one example, f `(C,)`."""
+
+    def categorical(f: Tensor, y: Tensor) -> Tensor:
+        return torch.logsumexp(f, 0) - (f * (torch.arange(f.shape[0]) == y)).sum()
+
+    def bernoulli(f: Tensor, y: Tensor) -> Tensor:
+        return (torch.log1p(torch.exp(f)) - y * f).sum()
+
+    def gaussian(f: Tensor, y: Tensor) -> Tensor:
+        s = torch.as_tensor(noise).to(f).expand(f.shape)
+        return (0.5 * ((y - f) / s) ** 2 + s.log() + 0.5 * math.log(2 * math.pi)).sum()
+
+    def poisson(f: Tensor, y: Tensor) -> Tensor:
+        return (torch.exp(f) - y * f + torch.lgamma(y + 1)).sum()
+
+    def heteroscedastic(f: Tensor, y: Tensor) -> Tensor:
+        m, s = f.chunk(2)
+        return (0.5 * (y - m) ** 2 * torch.exp(-s) + 0.5 * s + 0.5 * math.log(2 * math.pi)).sum()
+
+    return {
+        "categorical": categorical,
+        "bernoulli": bernoulli,
+        "gaussian": gaussian,
+        "poisson": poisson,
+        "heteroscedastic": heteroscedastic,
+    }[likelihood]
+
+
+def lambda_formula(likelihood: str, f: Tensor, noise: Tensor | float = 1.0) -> Tensor:
+    """Fisher information of the outputs `(N, C, C)` from textbook formulas."""
+    if likelihood == "categorical":
+        p = torch.softmax(f, -1)
+        return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    if likelihood == "bernoulli":
+        p = torch.sigmoid(f)
+        return torch.diag_embed(p * (1 - p))
+    if likelihood == "gaussian":
+        s = torch.as_tensor(noise).to(f).expand(f.shape)
+        return torch.diag_embed(1 / s**2)
+    if likelihood == "poisson":
+        return torch.diag_embed(f.exp())
+    if likelihood == "heteroscedastic":
+        _, s = f.chunk(2, -1)
+        return torch.diag_embed(torch.cat([torch.exp(-s), torch.full_like(s, 0.5)], -1))
+    raise ValueError(likelihood)
+
+
+def lambda_autograd(likelihood: str, f: Tensor, y: Tensor, noise: Tensor | float = 1.0) -> Tensor:
+    """Hessian of -log p(y | f) in f, `(N, C, C)`. Free of y for canonical families."""
+    return vmap(hessian(negative_log_density(likelihood, noise)))(f, y)
+
+
+def score(likelihood: str, f: Tensor, y: Tensor, noise: Tensor | float = 1.0) -> Tensor:
+    """Gradient of -log p(y | f) in f, `(N, C)`."""
+    return vmap(torch.func.grad(negative_log_density(likelihood, noise)))(f, y)
+
+
+def log_likelihood(likelihood: str, f: Tensor, y: Tensor, noise: Tensor | float = 1.0) -> Tensor:
+    """sum_n log p(y_n | f_n)."""
+    return -vmap(negative_log_density(likelihood, noise))(f, y).sum()
+
+
+# --- curvature ----------------------------------------------------------------------------------------------------
+
+
+def ggn(jac: Tensor, lam: Tensor) -> Tensor:
+    """sum_n J_n^T Lambda_n J_n, `(P, P)`."""
+    return torch.einsum("ncp,ncd,ndq->pq", jac, lam, jac)
+
+
+def outer_gradients(jac: Tensor, scores: Tensor) -> Tensor:
+    """sum_n g_n g_n^T with g_n = J_n^T score_n: the empirical Fisher, or a Monte Carlo one for sampled targets."""
+    gradients = torch.einsum("ncp,nc->np", jac, scores)
+    return gradients.T @ gradients
+
+
+def linear_kron(
+    captures: Sequence[tuple[Tensor, Tensor]], bias: bool
+) -> tuple[Tensor, Tensor, int]:
+    """KFAC (expand form) of one linear layer, position by position.
+
+    Args:
+        captures: pairs of inputs `(N, T, in)` and output gradients `(K, N, T, out)`, one pair per use of the layer.
+        bias: whether a one is appended to the inputs.
+
+    Returns:
+        A = sum a a^T / R, G = sum g g^T, and R, the number of examples times positions.
+    """
+    total_a: Tensor | None = None
+    total_g: Tensor | None = None
+    rows = 0
+    for a, g in captures:
+        for n in range(a.shape[0]):
+            for t in range(a.shape[1]):
+                row = torch.cat([a[n, t], a.new_ones(1)]) if bias else a[n, t]
+                total_a = torch.outer(row, row) if total_a is None else total_a + torch.outer(row, row)
+                rows += 1
+                for k in range(g.shape[0]):
+                    outer = torch.outer(g[k, n, t], g[k, n, t])
+                    total_g = outer if total_g is None else total_g + outer
+    assert total_a is not None and total_g is not None
+    return total_a / rows, total_g, rows
+
+
+# --- Gaussian posteriors ------------------------------------------------------------------------------------------
+
+
+class BayesianLinearRegression:
+    """y_nc ~ N(x_n . w_c, noise_c^2) with w ~ N(prior_mean, diag(1 / precision)): everything in closed form.
+
+    Args:
+        features: `(N, D)`, a column of ones included where there is a bias.
+        targets: `(N, C)`.
+        precision: scalar, or one per weight `(C D,)` with the weights of one output side by side.
+        noise: `(C,)` standard deviations.
+        prior_mean: `(C D,)` or scalar.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        precision: Tensor | float,
+        noise: Tensor,
+        prior_mean: Tensor | float = 0.0,
+    ) -> None:
+        self.features, self.targets, self.noise = features, targets, noise
+        count, size = targets.shape[1], features.shape[1]
+        self.precision = torch.as_tensor(precision).to(features).expand(count * size)
+        self.prior_mean = torch.as_tensor(prior_mean).to(features).expand(count * size)
+        self.design = torch.block_diag(*[features] * count)  # (C N, C D)
+        self.level = noise.repeat_interleave(len(features))
+        inverse = torch.diag(self.level**-2)
+        self.posterior_precision = self.design.T @ inverse @ self.design + torch.diag(self.precision)
+        self.covariance = torch.linalg.inv(self.posterior_precision)
+        right = self.design.T @ inverse @ targets.T.flatten() + self.precision * self.prior_mean
+        self.mean = self.covariance @ right
+
+    def log_evidence(self) -> Tensor:
+        """log N(y; X prior_mean, noise^2 + X diag(1 / precision) X^T)."""
+        marginal = torch.diag(self.level**2) + self.design @ torch.diag(1 / self.precision) @ self.design.T
+        centre = self.design @ self.prior_mean
+        return torch.distributions.MultivariateNormal(centre, marginal).log_prob(self.targets.T.flatten())
+
+    def predict(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean `(B, C)`, covariance of f `(B, C, C)`, and the same with noise."""
+        count = self.targets.shape[1]
+        means, covariances = [], []
+        for row in features:
+            block = torch.block_diag(*[row.unsqueeze(0)] * count)  # (C, C D)
+            means.append(block @ self.mean)
+            covariances.append(block @ self.covariance @ block.T)
+        covariance = torch.stack(covariances)
+        return torch.stack(means), covariance, covariance + torch.diag(self.noise**2)
+
+
+def linearized_covariance(jac: Tensor, precision: Tensor) -> Tensor:
+    """J_n P^-1 J_n^T, `(N, C, C)`, for Jacobians `(N, C, P)` and a dense precision `(P, P)`."""
+    inverse = torch.linalg.inv(precision)
+    return torch.einsum("ncp,pq,ndq->ncd", jac, inverse, jac)
+
+
+def log_evidence(
+    log_lik: Tensor, curvature: Tensor, shift: Tensor | float, weights: Tensor, prior_mean: Tensor | float = 0.0
+) -> Tensor:
+    """log p(D | theta) + log p(theta) + P/2 log 2 pi - 1/2 log|H + diag(shift)|, term by term."""
+    size = len(weights)
+    precision = torch.as_tensor(shift).to(curvature).expand(size)
+    offset = weights - prior_mean
+    log_prior = 0.5 * (precision.log() - math.log(2 * math.pi) - precision * offset**2).sum()
+    posterior = curvature + torch.diag(precision)
+    return log_lik + log_prior + 0.5 * size * math.log(2 * math.pi) - 0.5 * torch.linalg.slogdet(posterior)[1]
