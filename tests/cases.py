@@ -311,14 +311,18 @@ CASES = [
     Case("conv2d_groups", behind(nn.Conv2d(4, 4, 2, groups=2, dilation=2, bias=False), features=16), real(4, 4, 4), {}),
     Case("conv2d_depthwise", behind(nn.Conv2d(3, 3, 2, groups=3), features=12), real(3, 3, 3), {}),
     Case("conv2d_same", behind(nn.Conv2d(1, 2, 2, padding="same"), features=18), real(1, 3, 3), {}),
-    Case("conv2d_reflect", behind(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), features=18), real(1, 3, 3), {}),
+    Case(
+        "conv2d_reflect", behind(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), features=18), real(1, 3, 3), {}
+    ),
     Case(
         "conv2d_circular_stride",
         behind(nn.Conv2d(1, 2, 3, stride=2, padding=(1, 2), padding_mode="circular"), features=12),
         real(1, 3, 4),
         {},
     ),
-    Case("conv3d", behind(nn.Conv3d(2, 2, 2, stride=(1, 2, 1), padding=1, groups=2), features=64), real(2, 3, 2, 3), {}),
+    Case(
+        "conv3d", behind(nn.Conv3d(2, 2, 2, stride=(1, 2, 1), padding=1, groups=2), features=64), real(2, 3, 2, 3), {}
+    ),
     Case("layer_norm", _with_norm(nn.LayerNorm(4)), real(4), _scale("1")),
     Case("layer_norm_2d", _with_norm(nn.LayerNorm([4, 3]), 3), real(2, 3), _scale("1")),
     Case("rms_norm", _with_norm(nn.RMSNorm(4, eps=0.1)), real(4), _scale("1")),

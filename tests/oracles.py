@@ -120,9 +120,7 @@ def outer_gradients(jac: Tensor, scores: Tensor) -> Tensor:
     return gradients.T @ gradients
 
 
-def linear_kron(
-    captures: Sequence[tuple[Tensor, Tensor]], bias: bool
-) -> tuple[Tensor, Tensor, int]:
+def linear_kron(captures: Sequence[tuple[Tensor, Tensor]], bias: bool) -> tuple[Tensor, Tensor, int]:
     """KFAC (expand form) of one linear layer, position by position.
 
     Args:

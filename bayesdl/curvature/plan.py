@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.batch import batch_size, index_batch
+from bayesdl.curvature.backward import backward
 from bayesdl.curvature.factor import Factor, LinearFactor
-from bayesdl.curvature.factors import Tap, backward, layer_factors, tapped_forward
+from bayesdl.curvature.factors import Tap, layer_factors, tapped_forward
 from bayesdl.curvature.layers import CHANNEL_WISE, block_of
 from bayesdl.curvature.layout import Block, Layout
 from bayesdl.errors import ArgumentError, UnreachedParameterError

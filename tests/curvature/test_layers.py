@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.estimate import CURVATURE_KINDS, fit_curvature
+from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.plan import plan
 from bayesdl.likelihoods import resolve
 from bayesdl.network import Network
 from tests import oracles
 from tests.cases import BY_NAME, CASES, Case, targets
+
+# torch's own remark about even kernels
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
 @cache
@@ -64,3 +68,35 @@ def test_closed_forms_are_used_where_they_exist(name: str) -> None:
     _, layout, *_ = prepared(name)
     kinds = {parameter: block.kind for block in layout.blocks for parameter in block.parameters}
     assert kinds == {parameter: BY_NAME[name].kinds.get(parameter, "linear") for parameter in layout.names}
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_separate_bias_blocks_give_the_same_matrix(name: str) -> None:
+    network, joint, x, f, jac = prepared(name)
+    layout = plan(network, x, "separate")
+    assert len(layout.blocks) >= len(joint.blocks)
+    assert all(len(block.parameters) == 1 for block in layout.blocks)
+    y = targets("categorical")
+    found = fit_curvature(
+        network, layout, [(x, y)], resolve("categorical"), structure="full", kind="ggn", progress=False
+    )
+    truth = dense_oracle(f, jac, y, "ggn")
+    torch.testing.assert_close(found.curvature.to_dense(), truth, rtol=1e-8, atol=1e-10 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_predictive_covariance_of_every_layer_equals_the_oracle(name: str) -> None:
+    network, layout, x, f, jac = prepared(name)
+    y = targets("categorical")
+    for structure in ("full", "diag", "kron"):
+        fit = fit_curvature(
+            network, layout, [(x, y)], resolve("categorical"), structure=structure, kind="ggn", progress=False
+        )
+        mean, factors = layer_factors(network, layout, x, identity_cotangents, torch.float64)
+        torch.testing.assert_close(mean, f)
+        precision = 0.5 * fit.curvature.to_dense() + 2.0 * torch.eye(layout.numel, dtype=torch.float64)
+        truth = oracles.linearized_covariance(jac, precision)
+        torch.testing.assert_close(fit.curvature.quad(factors, 0.5, 2.0), truth, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            fit.curvature.marginal(factors, 0.5, 2.0), truth.diagonal(dim1=1, dim2=2), rtol=1e-8, atol=1e-10
+        )

@@ -1,0 +1,113 @@
+"""Backward passes for several cotangents at once, and exact per-example gradients of whole parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdl.batch import batch_size, flatten_tensors
+from bayesdl.errors import UnsupportedError
+from bayesdl.network import Network
+
+
+def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor) -> list[Tensor | None]:
+    """Gradients `(K, *node.shape)` at every node for cotangents `(K, B, C)`; None where a node has no influence."""
+    if not nodes or not output.requires_grad:
+        return [None] * len(nodes)
+    if len(vectors) == 1:
+        single = torch.autograd.grad(output, nodes, vectors[0], allow_unused=True)
+        return [None if g is None else g.unsqueeze(0) for g in single]
+    try:
+        with _quiet_fallback():
+            return list(
+                torch.autograd.grad(output, nodes, vectors, allow_unused=True, is_grads_batched=True, retain_graph=True)
+            )
+    except RuntimeError:
+        # an operation that cannot be batched: one pass per cotangent, which also raises whatever was really wrong
+        rounds = [torch.autograd.grad(output, nodes, v, allow_unused=True, retain_graph=True) for v in vectors]
+    return [
+        None if column[0] is None else torch.stack([g for g in column if g is not None])
+        for column in zip(*rounds, strict=True)
+    ]
+
+
+def parameter_rows(
+    network: Network, names: list[str], call: Any, vectors: Tensor, output: Tensor
+) -> dict[str, Tensor]:
+    """J_n^T v for whole parameters: `(K, B, *shape)` by name.
+
+    All examples together under vmap; one after another where an operation has no batching rule (recurrent cells)
+    or the network's control flow depends on the data.
+
+    Args:
+        network: the network.
+        names: of the parameters.
+        call: prepared inputs.
+        vectors: cotangents `(K, B, C)`.
+        output: `(B, C)` of the whole batch, to compare with.
+
+    Raises:
+        UnsupportedError: an example's output depends on the other examples of the batch.
+    """
+    everything = network.parameters
+    selected = {name: everything[name].detach() for name in names}
+    try:
+        with _quiet_fallback():
+            gradients, values = _all_examples(network, selected, call, vectors)
+    except RuntimeError:
+        gradients, values = _one_by_one(network, selected, call, vectors)
+    tolerance = 1e3 * torch.finfo(output.dtype).eps * float(1.0 + output.abs().max())
+    if not torch.allclose(values, output, atol=tolerance, rtol=0.0):
+        raise UnsupportedError(
+            "the network's output for an example depends on the other examples in the batch (batch statistics?); "
+            "curvature per example is not defined for such a network"
+        )
+    return gradients
+
+
+def _all_examples(
+    network: Network, selected: dict[str, Tensor], call: Any, vectors: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    tensors, rebuild = flatten_tensors(call)
+    module = network.module()
+
+    def rows(cotangent: Tensor, *example: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        def forward(parameters: dict[str, Tensor]) -> Tensor:
+            return network.forward(module, rebuild([t.unsqueeze(0) for t in example]), parameters)[0]
+
+        pulled = torch.func.vjp(forward, selected)
+        pull = pulled[1]
+        return torch.func.vmap(lambda v: pull(v)[0])(cotangent), pulled[0]
+
+    where = (1, *(0 for _ in tensors))
+    return torch.func.vmap(rows, in_dims=where, out_dims=(1, 0), randomness="same")(vectors, *tensors)
+
+
+def _one_by_one(
+    network: Network, selected: dict[str, Tensor], call: Any, vectors: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    tensors, rebuild = flatten_tensors(call)
+    module = network.module()
+    rows: dict[str, list[Tensor]] = {name: [] for name in selected}
+    values = []
+    for i in range(batch_size(call)):
+        leaves = {name: value.clone().requires_grad_() for name, value in selected.items()}
+        output = network.forward(module, rebuild([t[i : i + 1] for t in tensors]), leaves)
+        gradients = backward(output, list(leaves.values()), vectors[:, i : i + 1])
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            rows[name].append(leaf.new_zeros(len(vectors), *leaf.shape) if gradient is None else gradient)
+        values.append(output.detach())
+    return {name: torch.stack(parts, 1) for name, parts in rows.items()}, torch.cat(values)
+
+
+@contextmanager
+def _quiet_fallback() -> Iterator[None]:
+    # torch loops by itself over operations without a batching rule and warns; the loop is what is wanted
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+        yield
