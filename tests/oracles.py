@@ -120,30 +120,66 @@ def outer_gradients(jac: Tensor, scores: Tensor) -> Tensor:
     return gradients.T @ gradients
 
 
-def linear_kron(captures: Sequence[tuple[Tensor, Tensor]], bias: bool) -> tuple[Tensor, Tensor, int]:
-    """KFAC (expand form) of one linear layer, position by position.
+def captures(net: nn.Module, layer: str, x: Any, vectors: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """Every call of a layer (or of a layer of the same tensors): module, input, output gradients `(K, ...)`."""
+    module = evaluated(net)
+    target = module.get_submodule(layer)
+    owners = {id(p) for p in target.parameters()}
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+    for other in module.modules():
+        if type(other) is type(target) and {id(p) for p in other.parameters()} == owners:
+            other.register_forward_hook(lambda m, inputs, output: seen.append((m, inputs[0].detach(), output)))
+    f = module(*x) if isinstance(x, tuple) else module(x)
+    calls = [output for _, _, output in seen]
+    gradients = [torch.autograd.grad(f, calls, v, retain_graph=True) for v in vectors]
+    return [(m, a, torch.stack([g[i] for g in gradients])) for i, (m, a, _) in enumerate(seen)]
+
+
+def patches(module: nn.Module, value: Tensor) -> Tensor:
+    """Rows a `(groups, examples * positions, in)` that the weight meets, read off d output / d weight."""
+    weight = {"weight": module.weight.detach()}
+    jac = jacrev(lambda w: functional_call(module, w, (value,)))(weight)["weight"]  # (N, out, T.., out, in..)
+    groups = getattr(module, "groups", 1)
+    axis = 1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else value.dim() - 1
+    jac = jac.movedim(axis, 0)
+    jac = jac.flatten(-module.weight.dim() + 1)  # (out, N, T.., out, in)
+    step = module.weight.shape[0] // groups
+    first = [c * step for c in range(groups)]
+    return torch.stack([jac[c].select(-2, c).flatten(0, -2) for c in first])
+
+
+def linear_kron(calls: Sequence[tuple[nn.Module, Tensor, Tensor]], bias: bool = True) -> list[tuple[Tensor, Tensor]]:
+    """KFAC (expand form) of one linear or convolutional layer: per group A = sum a a^T / R and G = sum g g^T.
 
     Args:
-        captures: pairs of inputs `(N, T, in)` and output gradients `(K, N, T, out)`, one pair per use of the layer.
+        calls: what `captures` returned; R counts the rows of all of them.
         bias: whether a one is appended to the inputs.
-
-    Returns:
-        A = sum a a^T / R, G = sum g g^T, and R, the number of examples times positions.
     """
-    total_a: Tensor | None = None
-    total_g: Tensor | None = None
-    rows = 0
-    for a, g in captures:
-        for n in range(a.shape[0]):
-            for t in range(a.shape[1]):
-                row = torch.cat([a[n, t], a.new_ones(1)]) if bias else a[n, t]
-                total_a = torch.outer(row, row) if total_a is None else total_a + torch.outer(row, row)
-                rows += 1
-                for k in range(g.shape[0]):
-                    outer = torch.outer(g[k, n, t], g[k, n, t])
-                    total_g = outer if total_g is None else total_g + outer
-    assert total_a is not None and total_g is not None
-    return total_a / rows, total_g, rows
+    module = calls[0][0]
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    groups = getattr(module, "groups", 1)
+    rows = torch.cat([patches(m, a) for m, a, _ in calls], 1)
+    if bias:
+        rows = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1)
+    gradients = [g.movedim(2, -1) if convolution else g for _, _, g in calls]
+    flat = torch.cat([g.reshape(-1, g.shape[-1]) for g in gradients])
+    result = []
+    for group, chunk in zip(range(groups), flat.chunk(groups, -1), strict=True):
+        inner = sum(torch.outer(a, a) for a in rows[group]) / rows.shape[1]
+        outer = sum(torch.outer(g, g) for g in chunk)
+        result.append((inner, outer))
+    return result
+
+
+def kron_block(factors: Sequence[tuple[Tensor, Tensor]], bias: bool = True) -> Tensor:
+    """The block-diagonal G (x) A over groups, in the flat order weight, then bias."""
+    matrix = torch.block_diag(*[torch.kron(outer, inner) for inner, outer in factors])
+    if not bias:
+        return matrix
+    width = factors[0][0].shape[0]
+    index = torch.arange(len(matrix)).view(-1, width)
+    order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
+    return matrix[order][:, order]
 
 
 # --- Gaussian posteriors ------------------------------------------------------------------------------------------

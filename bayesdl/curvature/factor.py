@@ -135,11 +135,14 @@ class RowFactor:
         total = squares.new_zeros(self.size, squares.shape[-1])
         return total.index_add_(0, self._safe.flatten(), squares).T.unsqueeze(0)
 
-    def moments(self) -> tuple[Tensor, Tensor, int]:
-        """Row counts `(1, V)` (the diagonal of sum a a^T), `(1, D, D)` sum of g g^T, and the number of positions."""
-        g = self.g.flatten(1, 3)
-        counts = g.new_zeros(self.size).index_add_(0, self._safe.flatten(), (self.index >= 0).to(g).flatten())
-        return counts.unsqueeze(0), g.mT @ g, int(self.index.numel())
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row counts `(1, V)` (the diagonal of sum a a^T), `(1, D, D)` sum of g g^T, and the number of look-ups.
+
+        Padding meets no row of the table, so it is not counted.
+        """
+        g, used = self.g.flatten(1, 3), self.index >= 0
+        counts = g.new_zeros(self.size).index_add_(0, self._safe.flatten(), used.to(g).flatten())
+        return counts.unsqueeze(0), g.mT @ g, used.sum()
 
     def rotate(self, u_in: Tensor | None, u_out: Tensor) -> RowFactor:
         """g U_out; the input side is diagonal already, so `u_in` is None."""

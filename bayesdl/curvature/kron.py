@@ -75,7 +75,7 @@ class Kron(Structure):
             g = (b.groups, b.rows, b.columns) if diagonal else (b.groups, b.rows, b.rows)
             inner.append(torch.zeros(() if diagonal else a, dtype=dtype, device=device))
             outer.append(torch.zeros(g, dtype=dtype, device=device))
-        rows = tuple(torch.zeros((), dtype=torch.float64) for _ in layout.blocks)
+        rows = tuple(torch.zeros((), dtype=torch.float64, device=device) for _ in layout.blocks)
         return cls(layout, tuple(inner), tuple(outer), rows)
 
     def update(self, factors: Sequence[Factor]) -> None:
