@@ -62,7 +62,11 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument(
         "--weights", nargs="+", default=[], metavar="FILE", help=".safetensors or torch file; several: an ensemble"
     )
-    compare.add_argument("--data", metavar="MODULE:LOADERS", help="callable that returns train, val and test loaders")
+    compare.add_argument(
+        "--data",
+        metavar="MODULE:LOADERS",
+        help="callable that returns the loaders train, test and, to tune temperature and Laplace's prior, val",
+    )
     compare.add_argument("--methods", default="map,laplace", metavar="A,B", help="default: %(default)s")
     compare.add_argument("--likelihood", default="categorical", help="default: %(default)s")
     compare.add_argument(
@@ -130,9 +134,12 @@ def _one_line(error: BaseException) -> str:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    import torch
+
     from bayesdl.demo.run import Settings, compare_diabetes, compare_digits
     from bayesdl.demo.training import cache_directory
 
+    torch.set_num_threads(1)  # the networks are too small to share, and no sum's order depends on the machine's cores
     settings = Settings(
         seed=arguments.seed,
         device=_device(arguments.device),
@@ -170,7 +177,7 @@ def _compare_methods(arguments: argparse.Namespace) -> Report:
     progress = _progress(arguments)
     rows: dict[str, Any] = {}
     for name in names:
-        rows[name] = wrap(
+        model = wrap(
             cli_model.network_for(name, networks),
             name,
             cli_model.data_for(name, data),
@@ -178,6 +185,8 @@ def _compare_methods(arguments: argparse.Namespace) -> Report:
             generator=torch.Generator().manual_seed(arguments.seed),
             progress=progress,
         )
+        tuned = name == "laplace" and data.val is not None
+        rows[name] = model.tune("heldout", data.val) if tuned else model
     return compare(
         rows,
         data.test,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
 
 import bayesdl
@@ -184,3 +187,60 @@ def loaders():
 
 far = DataLoader(TensorDataset(5 + torch.randn(30, 2, generator=torch.Generator().manual_seed(3))), batch_size=32)
 """
+
+
+@pytest.fixture
+def own_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Somebody's script in the current directory, and weights that its network was given."""
+    (here / "own_for_cli.py").write_text(MODULE)
+    monkeypatch.setattr(sys, "path", [str(here), *sys.path])
+    module = importlib.import_module("own_for_cli")
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        state = {
+            name: torch.randn(value.shape, generator=generator) for name, value in module.build().state_dict().items()
+        }
+        save_file(state, here / f"w{seed}.safetensors")
+    yield here
+    sys.modules.pop("own_for_cli", None)
+
+
+def test_methods_are_compared_on_somebodys_own_network(own_network: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "own_for_cli:build", "--data", "own_for_cli:loaders", "--ood", "far=own_for_cli:far"]
+    arguments += ["--weights", "w0.safetensors", "w1.safetensors", "--methods", "map,temperature,laplace,ensemble"]
+    assert main(["compare", *arguments, "--bootstrap", "20", "--out", "report"]) == 0
+    report = json.loads((own_network / "report" / "report.json").read_text())
+    assert report["rows"] == ["map", "temperature", "laplace", "ensemble"]
+    module = importlib.import_module("own_for_cli")
+    x, y = module.part(2).dataset.tensors
+    log_probs = []
+    for seed in (0, 1):
+        network = module.build()
+        network.load_state_dict(load_file(own_network / f"w{seed}.safetensors"))
+        log_probs.append(network(x).detach().log_softmax(-1)[torch.arange(60), y])
+    cells = report["cells"]
+    assert cells["map"]["nll"]["value"] == pytest.approx(-float(log_probs[0].mean()), abs=1e-5)
+    mixture = torch.logsumexp(torch.stack(log_probs), 0) - math.log(2)
+    assert cells["ensemble"]["nll"]["value"] == pytest.approx(-float(mixture.mean()), abs=1e-5)
+    assert cells["temperature"]["accuracy"]["value"] == cells["map"]["accuracy"]["value"]
+    assert "ood/far/auroc" in cells["laplace"]
+    assert "laplace" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--methods", "nope"], ["nope"]),
+        (["--methods", "ensemble"], ["ensemble", "--weights"]),
+        (["--likelihood", "nope"], ["nope"]),
+        (["--weights", "nope.pt"], ["nope.pt"]),
+        (["--data", "own_for_cli:far"], ["--data", "own_for_cli:far"]),
+        (["--ood", "far=own_for_cli:nope"], ["nope"]),
+    ],
+)
+def test_wrong_networks_and_methods_are_told_in_one_line(
+    change: list[str], words: list[str], own_network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "own_for_cli:build", "--data", "own_for_cli:loaders", "--weights", "w0.safetensors"]
+    message = failing(["compare", *arguments, "--methods", "map", *change], capsys)
+    assert all(word in message for word in words), message

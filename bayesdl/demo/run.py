@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bayesdl.demo import diabetes, digits, networks
@@ -32,6 +33,7 @@ class Settings:
         device: where everything is computed.
         cache: folder of trained networks; None trains anew and keeps nothing.
         epochs: for each network. draws: of Monte-Carlo dropout. bootstrap: resamples behind each interval.
+        limit: examples of each data set that the methods are scored on; None for all.
         progress: progress bars on the standard error stream.
     """
 
@@ -39,13 +41,18 @@ class Settings:
     device: str = "cpu"
     cache: Path | None = None
     epochs: int = 60
-    draws: int = 50
+    draws: int = 20
     bootstrap: int = 1000
+    limit: int | None = None
     progress: bool = True
 
     def generator(self) -> torch.Generator:
         """A new generator of this run's seed."""
         return torch.Generator().manual_seed(self.seed)
+
+    def scored(self, *tensors: Tensor) -> DataLoader:
+        """Loader of data that the methods are scored on."""
+        return loader(*(tensor[: self.limit] for tensor in tensors), device=self.device)
 
 
 def compare_digits(settings: Settings) -> Report:
@@ -57,15 +64,14 @@ def compare_digits(settings: Settings) -> Report:
     members = _train_members(
         lambda: networks.digits_network(digits.NUM_CLASSES), nn.functional.cross_entropy, data.train, recipe, settings
     )
-    device = settings.device
     shift = {
-        name: {severity: loader(moved.inputs, moved.targets, device=device) for severity, moved in series.items()}
+        name: {severity: settings.scored(moved.inputs, moved.targets) for severity, moved in series.items()}
         for name, series in digits.shifts(data.test).items()
     }
     return compare(
         wrap_all(members, data.train, data.validation, "categorical", settings),
-        loader(data.test.inputs, data.test.targets, device=device),
-        ood={name: loader(inputs, device=device) for name, inputs in data.ood.items()},
+        settings.scored(data.test.inputs, data.test.targets),
+        ood={name: settings.scored(inputs) for name, inputs in data.ood.items()},
         shift=shift,
         bootstrap=settings.bootstrap,
         generator=settings.generator(),
@@ -88,7 +94,7 @@ def compare_diabetes(settings: Settings) -> Report:
     )
     return compare(
         wrap_all(members, data.train, data.validation, "gaussian", settings),
-        loader(data.test.inputs, data.test.targets, device=settings.device),
+        settings.scored(data.test.inputs, data.test.targets),
         bootstrap=settings.bootstrap,
         generator=settings.generator(),
         progress=settings.progress,
