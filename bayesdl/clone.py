@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,13 +34,15 @@ def structural_clone(
     Args:
         module: the tree to clone; neither it nor anything below it is written to.
         parameter: called once on each distinct parameter; the result takes its place (ties are kept).
-        buffer: the same for buffers.
+        buffer: the same for buffers, and for tensors that are plain attributes.
 
-    Sub-modules wrapped by `torch.compile` are replaced by the module inside, because hooks never fire in a
-    compiled call. Bound methods and containers in instance attributes are rebuilt around the clone.
+    Modules compiled by `torch.compile` or `.compile()` are replaced by the plain module, because hooks never
+    fire in a compiled call. Bound methods, closures, partials and containers in instance attributes (a patched
+    `forward`, hooks) are rebuilt around the clone.
     """
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor] = {}
+    functions: dict[int, FunctionType] = {}
 
     def convert(tensor: Tensor | None, function: Callable[[Tensor], Tensor]) -> Tensor | None:
         if tensor is None:
@@ -53,10 +55,11 @@ def structural_clone(
         old = unwrap(old)
         if id(old) in modules:
             return modules[id(old)]
-        new = old.__class__.__new__(old.__class__)
+        new: nn.Module = object.__new__(type(old))  # a class's own __new__ may want arguments, or make another class
         modules[id(old)] = new
         state = new.__dict__
         state.update(old.__dict__)
+        state.pop("_compiled_call_impl", None)  # left by `module.compile()`: it would run the user's own module
         state["_parameters"] = {k: convert(v, parameter) for k, v in old._parameters.items()}
         state["_buffers"] = {k: convert(v, buffer) for k, v in old._buffers.items()}
         state["_modules"] = {k: None if v is None else shell(v) for k, v in old._modules.items()}
@@ -67,16 +70,39 @@ def structural_clone(
         if isinstance(value, nn.Module):
             return modules.get(id(unwrap(value)), value)
         if isinstance(value, Tensor):
-            return tensors.get(id(value), value)
+            return convert(value, buffer)
         if isinstance(value, MethodType) and id(value.__self__) in modules:
             return MethodType(value.__func__, modules[id(value.__self__)])
+        if isinstance(value, FunctionType) and value.__closure__:
+            return reclosed(value)
+        if type(value) is functools.partial:
+            bound = functools.partial(rebuilt(value.func), *map(rebuilt, value.args), **rebuilt(value.keywords))
+            bound.__dict__.update(value.__dict__)
+            return bound
         if type(value) in (list, tuple, set):
             return type(value)(rebuilt(item) for item in value)
         if type(value) in (dict, OrderedDict):
             return type(value)((key, rebuilt(item)) for key, item in value.items())
-        if type(value).__name__ == "RemovableHandle":
-            return value
         return value
+
+    def reclosed(function: FunctionType) -> FunctionType:
+        if id(function) in functions:
+            return functions[id(function)]
+        old = function.__closure__ or ()
+        # only what reaches into the tree: whatever else a hook records into stays where its author looks
+        new = tuple(CellType() if _reaches(cell) else cell for cell in old)
+        twin = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, new)
+        twin.__kwdefaults__, twin.__dict__ = function.__kwdefaults__, dict(function.__dict__)
+        functions[id(function)] = twin  # before its cells are filled: a closure may hold itself
+        changed = False
+        for before, after in zip(old, new, strict=True):
+            if before is not after:
+                value = rebuilt(before.cell_contents)
+                changed = changed or not (value is twin or value == before.cell_contents)
+                after.cell_contents = value
+        if not changed:
+            functions[id(function)] = function
+        return functions[id(function)]
 
     root = shell(module)
     for new in modules.values():
@@ -87,6 +113,14 @@ def structural_clone(
     return root
 
 
+def _reaches(cell: CellType) -> bool:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # a name that its function has not assigned yet
+        return False
+    return isinstance(value, (nn.Module, MethodType, FunctionType, functools.partial))
+
+
 def _out_of_place(module: nn.Module) -> None:
     # an in-place activation would overwrite the activations that curvature needs; same values either way
     if isinstance(getattr(module, "inplace", None), bool):
@@ -94,5 +128,9 @@ def _out_of_place(module: nn.Module) -> None:
 
 
 def independent_copy(module: nn.Module) -> nn.Module:
-    """A deep copy in memory of its own, for methods that train; wrappers are peeled off."""
-    return copy.deepcopy(unwrap(module))
+    """A clone in memory of its own, for methods that train; wrappers are peeled off at every level."""
+
+    def parameter(tensor: Tensor) -> Tensor:
+        return nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+
+    return structural_clone(unwrap(module), parameter, lambda tensor: tensor.detach().clone())
