@@ -88,6 +88,7 @@ class BayesianModel(nn.Module):
             ShapeError: the outputs do not fit the likelihood.
             NonFiniteError: NaN or infinity in the outputs.
         """
+        self.network.check_values()
         state = self.posterior.prepare(self.network, num_samples, generator)
         latent = self.posterior.push(self.network, x, state)
         self.likelihood.check_outputs(latent.mean)
@@ -114,6 +115,7 @@ class BayesianModel(nn.Module):
         progress: bool = False,
     ) -> tuple[Predictive, Tensor | None]:
         """`predict`, and the targets of all batches; None where the batches hold none."""
+        self.network.check_values()
         state = self.posterior.prepare(self.network, num_samples, generator)
         parts: list[Predictive] = []
         targets: list[Tensor] = []

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesdl.batch import BatchAdapter, as_call, resolve_adapter, to_device
+from bayesdl.batch import BatchAdapter, as_call, flatten_tensors, resolve_adapter, to_device
 from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
 from bayesdl.select import Selector, describe, resolve
+
+PROBES = 16  # values of each parameter that are compared to notice a write without a trace
 
 
 class Network:
@@ -43,7 +45,9 @@ class Network:
         source = unwrap(model)
         _refuse(source)
         self._setup(structural_clone(source, _alias, _snapshot), resolve_adapter(batch))
-        self.requires_grad = {name: p.requires_grad for name, p in source.named_parameters()}
+        # names of a clone: those of the source hold "_orig_mod" where a sub-module is compiled
+        plain = structural_clone(source, _same, _same)
+        self.requires_grad = {name: p.requires_grad for name, p in plain.named_parameters()}
         self.select = describe(select)
         self.names = resolve(select, self._template, self.requires_grad, lambda: self._find_last_layer(example))
 
@@ -51,6 +55,7 @@ class Network:
         self._template = template
         self._local = threading.local()
         self._versions = {name: _version(p) for name, p in template.named_parameters()}
+        self._values = _spread(template)
         self.batch = adapter
 
     @property
@@ -105,7 +110,11 @@ class Network:
 
         return self._derived(structural_clone(self._template, parameter, function))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        return self.map(torch.clone)
+
     def _derived(self, template: nn.Module) -> Network:
+        self.check_values()  # the new network counts writes from now on
         other = object.__new__(Network)
         other._setup(template, self.batch)
         other.requires_grad, other.select, other.names = self.requires_grad, self.select, self.names
@@ -136,7 +145,7 @@ class Network:
             raw = torch.func.functional_call(module, dict(tensors), call.args, kwargs)
         else:
             raw = module(*call.args, **kwargs)
-        return two_dimensional(extract_output(raw))
+        return two_dimensional(extract_output(raw), known_batch_size(call))
 
     def check_fresh(self) -> None:
         """Raise `StaleModelError` if a parameter was written to since this network was made."""
@@ -147,6 +156,18 @@ class Network:
                     "belongs to the "
                     "old weights. Wrap the model again, or train a copy"
                 )
+
+    def check_values(self) -> None:
+        """`check_fresh`, and compare some values of every parameter: once a prediction, not once a batch.
+
+        Fused optimisers and writes to `.data` leave no other trace.
+        """
+        self.check_fresh()
+        if not torch.allclose(_spread(self._template), self._values, rtol=0.0, atol=0.0, equal_nan=True):
+            raise StaleModelError(
+                "parameters of the wrapped model were written to after the fit; the posterior belongs to the old "
+                "weights. Wrap the model again, or train a copy"
+            )
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes, dtypes and values of every parameter and buffer of the base model."""
@@ -164,7 +185,7 @@ class Network:
         seen: list[tuple[str, Tensor]] = []
         module = structural_clone(self._template, _same, _snapshot)  # fresh: its hooks die with it
         for name, layer in module.named_modules():
-            if any(p is not None for p in layer._parameters.values()):
+            if any(p is not None for p in layer._parameters.values()) or "parametrizations" in layer._modules:
                 layer.register_forward_hook(_recorder(name, seen))
         call = self.prepare(example)
         with torch.no_grad():
@@ -176,7 +197,9 @@ class Network:
                 "layer?); name the "
                 f"layer instead, e.g. select={seen[-1][0] if seen else 'head'!r}"
             )
-        return matches[-1]
+        # a module around the layer hands the same tensor on: the innermost one made it
+        inner = [n for n in matches if not any(other != n and _below(other, n) for other in matches)]
+        return inner[-1]
 
 
 def extract_output(raw: Any) -> Tensor:
@@ -196,8 +219,13 @@ def extract_output(raw: Any) -> Tensor:
     )
 
 
-def two_dimensional(output: Tensor) -> Tensor:
-    """`(B,)` becomes `(B, 1)`; `(B, C)` stays; anything else raises `ShapeError`."""
+def two_dimensional(output: Tensor, size: int | None = None) -> Tensor:
+    """`(B,)` becomes `(B, 1)`; `(B, C)` stays; anything else raises `ShapeError`.
+
+    `size` is B where it is known: a network that squeezes drops the batch axis of a single example too.
+    """
+    if size == 1 and output.dim() < 2:
+        return output.reshape(1, -1)
     if output.dim() == 1:
         return output.unsqueeze(1)
     if output.dim() != 2:
@@ -207,6 +235,12 @@ def two_dimensional(output: Tensor) -> Tensor:
             "batch, or pool them, in a module around the network"
         )
     return output
+
+
+def known_batch_size(call: Any) -> int | None:
+    """Leading dimension that all tensors of a call share; None where they differ (graphs, shared masks)."""
+    sizes = {tensor.shape[0] for tensor in flatten_tensors(call)[0]}
+    return int(sizes.pop()) if len(sizes) == 1 else None
 
 
 def first_inputs(data: Iterable[Any] | None, adapter: BatchAdapter) -> Any:
@@ -235,6 +269,16 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _spread(module: nn.Module) -> Tensor:
+    """Up to PROBES values of every parameter, evenly spread, in one vector."""
+    parameters = [p.detach() for p in module.parameters() if p.is_floating_point() and p.numel()]
+    if not parameters:
+        return torch.zeros(0)
+    wide = torch.float64 if any(p.dtype is torch.float64 for p in parameters) else torch.float32
+    picked = [p.reshape(-1)[:: -(-p.numel() // PROBES)] for p in parameters]
+    return torch.cat([values.to(device=picked[0].device, dtype=wide) for values in picked])
+
+
 def _recorder(name: str, seen: list[tuple[str, Tensor]]) -> Callable[[nn.Module, Any, Any], None]:
     def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -243,8 +287,17 @@ def _recorder(name: str, seen: list[tuple[str, Tensor]]) -> Callable[[nn.Module,
     return record
 
 
+def _below(name: str, parent: str) -> bool:
+    return not parent or name.startswith(parent + ".")
+
+
 def _refuse(module: nn.Module) -> None:
     for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"module {name or type(module).__name__!r} is a TorchScript module, which has no Python structure; "
+                "wrap the eager network it was made from"
+            )
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
             raise UnsupportedError(
                 f"embedding {name!r} has max_norm, which rewrites its weight in every forward pass; the library never "

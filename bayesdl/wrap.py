@@ -97,7 +97,7 @@ def _needs_example(selection: Selector | None) -> bool:
 
 def _unchanged(network: Network) -> None:
     try:
-        network.check_fresh()
+        network.check_values()
     except StaleModelError as error:
         raise StaleModelError(
             "the network's parameters changed while it was being wrapped (another thread?)"

@@ -1,0 +1,96 @@
+"""Selections resolve to parameter names in the network's own order."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bayesdl.errors import SelectionError
+from bayesdl.network import Network
+from bayesdl.select import Selector, describe
+from tests.test_clone import Tied
+
+
+def net() -> nn.Module:
+    module = nn.Module()
+    module.fc1, module.fc10 = nn.Linear(4, 4), nn.Linear(4, 4)
+    module.block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    module.fc1.weight.requires_grad_(False)
+    return module
+
+
+ALL = tuple(name for name, _ in net().named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        ("all", ALL),
+        ("requires_grad", tuple(n for n in ALL if n != "fc1.weight")),
+        ("fc1", ("fc1.weight", "fc1.bias")),  # a module name, not a pattern that also matches fc10
+        ("fc1.bias", ("fc1.bias",)),
+        ("block", ("block.0.weight", "block.0.bias", "block.1.weight", "block.1.bias")),
+        ("block.1", ("block.1.weight", "block.1.bias")),
+        ("bias$", ("fc1.bias", "fc10.bias", "block.0.bias", "block.1.bias")),
+        (re.compile(r"fc1\d"), ("fc10.weight", "fc10.bias")),
+        (["fc10", "fc1.bias"], ("fc1.bias", "fc10.weight", "fc10.bias")),
+        (("block.0.bias",), ("block.0.bias",)),
+        (lambda name, value: value.dim() == 1 and "block" not in name, ("fc1.bias", "fc10.bias")),
+    ],
+)
+def test_selections(select: Selector, expected: tuple[str, ...]) -> None:
+    assert Network(net(), select=select).names == expected
+    assert Network(net()).reselect(select).names == expected
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ("fc7", r"select='fc7' matches no floating-point parameter; the network has fc1.weight, fc1.bias"),
+        (["fc1", "fc7"], r"names 'fc7', which is no parameter or module"),
+        ("(", r"no regular expression"),
+        ([], "matches no floating-point parameter"),
+        (lambda name, value: False, "matches no"),
+        (re.compile("zzz"), "matches no"),
+    ],
+)
+def test_selections_that_name_nothing(select: Any, message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        Network(net(), select=select)
+
+
+def test_a_network_without_parameters() -> None:
+    with pytest.raises(SelectionError, match="no parameters"):
+        Network(nn.Sequential(nn.ReLU()))
+
+
+def test_tied_parameters_count_once() -> None:
+    network = Network(Tied())
+    assert network.names == ("embed.weight",) and network.num_parameters == 28
+
+
+def test_integer_parameters_are_never_selected() -> None:
+    module = nn.Linear(2, 2)
+    module.codes = nn.Parameter(torch.zeros(3, dtype=torch.long), requires_grad=False)
+    assert Network(module).names == ("weight", "bias")
+
+
+def test_number_of_parameters_is_that_of_the_selection() -> None:
+    assert Network(net(), select="fc1").num_parameters == 20
+
+
+@pytest.mark.parametrize(
+    ("select", "text"),
+    [
+        ("all", "all"),
+        (re.compile("a.b"), "regex:a.b"),
+        (["x", "y"], "x,y"),
+        (lambda n, v: True, "callable:<lambda>"),
+    ],
+)
+def test_descriptions(select: Selector, text: str) -> None:
+    assert describe(select) == text
