@@ -93,7 +93,8 @@ def to_device(inputs: Any, device: torch.device, dtype: torch.dtype | None) -> A
         if not isinstance(value, Tensor):
             return value
         cast = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
-        return value.to(device=device, dtype=cast, non_blocking=True)
+        # asynchronous towards an accelerator alone: a copy to the host would be read before it is complete
+        return value.to(device=device, dtype=cast, non_blocking=device.type == "cuda")
 
     return _map(inputs, move)
 
@@ -136,28 +137,30 @@ def _plain(inputs: Any) -> Any:
     # subclasses of dict such as transformers.BatchEncoding are leaves to pytree: make them plain containers
     if isinstance(inputs, Call):
         return inputs
-    if isinstance(inputs, Mapping) and type(inputs) is not dict:
+    if isinstance(inputs, Mapping):
         return {key: _plain(value) for key, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(_plain(value) for value in inputs)
     return inputs
 
 
 def _map(inputs: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(inputs, Call):
-        kwargs = None if inputs.kwargs is None else tree_map(function, dict(inputs.kwargs))
-        return Call(tree_map(function, inputs.args), kwargs)
+        kwargs = None if inputs.kwargs is None else tree_map(function, _plain(inputs.kwargs))
+        return Call(tree_map(function, _plain(inputs.args)), kwargs)
     return tree_map(function, _plain(inputs))
 
 
 def _leaves(inputs: Any) -> list[Any]:
     if isinstance(inputs, Call):
-        return tree_flatten((inputs.args, dict(inputs.kwargs or {})))[0]
+        return tree_flatten(_plain((inputs.args, inputs.kwargs or {})))[0]
     return tree_flatten(_plain(inputs))[0]
 
 
 def flatten_tensors(inputs: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """Batched tensors of a nested input, and a function that puts replacements back."""
     tree = _plain(inputs)
-    packed = (tree.args, dict(tree.kwargs or {})) if isinstance(tree, Call) else tree
+    packed = _plain((tree.args, tree.kwargs or {})) if isinstance(tree, Call) else tree
     leaves, spec = tree_flatten(packed)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 0]
 
