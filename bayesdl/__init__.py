@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# bound here, not on first use: importing the module `bayesdl.wrap` elsewhere would put the module under this name
+from bayesdl.wrap import wrap
+
 __version__ = "0.1.0"
 
 # name -> module; loaded on first use, so that `import bayesdl` costs little more than `import torch`
@@ -29,7 +32,6 @@ _PUBLIC = {
     "compare": "bayesdl.evaluation.compare",
     "evaluate": "bayesdl.evaluation.compare",
     "load": "bayesdl.files",
-    "wrap": "bayesdl.wrap",
 }
 _MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors")
 
@@ -67,13 +69,11 @@ if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
     from bayesdl.predictive import Predictive
     from bayesdl.priors import GaussianPrior, Prior
-    from bayesdl.wrap import wrap
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        # the function `wrap` shadows the module of the same name from here on
         globals()[name] = value
         return value
     if name in _MODULES:
