@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.factor import Factor
-from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Structure, check_noise
 
 
@@ -81,6 +81,6 @@ class Diag(Structure):
 
     def _precision(self, scale: Shift, shift: Shift, dtype: torch.dtype | None = None) -> list[Tensor]:
         like = self.diagonal[0].to(dtype or self.diagonal[0].dtype)
-        scaling = torch.as_tensor(scale).to(like)
+        scaling = cast(scale, like)
         shifts = self.layout.shifts(shift, like)
         return [scaling * d + s for d, s in zip(self.diagonal, shifts, strict=True)]

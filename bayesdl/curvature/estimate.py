@@ -217,7 +217,7 @@ def chunks(inputs: Any, target: Any, step: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _check(curvature: Structure) -> None:
-    if not any(bool(v.any()) for name, v in curvature.tensors().items() if not name.startswith("rows")):
+    if curvature.is_zero():
         raise NumericalError(
             "the curvature is exactly zero: the likelihood is flat at these outputs (saturated logits?), "
             "or the selected parameters have no influence on this data"

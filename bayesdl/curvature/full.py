@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.factor import Factor
-from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Structure, check_noise
 from bayesdl.errors import UnsupportedError
 from bayesdl.linalg import cholesky, eigh
@@ -59,16 +59,14 @@ class Full(Structure):
 
     def logdet(self, scale: Shift, shift: Shift) -> Tensor:
         if torch.as_tensor(shift).numel() == 1:
-            values = self._eigen[0].double()
-            return (torch.as_tensor(scale).to(values) * values + torch.as_tensor(shift).to(values)).log().sum()
+            return self._precision(scale, shift, torch.float64).log().sum()
         return 2.0 * self._root(scale, shift).diagonal().log().sum()
 
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
         flat = self._blocks(vectors)
         if torch.as_tensor(shift).numel() == 1:
-            values, basis = self._eigen
-            precision = torch.as_tensor(scale).to(values) * values + torch.as_tensor(shift).to(values)
-            return self._flat(((flat @ basis) / precision) @ basis.T)
+            basis = self._eigen[1]
+            return self._flat(((flat @ basis) / self._precision(scale, shift)) @ basis.T)
         rows = flat.reshape(-1, flat.shape[-1])
         return self._flat(torch.cholesky_solve(rows.T, self._root(scale, shift)).T.reshape(flat.shape))
 
@@ -81,12 +79,10 @@ class Full(Structure):
 
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
         check_noise(noise, self.layout.numel)
-        values, basis = self._eigen
-        if torch.as_tensor(shift).numel() != 1:
-            precision = torch.as_tensor(scale).to(self.matrix) * self.matrix + torch.diag(self._shift(shift))
-            values, basis = eigh(precision, "posterior precision")
+        if torch.as_tensor(shift).numel() == 1:
+            values, basis = self._precision(scale, shift), self._eigen[1]
         else:
-            values = torch.as_tensor(scale).to(values) * values + torch.as_tensor(shift).to(values)
+            values, basis = eigh(self._dense_precision(scale, shift), "posterior precision")
         return self._flat(((self._blocks(noise) @ basis) / values.sqrt()) @ basis.T)
 
     def eigenvalues(self) -> Tensor:
@@ -112,16 +108,20 @@ class Full(Structure):
         return torch.cat([p.expand(size).flatten() for p, size in zip(parts, sizes, strict=True)])
 
     def _root(self, scale: Shift, shift: Shift) -> Tensor:
-        return cholesky(
-            torch.as_tensor(scale).to(self.matrix) * self.matrix + torch.diag(self._shift(shift)), "posterior precision"
-        )
+        return cholesky(self._dense_precision(scale, shift), "posterior precision")
+
+    def _dense_precision(self, scale: Shift, shift: Shift) -> Tensor:
+        return cast(scale, self.matrix) * self.matrix + torch.diag(self._shift(shift))
+
+    def _precision(self, scale: Shift, shift: Shift, dtype: torch.dtype | None = None) -> Tensor:
+        """Eigenvalues of P for a scalar shift, `(P,)`."""
+        values = self._eigen[0].to(dtype or self.matrix.dtype)
+        return cast(scale, values) * values + self.layout.shifts(shift, values)[0]
 
     def _whitened(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         rows = _rows(factors)
         if torch.as_tensor(shift).numel() == 1:
-            values, basis = self._eigen
-            precision = torch.as_tensor(scale).to(values) * values + torch.as_tensor(shift).to(values)
-            return (rows @ basis) / precision.sqrt()
+            return (rows @ self._eigen[1]) / self._precision(scale, shift).sqrt()
         root = self._root(scale, shift)
         flat = torch.linalg.solve_triangular(root, rows.flatten(0, 1).T, upper=False).T
         return flat.reshape(rows.shape)

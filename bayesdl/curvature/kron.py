@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.factor import Factor, RowFactor
-from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Structure, check_noise
 from bayesdl.errors import UnsupportedError
 from bayesdl.linalg import eigh
@@ -94,6 +94,11 @@ class Kron(Structure):
 
     def per_block(self) -> Sequence[Tensor]:
         return [a.sum() + g.sum() for a, g in zip(self.inner, self.outer, strict=True)]
+
+    def is_zero(self) -> bool:
+        # a product is zero where either factor is; a diagonal block has no input factor
+        pairs = zip(self.inner, self.outer, strict=True)
+        return not any(bool(g.any()) and (a.dim() == 0 or bool(a.any())) for a, g in pairs)
 
     def __add__(self, other: Self) -> Self:
         def total(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -187,7 +192,7 @@ class Kron(Structure):
                 f'one per block ({len(self.layout.blocks)},) only. Use structure="diag" or "full" for one per parameter'
             )
         like = self.outer[0].to(dtype or self.outer[0].dtype)
-        scaling = torch.as_tensor(scale).to(like)
+        scaling = cast(scale, like)
         return [scaling * e.values + s for e, s in zip(self.eigen, self.layout.shifts(shift, like), strict=True)]
 
 

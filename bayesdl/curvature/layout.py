@@ -16,6 +16,11 @@ from bayesdl.errors import ArgumentError, ShapeError
 KINDS = ("linear", "rows", "scale", "shift", "dense")
 
 
+def cast(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number or tensor in the dtype and on the device of `like`; a number keeps all digits of that dtype."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
 @dataclass(frozen=True)
 class Block:
     """Parameters that curvature treats together.
@@ -144,7 +149,7 @@ class Layout:
         Raises:
             ArgumentError: another size, or a value that is not positive.
         """
-        value = torch.as_tensor(shift).to(like)
+        value = cast(shift, like)
         if not bool((value > 0).all()):
             raise ArgumentError(f"the prior precision must be positive; the smallest given is {float(value.min()):g}")
         if value.numel() == 1:

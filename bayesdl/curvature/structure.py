@@ -43,6 +43,10 @@ class Structure(ABC):
     def per_block(self) -> Sequence[Tensor]:
         """One stored tensor per block that is finite exactly when everything added to the block was."""
 
+    def is_zero(self) -> bool:
+        """Whether H is exactly zero."""
+        return not any(bool(value.any()) for value in self.per_block())
+
     def check_finite(self) -> None:
         """Raise `NonFiniteError` that names the first layer whose curvature holds NaN or infinity."""
         # one reduction per block instead of a mask over every entry
