@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
-from bayesdl.evaluation.table import Resampler, Table
+from bayesdl.evaluation.table import SIGNIFICANCE, Resampler, Table, enough_resamples
 
 _SHIFT_METRICS = {
     "classification": ("nll", "accuracy", "ece"),
@@ -152,6 +153,11 @@ def _details(
                 notes.append(f"{row}: {ties} examples have several most probable classes; the lowest index counts.")
     if bootstrap:
         notes.append(_bootstrap_note(bootstrap, first.group is not None))
+        if len(test) > 1 and not enough_resamples(bootstrap, len(test)):
+            notes.append(
+                f"No test was made: {bootstrap} resamples cannot separate {len(test)} methods at 5 %; give bootstrap = "
+                f"{math.ceil(2 * (len(test) - 1) / SIGNIFICANCE) - 1} or more."
+            )
     devices = sorted({str(facts["device"]) for facts in about.values() if "device" in facts})
     return {
         "task": found.task,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -82,6 +82,32 @@ def label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
         axes.annotate(
             plain(name), (1, (place - low) / (high - low)), xycoords="axes fraction", xytext=(5, 0),
             textcoords="offset points", fontsize=FONT, color=colour, va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def bar_title(axes: Axes, name: str, place: float) -> None:
+    """The name of a group of horizontal bars, above its first bar at height `place`."""
+    axes.annotate(
+        plain(name), (0, place - 0.55), xytext=(2, 0), textcoords="offset points", fontsize=FONT, color=style.INK,
+        fontweight="bold", annotation_clip=False,
+    )  # fmt: skip
+
+
+def cut_towers(axes: Axes, bars: Mapping[str, np.ndarray], edges: np.ndarray) -> None:
+    """Where one bin towers over all others, cut it off and print its height, so that the others can be seen."""
+    limit = 1.5 * max(float(np.sort(shares)[-2]) for shares in bars.values())
+    if limit <= 0 or max(float(shares.max()) for shares in bars.values()) < 1.5 * limit:
+        return
+    axes.set_ylim(0, limit)
+    towers = [
+        (name, int(shares.argmax()), float(shares.max())) for name, shares in bars.items() if shares.max() > limit
+    ]
+    for line, (name, position, height) in enumerate(towers):
+        left = position < len(edges) // 2
+        axes.annotate(
+            f"{plain(name)} {100 * height:.0f}% ↑", ((edges[position] + edges[position + 1]) / 2, limit),
+            xytext=(6 if left else -6, -7 - 10 * line), textcoords="offset points", fontsize=FONT - 0.5,
+            color=style.MUTED, ha="left" if left else "right",
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from bayesdl.errors import UnsupportedError
 from bayesdl.evaluation import render, style
+from bayesdl.evaluation.cells import place
 from bayesdl.evaluation.report import Report
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Drawings that answer one question; `small` ones stand in a grid, one a method. `key` pairs words with colours."""
+    """Drawings that answer one question; `small` ones stand in a grid, `abreast` in a line (0: as fits their number).
+
+    `key` pairs words with colours.
+    """
 
     title: str
     lead: str
     panels: tuple[Panel, ...]
     small: bool = False
+    abreast: int = 0
     key: tuple[tuple[str, str], ...] = ()
 
 
@@ -48,10 +53,13 @@ def panels(report: Report) -> list[Section]:
         sections.append(_reliability(report))
     if report.predictions and report.task == "regression":
         sections.append(_pit(report))
-    if report.predictions and any(key.startswith("ood/") for key in report.predictions[report.rows[0]]):
+    if report.predictions and any(key.startswith("ood/") for key in report.details["sizes"]):
         sections.append(_ood(report))
     if report.predictions and report.task == "classification":
-        lead = "Keep the most confident share of the examples, hand over the rest: how many of those kept are wrong?"
+        lead = (
+            "Keep the most confident share of the examples, hand over the rest: how many of those kept are wrong? Dotted: "
+            "the errors of the most accurate method in the best possible order."
+        )
         alt = "Error rate against the share of examples kept, one line a method. " + _listing(report, "aurc")
         sections.append(Section("Handing over doubtful cases", lead, (_panel("", report.plot.risk_coverage, alt),)))
     if report.predictions and report.task == "regression":
@@ -59,15 +67,8 @@ def panels(report: Report) -> list[Section]:
         alt = "Observed coverage against nominal level, one line a method. " + _listing(report, "picp_90")
         sections.append(Section("Do prediction intervals hold?", lead, (_panel("", report.plot.intervals, alt),)))
     sections += _shift(report)
-    if report.predictions and report.predictions[report.rows[0]]["test"].epistemic is not None:
-        lead = (
-            "Aleatoric: the data are ambiguous. Epistemic: the model has not seen enough; this part should grow on "
-            "unfamiliar data."
-        )
-        alt = "Bars of mean aleatoric and epistemic uncertainty for every method and data set."
-        sections.append(
-            Section("Where the uncertainty comes from", lead, (_panel("", report.plot.decomposition, alt),))
-        )
+    if report.predictions:
+        sections.append(_decomposition(report))
     return sections
 
 
@@ -100,17 +101,39 @@ def _pit(report: Report) -> Section:
 
 def _ood(report: Report) -> Section:
     score = str(report.details.get("score", "entropy"))
-    sets = [key[4:] for key in report.predictions[report.rows[0]] if key.startswith("ood/")]
     drawings = []
     for row in report.rows:
-        caption = "; ".join(text for name in sets if (text := _cell_words(report, row, f"ood/{name}/auroc")))
+        sets = [key[4:] for key in report.predictions[row] if key.startswith("ood/")]
+        if not sets:
+            continue
+        known = [name for name in sets if f"ood/{name}/auroc" in report.columns]
+        caption = "AUROC: " + ", ".join(f"{name} {_value_words(report, row, f'ood/{name}/auroc')}" for name in known)
         alt = f"Histograms of the {score} of {row} on test data and on {', '.join(sets)}. {caption}"
-        drawings.append(_panel(row, partial(report.plot.ood_histogram, row), alt, caption=caption, row=row))
+        drawings.append(
+            _panel(row, partial(report.plot.ood_histogram, row, legend=False), alt, caption=caption, row=row)
+        )
     lead = (
         f"Score: {score.replace('_', ' ')}. The less a line overlaps the grey area of the test data, the better "
         "unfamiliar data are noticed."
     )
-    return Section("Does uncertainty rise on unfamiliar data?", lead, tuple(drawings), small=True)
+    names = [place(key) for key in report.details["sizes"] if key.startswith("ood/")]
+    outside = [(name, style.css_names()[style.set_colour(index)]) for index, name in enumerate(names)]
+    key = (("test", "color-mix(in srgb, var(--muted) 35%, transparent)"), *outside)
+    return Section("Does uncertainty rise on unfamiliar data?", lead, tuple(drawings), small=True, key=key)
+
+
+def _decomposition(report: Report) -> Section:
+    drawings = []
+    for key in (key for key in report.details["sizes"] if not key.startswith("shift/")):
+        name = place(key) or "test"
+        alt = f"Bars of mean aleatoric and epistemic uncertainty of every method on {name}."
+        drawings.append(_panel(name, partial(report.plot.decomposition, key), alt))
+    lead = (
+        "Aleatoric: the data are ambiguous. Epistemic: the model has not seen enough; this part should grow on "
+        "unfamiliar data."
+    )
+    words = (("aleatoric", "var(--s5)"), ("epistemic", "var(--s1)"))
+    return Section("Where the uncertainty comes from", lead, tuple(drawings), small=True, abreast=2, key=words)
 
 
 def _shift(report: Report) -> list[Section]:
@@ -134,16 +157,22 @@ def _cell_words(report: Report, row: str, key: str) -> str:
     """`ECE 1.2 % [0.8, 1.7]`, or nothing where the report has no such column."""
     if key not in report.columns:
         return ""
-    column = report.column(key)
+    column, cell = report.column(key), report.cell(row, key)
+    text = f"{column.label}: {_value_words(report, row, key)}"
     places = render.decimals(column, render.column_cells(report, column))
-    cell = report.cell(row, key)
-    text = f"{column.label}: {render.value_text(column, cell, places)} {render.unit(column)}".rstrip()
     if span := render.interval_text(column, cell, places):
         text += f" {span}"
     if cell.expected_high is not None and cell.value is not None and math.isfinite(cell.value):
         inside = cell.value <= cell.expected_high
         text += "; " + ("no more than chance explains" if inside else "more than chance explains")
     return text
+
+
+def _value_words(report: Report, row: str, key: str) -> str:
+    """`1.2 %`."""
+    column = report.column(key)
+    places = render.decimals(column, render.column_cells(report, column))
+    return f"{render.value_text(column, report.cell(row, key), places)} {render.unit(column)}".rstrip()
 
 
 def _listing(report: Report, key: str) -> str:

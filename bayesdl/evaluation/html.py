@@ -238,10 +238,11 @@ def _figures(report: Report) -> list[str]:
     for number, section in enumerate(panels(report)):
         key = "".join(f'<li><span class="swatch" style="background:{c}"></span>{_text(t)}</li>' for t, c in section.key)
         head = f'<h2 id="f-{number}">{_text(section.title)}</h2><p class="lead">{_text(section.lead)}</p>'
-        head += f'<ul class="key">{key}</ul>' if key else ""
+        head = f"<div>{head}{f'<ul class=key>{key}</ul>' if key else ''}</div>"
         drawings = [_figure(report, panel) for panel in section.panels]
         if section.small:
-            inner = f'<div class="multiples" style="--cols:{_abreast(len(drawings))}">{"".join(drawings)}</div>'
+            columns = section.abreast or _abreast(len(drawings))
+            inner = f'<div class="multiples" style="--cols:{columns}">{"".join(drawings)}</div>'
             many.append(f'<section aria-labelledby="f-{number}">{head}{inner}</section>')
         else:
             single.append(f'<section aria-labelledby="f-{number}">{head}{"".join(drawings)}</section>')

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -90,6 +90,7 @@ class Plots:
         """
         axes = drawing.dressed(ax, _WIDE)
         ends: list[tuple[str, float, str]] = []
+        quiet: list[float] = []
         ideal: tuple[float, np.ndarray, np.ndarray] | None = None
         for name in self._report.rows:
             _, predictions = self._one(name, ("classification",), "risk-coverage")
@@ -98,6 +99,7 @@ class Plots:
             look = self._look(name)
             axes.plot(kept, risk, color=look[0], linestyle=look[2], linewidth=1.5)
             ends.append((name, float(risk[-1]), look[0]))
+            quiet.append(float(kept[np.argmax(risk > 0.02 * risk[-1])]) if risk[-1] > 0 else 0.0)
             # A perfect order of the same errors depends on the error rate alone: draw that of the most accurate method.
             if ideal is None or risk[-1] < ideal[0]:
                 rising = np.sort(drawing.array(wrong)).cumsum() / np.arange(1, len(wrong) + 1)
@@ -105,14 +107,21 @@ class Plots:
         if ideal is not None:
             points = drawing.thin(len(ideal[1]))
             axes.plot(ideal[1][points], ideal[2][points], color=style.MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        axes.set(xlim=(0, 1), xlabel="share of examples kept, most confident first", ylabel="error rate among them")
+        # Where no method makes a mistake worth seeing there is nothing to show.
+        start = math.floor(10 * min(quiet)) / 10
+        axes.set(xlabel="share of examples kept, most confident first", ylabel="error rate among them")
+        axes.set_xlim(start if start > 0.2 else 0, 1)
         axes.set_ylim(bottom=0)
         drawing.percent(axes, "xy")
         drawing.label_ends(axes, ends)
         return axes
 
-    def ood_histogram(self, row: str | None = None, *, score: str | None = None, ax: Axes | None = None) -> Axes:
+    def ood_histogram(
+        self, row: str | None = None, *, score: str | None = None, legend: bool = True, ax: Axes | None = None
+    ) -> Axes:
         """Histogram of an uncertainty score on the test data (filled) and on every out-of-distribution set (lines).
+
+        A bin that towers over all others is cut off, with its height printed. The lines' colours stand for data sets.
 
         Raises:
             UnsupportedError: the report has no out-of-distribution set, or was read from JSON.
@@ -126,26 +135,20 @@ class Plots:
         outside = {key: drawing.array(ood_score(value, wanted)) for key, value in sets.items()}
         pooled = np.concatenate([inside, *outside.values()])
         low, high = np.quantile(pooled, [0.002, 0.998])
-        edges = np.linspace(low, high if high > low else low + 1.0, 31)
+        edges = np.linspace(low, high if high > low else low + 1.0, 25)
         axes = drawing.dressed(ax, _SMALL)
-        axes.stairs(drawing.shares(inside, edges), edges, fill=True, color=style.MUTED, alpha=0.35, label="test")
-        colour = self._look(name)[0]
-        for index, (key, values) in enumerate(outside.items()):
-            axes.stairs(
-                drawing.shares(values, edges),
-                edges,
-                color=colour,
-                linewidth=1.4,
-                linestyle=style.DASHES[index % 8],
-                label=drawing.plain(key),
-                baseline=None,
-            )
-        axes.set(
-            xlabel=f"{wanted.replace('_', ' ')} (higher: more unusual)", ylabel="share of examples", xlim=edges[[0, -1]]
-        )
-        axes.set_ylim(bottom=0)
+        bars = {"test": drawing.shares(inside, edges)}
+        bars |= {key: drawing.shares(values, edges) for key, values in outside.items()}
+        axes.stairs(bars["test"], edges, fill=True, color=style.MUTED, alpha=0.35, label="test")
+        for index, key in enumerate(outside):
+            look: dict[str, Any] = {"color": style.set_colour(index), "linestyle": style.DASHES[index % 8]}
+            axes.stairs(bars[key], edges, label=drawing.plain(key), linewidth=1.4, baseline=None, **look)
+        axes.set(xlabel=f"{wanted.replace('_', ' ')} (higher: more unusual)", ylabel="share of examples")
+        axes.set(xlim=edges[[0, -1]], ylim=(0, None))
         drawing.percent(axes, "y")
-        drawing.legend(axes)
+        if legend:
+            drawing.legend(axes)
+        drawing.cut_towers(axes, bars, edges)
         return axes
 
     def shift(self, metric: str = "nll", *, name: str | None = None, ax: Axes | None = None) -> Axes:
@@ -229,54 +232,47 @@ class Plots:
         axes.set(xlim=(0, 1), xlabel="F(y)", ylabel="density")
         return axes
 
-    def decomposition(self, *, ax: Axes | None = None) -> Axes:
-        """Mean aleatoric and epistemic uncertainty of every method on the test data and on every OOD set.
+    def decomposition(self, dataset: str | None = None, *, ax: Axes | None = None) -> Axes:
+        """Mean aleatoric and epistemic uncertainty of every method, on the test data and on every OOD set.
+
+        Args:
+            dataset: `test` or `ood/<set>`; None for all.
 
         Raises:
-            UnsupportedError: the report was read from JSON.
+            UnsupportedError: the report was read from JSON. UnknownNameError: no such data set.
         """
         self._one(self._report.rows[0], (), "decomposition")
-        sets = [key for key in self._report.predictions[self._report.rows[0]] if not key.startswith("shift/")]
-        bars = [(key, row) for key in sets for row in self._report.rows if key in self._report.predictions[row]]
-        axes = drawing.dressed(ax, (4.4, 0.75 + 0.24 * len(bars) + 0.16 * len(sets)))
-        ticks: list[float] = []
-        place = -1.8
-        for index, (key, row) in enumerate(bars):
-            place += 1.0
-            if index == 0 or key != bars[index - 1][0]:
-                place += 0.8
-                axes.annotate(
-                    drawing.plain(key.removeprefix("ood/")), (0, place - 0.55), xytext=(2, 0),
-                    textcoords="offset points", fontsize=drawing.FONT, color=style.INK, fontweight="bold",
-                    annotation_clip=False,
-                )  # fmt: skip
-            predictions = self._report.predictions[row][key]
-            aleatoric = float(drawing.array(predictions.aleatoric).mean())
-            epistemic = float(drawing.array(predictions.epistemic).mean())
-            first = index == 0
-            axes.barh(place, aleatoric, color=style.SERIES[5], height=0.72, label="aleatoric" if first else None)
-            axes.barh(
-                place,
-                epistemic,
-                left=aleatoric,
-                color=style.SERIES[1],
-                height=0.72,
-                label="epistemic" if first else None,
+        means = {
+            (key, row): (_mean(found[key].aleatoric), _mean(found[key].epistemic))
+            for key in self._report.details["sizes"]
+            for row, found in self._report.predictions.items()
+            if key in found and not key.startswith("shift/")
+        }
+        bars = [(key, row) for key, row in means if dataset in (None, key)]
+        if not bars:
+            raise UnknownNameError(
+                f"no data set {dataset!r}; the report has {', '.join({key: None for key, _ in means})}"
             )
-            ticks.append(place)
-        axes.set_yticks(ticks, [drawing.plain(row) for _, row in bars])
-        axes.set_ylim(ticks[-1] + 0.6, -1.0)
+        axes = drawing.dressed(ax, (4.4, 0.75 + 0.25 * len(bars)))
+        places: list[float] = []
+        for index, (key, row) in enumerate(bars):
+            opens = index == 0 or key != bars[index - 1][0]
+            places.append((places[-1] if places else -1.0) + (1.8 if opens and dataset is None else 1.0))
+            if opens and dataset is None:
+                drawing.bar_title(axes, key.removeprefix("ood/"), places[-1])
+            aleatoric, epistemic = means[key, row]
+            names = ("aleatoric", "epistemic") if index == 0 else (None, None)
+            axes.barh(places[-1], aleatoric, color=style.SERIES[5], height=0.72, label=names[0])
+            axes.barh(places[-1], epistemic, left=aleatoric, color=style.SERIES[1], height=0.72, label=names[1])
+        axes.set_yticks(places, [drawing.plain(row) for _, row in bars])
+        axes.set_ylim(places[-1] + 0.6, places[0] - (1.4 if dataset is None else 0.6))
+        # one scale for all sets, so that separate drawings can be compared
+        axes.set_xlim(0, 1.03 * max(map(sum, means.values())) or 1.0)
         square = self._report.task in ("regression", "count")
         axes.set_xlabel("mean variance (target units²)" if square else "mean uncertainty (nats)")
         axes.grid(axis="y", visible=False)
-        axes.legend(
-            fontsize=drawing.FONT - 1,
-            frameon=False,
-            labelcolor=style.INK,
-            loc="lower right",
-            ncols=2,
-            bbox_to_anchor=(1, 1),
-        )
+        if dataset is None:
+            axes.legend(fontsize=drawing.FONT - 1, frameon=False, loc="lower right", ncols=2, bbox_to_anchor=(1, 1))
         return axes
 
     def _look(self, row: str) -> tuple[str, str, object]:
@@ -304,3 +300,8 @@ class Plots:
             "member_weights": predictions.member_weights,
         }
         return drawing.array(pit(predictions.targets, **parts)).ravel()
+
+
+def _mean(values: torch.Tensor | None) -> float:
+    """Mean over examples and outputs; 0 where a method has no such part."""
+    return 0.0 if values is None else float(values.double().mean())

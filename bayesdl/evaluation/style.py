@@ -30,6 +30,11 @@ def colour(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
+def set_colour(index: int) -> str:
+    """Colour of out-of-distribution set `index`: the series colours from the far end, which few methods reach."""
+    return SERIES[(len(SERIES) - 1 - index) % len(SERIES)]
+
+
 def css_names() -> dict[str, str]:
     """The CSS variable that stands for each colour a figure is drawn with."""
     names = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
@@ -84,6 +89,7 @@ th[scope=row] small{display:block;font-weight:400;color:var(--muted);font-size:1
 .multiples{display:grid;grid-template-columns:repeat(var(--cols),minmax(0,1fr));gap:22px 20px;margin-top:16px}
 .wide{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:20px;margin:0 0 20px}
 .wide section{margin:0}
+@media (min-width:901px){.wide section:only-child{display:grid;grid-template-columns:1fr minmax(0,600px);gap:28px}}
 figure{margin:0;min-width:0}
 figure svg.plot{display:block;width:100%;height:auto;max-width:620px}
 svg.plot text{font-family:inherit!important}

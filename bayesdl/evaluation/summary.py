@@ -29,6 +29,11 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def called(row: str) -> str:
+    """The name of a method, in quotes where it would run into the sentence."""
+    return f"“{row}”" if "," in row or " and " in row else row
+
+
 def number(report: Report, row: str, key: str) -> str:
     """The value with its unit, such as `0.312 nats` or `94.1 %`."""
     column = report.column(key)
@@ -46,10 +51,10 @@ def _defined(report: Report, key: str) -> list[str]:
 
 
 def _peers(report: Report, key: str, best: str) -> tuple[list[str], bool]:
-    """Rows that cannot be told apart from the best, and whether a test was made at all."""
+    """Names of the rows that cannot be told apart from the best, and whether a test was made at all."""
     cells = {row: report.cell(row, key) for row in report.rows if row != best}
     tested = any(cell.p is not None for cell in cells.values())
-    return [row for row, cell in cells.items() if cell.best], tested
+    return [called(row) for row, cell in cells.items() if cell.best], tested
 
 
 def _score(report: Report) -> str:
@@ -59,20 +64,20 @@ def _score(report: Report) -> str:
         return ""
     value = number(report, best, "nll")
     if len(report.rows) == 1:
-        return f"{best} scores a negative log-likelihood (NLL) of {value}."
-    start = f"{best} predicts best by negative log-likelihood (NLL): {value}"
+        return f"{called(best)} scores a negative log-likelihood (NLL) of {value}."
+    start = f"{called(best)} predicts best by negative log-likelihood (NLL): {value}"
     peers, tested = _peers(report, "nll", best)
     if not tested:
-        return f"{start}. Without resampling nobody can say whether its lead is more than chance."
+        return f"{start}. No test was made, so whether its lead is more than chance is not known."
     ranked = sorted(
         (r for r in rows if r != best), key=lambda r: loss_of(report.column("nll"), report.cell(r, "nll").value)
     )
     if peers:
-        others = [row for row in report.rows if row != best and row not in peers]
+        others = [called(row) for row in report.rows if row != best and called(row) not in peers]
         rest = f"; it does beat {listed(others)}" if others else ""
         return f"{start}, but these data cannot tell it apart from {listed(peers)}{rest}."
     runner = ranked[0] if ranked else None
-    ahead = f" The next best, {runner}, is at {number(report, runner, 'nll')}." if runner else ""
+    ahead = f" The next best, {called(runner)}, is at {number(report, runner, 'nll')}." if runner else ""
     return f"{start}, and its lead over every other method is more than chance explains (5 % level).{ahead}"
 
 
@@ -87,11 +92,11 @@ def _accuracy(report: Report) -> str:
     if tested and len(peers) == len(report.rows) - 1:
         worst = max(rows, key=lambda r: loss_of(report.column(key), report.cell(r, key).value))
         return (
-            f"By {name} the methods cannot be told apart: from {number(report, best, key)} ({best}) to "
-            f"{number(report, worst, key)} ({worst})."
+            f"By {name} the methods cannot be told apart: from {number(report, best, key)} ({called(best)}) to "
+            f"{number(report, worst, key)} ({called(worst)})."
         )
     same = f", level with {listed(peers)}" if peers and tested else ""
-    return f"Best by {name}: {best} with {number(report, best, key)}{same}."
+    return f"Best by {name}: {called(best)} with {number(report, best, key)}{same}."
 
 
 def _name(column: Column) -> str:
@@ -106,13 +111,13 @@ def _calibration(report: Report) -> str:
     beyond = [row for row in rows if row not in inside]
     parts = []
     if inside:
-        words = [f"{row} ({number(report, row, 'ece')})" for row in inside]
+        words = [f"{called(row)} ({number(report, row, 'ece')})" for row in inside]
         parts.append(
             f"The calibration error (ECE) of {listed(words)} is no larger than chance gives a perfectly calibrated "
             "method on a test set of this size."
         )
     if beyond:
-        words = [f"{row} ({number(report, row, 'ece')}{_leaning(report, row)})" for row in beyond]
+        words = [f"{called(row)} ({number(report, row, 'ece')}{_leaning(report, row)})" for row in beyond]
         parts.append(f"Miscalibrated beyond chance: {listed(words)}.")
     return " ".join(parts)
 
@@ -133,7 +138,7 @@ def _coverage(report: Report) -> str:
         low, high = report.interval(row, "picp_90")
         share = number(report, row, "picp_90")
         word = "too narrow" if high < 0.9 else "too wide" if low > 0.9 else "as claimed"
-        texts.append(f"{share} for {row}" + ("" if math.isnan(low) else f" ({word})"))
+        texts.append(f"{share} for {called(row)}" + ("" if math.isnan(low) else f" ({word})"))
     return f"Intervals that claim to hold 90 % of the targets hold {listed(texts)}."
 
 
@@ -150,7 +155,7 @@ def _ood(report: Report) -> list[str]:
         peers, tested = _peers(report, column.key, best)
         level = f", level with {listed(peers)}" if peers and tested else ""
         verdict = " That is no better than tossing a coin." if value <= 0.55 else ""
-        who = f"{best} notices it best" if len(report.rows) > 1 else f"{best} notices it"
+        who = f"{called(best)} notices it best" if len(report.rows) > 1 else f"{called(best)} notices it"
         found.append(f"Unfamiliar data “{name}”: {who}, with AUROC {number(report, best, column.key)}{level}.{verdict}")
     return found
 
@@ -164,7 +169,7 @@ def _shift(report: Report) -> list[str]:
             continue
         peers, tested = _peers(report, key, best)
         level = f", level with {listed(peers)}" if peers and tested else ""
-        found.append(f"Under {name}: best by mean NLL is {best} with {number(report, best, key)}{level}.")
+        found.append(f"Under {name}: best by mean NLL is {called(best)} with {number(report, best, key)}{level}.")
     return found
 
 
@@ -175,9 +180,9 @@ def _cost(report: Report) -> str:
     times = {row: report[row]["ms_per_example"] for row in rows}
     fastest = min(times, key=lambda row: times[row])
     best = report.best("nll") if "nll" in report.columns else None
-    text = f"Cheapest to run: {fastest} with {_milliseconds(times[fastest])} an example"
+    text = f"Cheapest to run: {called(fastest)} with {_milliseconds(times[fastest])} an example"
     if best in times and best != fastest and times[fastest] > 0:
-        text += f"; {best} takes {times[best] / times[fastest]:.3g} times as long"
+        text += f"; {called(best)} takes {times[best] / times[fastest]:.3g} times as long"
     return text + "."
 
 

@@ -262,11 +262,18 @@ class Table:
         if len(ranked) < 2:
             return
         best = min(ranked, key=lambda row: ranked[row])
-        adjusted = tests(column, {row: samples[row] for row in ranked if row in samples}, best)
+        adjusted: dict[str, float] = {}
+        if enough_resamples(self.resampler.count, len(self.found.rows)):
+            adjusted = tests(column, {row: samples[row] for row in ranked if row in samples}, best)
         for row in ranked:
             p = adjusted.get(row)
             marked = ranked[row] == ranked[best] or (p is not None and p > SIGNIFICANCE)
             self.cells[row][column.key] = replace(cells[row], best=marked, p=p)
+
+
+def enough_resamples(count: int, rows: int) -> bool:
+    """Whether the smallest p-value that `count` resamples can give survives Holm over `rows` methods at 5 %."""
+    return 2 * max(rows - 1, 1) / (count + 1) <= SIGNIFICANCE
 
 
 def tests(column: Column, samples: Mapping[str, Tensor], reference: str) -> dict[str, float]:

@@ -159,6 +159,19 @@ def test_calibration_error_carries_what_chance_gives() -> None:
     assert any("sharp" in line and "over-confident" in line for line in rep.summary())
 
 
+def test_too_few_resamples_make_no_test_and_say_so() -> None:
+    """The smallest p of R resamples is 2/(R + 1); two methods need 39, three 79."""
+    methods = {name: numbers(60, scale=scale) for name, scale in (("a", 1.0), ("b", 3.0), ("c", 9.0))}
+    few = compare(methods, bootstrap=78, **QUIET)
+    assert all(few.cell(row, "nll").p is None for row in methods)
+    assert [few.cell(row, "nll").best for row in methods] == [True, False, False]
+    assert any("give bootstrap = 79 or more" in note for note in few.details["notes"])
+    assert "No test was made" in few.summary()[0]
+    enough = compare(methods, bootstrap=79, **QUIET)
+    assert enough.cell("b", "nll").p == pytest.approx(0.05)
+    assert not any("No test was made" in note for note in enough.details["notes"])
+
+
 def test_holm_by_hand() -> None:
     # sorted .01 .02 .03 times 3 2 1, made monotone: .03 .04 .04
     assert holm({"a": 0.02, "b": 0.01, "c": 0.03}) == pytest.approx({"a": 0.04, "b": 0.03, "c": 0.04})

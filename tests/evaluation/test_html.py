@@ -99,8 +99,8 @@ def test_tables_and_figures_can_be_read_aloud(full: str) -> None:
     assert heads and all(attributes.get("scope") in ("row", "col", "colgroup") for attributes in heads)
     drawings = [attributes for tag, attributes in checker.tags if tag == "svg"]
     figures = [a for a in drawings if a.get("class") == "plot"]
-    # two methods: reliability and OOD each; three metrics under shift; risk-coverage; decomposition
-    assert len(figures) == 2 + 2 + 3 + 1 + 1
+    # two methods: reliability and OOD each; three metrics under shift; risk-coverage; decomposition on both sets
+    assert len(figures) == 2 + 2 + 3 + 1 + 2
     assert all(a.get("role") == "img" and len(str(a.get("aria-label"))) > 30 for a in figures)
     assert all(a.get("aria-hidden") == "true" for a in drawings if a not in figures)
     labelled = [a["aria-labelledby"] for _, a in checker.tags if a.get("aria-labelledby")]
