@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bayesdl.errors import ArgumentError, LabelError, ShapeError
 from bayesdl.evaluation import cost as costs

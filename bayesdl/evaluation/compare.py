@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.evaluation.collect import TEST, Collected, collect, one

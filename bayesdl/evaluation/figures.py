@@ -57,8 +57,8 @@ def panels(report: Report) -> list[Section]:
         sections.append(_ood(report))
     if report.predictions and report.task == "classification":
         lead = (
-            "Keep the most confident share of the examples, hand over the rest: how many of those kept are wrong? Dotted: "
-            "the errors of the most accurate method in the best possible order."
+            "Keep the most confident share of the examples, hand over the rest: how many of those kept are wrong? "
+            "Dotted: the errors of the most accurate method in the best possible order."
         )
         alt = "Error rate against the share of examples kept, one line a method. " + _listing(report, "aurc")
         sections.append(Section("Handing over doubtful cases", lead, (_panel("", report.plot.risk_coverage, alt),)))
