@@ -15,7 +15,7 @@ import warnings
 from typing import Any
 
 import torch
-from measure import alternate, arguments, finish, peak_bytes
+from _measure import alternate, arguments, finish, peak_bytes
 from torch import Tensor, nn
 
 import bayesdl as bdl
