@@ -52,7 +52,7 @@ def batches(
     for number, batch in enumerate(bar):
         with in_batch(number):
             inputs, target = network.batch(batch)
-            _check_inputs(inputs)
+            check_inputs(inputs)
             if need_targets and target is None:
                 raise ArgumentError("it holds no target; expected (inputs, target) or a mapping with labels")
             seen += batch_size(inputs) if flatten_tensors(inputs)[0] else 0
@@ -77,7 +77,8 @@ def declared_size(data: Iterable[Any]) -> int | None:
         return None
 
 
-def _check_inputs(inputs: Any) -> None:
+def check_inputs(inputs: Any) -> None:
+    """Raise `NonFiniteError` that names the first NaN or infinity of a batch of inputs."""
     for tensor in flatten_tensors(inputs)[0]:
         # one reduction first: a mask over every entry only where it has something to name
         if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor.sum())) and not _all_finite(tensor):

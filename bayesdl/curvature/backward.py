@@ -52,14 +52,14 @@ def parameter_rows(
         output: `(B, C)` of the whole batch, to compare with.
 
     Raises:
-        UnsupportedError: an example's output depends on the other examples of the batch.
+        UnsupportedError: an example's output depends on the other examples of the batch, or cannot be had alone.
     """
     everything = network.parameters
     selected = {name: everything[name].detach() for name in names}
     try:
         with _quiet_fallback():
             gradients, values = _all_examples(network, selected, call, vectors)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         gradients, values = _one_by_one(network, selected, call, vectors)
     tolerance = 1e3 * torch.finfo(output.dtype).eps * float(1.0 + output.abs().max())
     if not torch.allclose(values, output, atol=tolerance, rtol=0.0):
@@ -97,7 +97,13 @@ def _one_by_one(
     values = []
     for i in range(batch_size(call)):
         leaves = {name: value.clone().requires_grad_() for name, value in selected.items()}
-        output = network.forward(module, rebuild([t[i : i + 1] for t in tensors]), leaves)
+        try:
+            output = network.forward(module, rebuild([t[i : i + 1] for t in tensors]), leaves)
+        except (RuntimeError, ValueError) as error:
+            raise UnsupportedError(
+                f"the gradients of {next(iter(selected))!r} need the network to run on one example alone, and it "
+                f"does not ({str(error).splitlines()[0]}); leave these parameters out of select="
+            ) from error
         gradients = backward(output, list(leaves.values()), vectors[:, i : i + 1])
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             rows[name].append(leaf.new_zeros(len(vectors), *leaf.shape) if gradient is None else gradient)

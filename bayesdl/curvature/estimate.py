@@ -78,7 +78,7 @@ def estimate(
         bias: "joint" (weight and bias of a layer are one block) or "separate".
         batch: batch adapter.
         samples: draws of y per example for kind "mc".
-        generator: for kind "mc".
+        generator: for kind "mc"; default a fixed seed.
         dtype: of the curvature; default float32, or float64 for a float64 network.
         memory: bytes that one chunk of examples may take.
         allow_partial: accept a loader that skips part of its data set (drop_last).
@@ -138,7 +138,8 @@ def fit_curvature(
     count, squared = 0, None
     log_likelihood = torch.zeros((), dtype=torch.float64, device=network.device)
     passes = batches(network, data, progress=progress, describe="curvature", allow_partial=allow_partial)
-    step = chunk_size(layout, {"mc": samples, "empirical": 1}.get(kind), memory, dtype)
+    width = {"mc": samples, "empirical": 1}.get(kind)
+    step = chunk_size(layout, structure, dtype, width=width, memory=memory)
     for number, inputs, target in passes:
         for rows, labels in chunks(inputs, target, step):
             seen: dict[str, Tensor] = {}
@@ -189,19 +190,34 @@ def cotangent_rule(
         if samples < 1:
             raise ArgumentError(f"samples={samples}; the Monte Carlo Fisher needs at least one draw per example")
 
+        source = generator
+
         def drawn(f: Tensor, y: Tensor) -> Tensor:
-            targets = likelihood.sample(f, samples, generator)
+            nonlocal source
+            if source is None:  # the global state is the user's
+                source = torch.Generator(f.device).manual_seed(0)
+            targets = likelihood.sample(f, samples, source)
             return torch.stack([likelihood.score(f, t) for t in targets]) / samples**0.5
 
         return drawn
     raise UnknownNameError(f"kind {kind!r} is not known; choose one of {CURVATURE_KINDS}")
 
 
-def chunk_size(layout: Layout, width: int | None, memory: int | None, dtype: torch.dtype) -> int:
-    """Examples per chunk so that K sets of activation gradients stay within `memory` bytes."""
-    size = torch.finfo(dtype).bits // 8
-    per_example = 3 * size * max(1, layout.activations) * (width or 10)
-    return max(1, (memory or DEFAULT_MEMORY) // per_example)
+def chunk_size(
+    layout: Layout, structure: str, dtype: torch.dtype, *, width: int | None = None, memory: int | None = None
+) -> int:
+    """Examples per chunk so that what lives at once stays within `memory` bytes.
+
+    Args:
+        layout: counts activations, outputs and parameters without a closed form.
+        structure: "full" forms whole Jacobian rows.
+        dtype: of the factors.
+        width: cotangents K; default one per output.
+        memory: bytes; default `DEFAULT_MEMORY`.
+    """
+    whole = [block.numel for block in layout.blocks if structure == "full" or block.kind == "dense"]
+    scalars = (3 * layout.activations + 2 * sum(whole)) * (width or layout.outputs)
+    return max(1, (memory or DEFAULT_MEMORY) // (max(1, scalars) * torch.finfo(dtype).bits // 8))
 
 
 def chunks(inputs: Any, target: Any, step: int) -> Iterator[tuple[Any, Any]]:

@@ -97,12 +97,14 @@ class Layout:
         blocks: in the order of their first parameter.
         names, shapes: the flat order.
         activations: scalars per example held by the taps of one backward pass, for memory planning.
+        outputs: C of the network, for memory planning.
     """
 
     blocks: tuple[Block, ...]
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     activations: int = 0
+    outputs: int = 1
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -170,6 +172,7 @@ class Layout:
             "names": list(self.names),
             "shapes": [list(shape) for shape in self.shapes],
             "activations": self.activations,
+            "outputs": self.outputs,
         }
 
     @staticmethod
@@ -190,4 +193,4 @@ class Layout:
             for b in data["blocks"]
         )
         shapes = tuple(tuple(int(i) for i in s) for s in data["shapes"])
-        return Layout(blocks, tuple(data["names"]), shapes, int(data["activations"]))
+        return Layout(blocks, tuple(data["names"]), shapes, int(data["activations"]), int(data["outputs"]))

@@ -90,7 +90,7 @@ def _tune_prior(
     means, targets = [], []
     covariances: list[list[Tensor]] = [[] for _ in candidates]
     for number, inputs, target in batches(model.network, data, progress=progress, describe="held-out"):
-        step = chunk_size(posterior.layout, None, None, torch.float32)
+        step = chunk_size(posterior.layout, posterior.curvature.name, torch.float32)
         for rows, labels in chunks(inputs, target, step):
             with in_batch(number):
                 mean, factors = posterior.linearize(model.network, rows)

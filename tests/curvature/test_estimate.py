@@ -1,0 +1,405 @@
+"""One pass over the data: likelihoods, sums, splits, statistics, refusals, and what stays as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bayesdl.curvature import estimate
+from bayesdl.curvature.estimate import STRUCTURES, chunk_size, cotangent_rule, fit_curvature
+from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.plan import plan
+from bayesdl.errors import (
+    ArgumentError,
+    LabelError,
+    NonFiniteError,
+    ShapeError,
+    UnknownNameError,
+    UnreachedParameterError,
+    UnsupportedError,
+)
+from bayesdl.likelihoods import resolve
+from bayesdl.network import Network
+from tests import oracles
+from tests.cases import BY_NAME, LIKELIHOODS, mlp, real, targets
+from tests.untouched import untouched
+
+NOISE = torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64)
+
+
+def problem(likelihood: str) -> tuple[nn.Module, Tensor, Tensor, Any]:
+    """Network with four outputs, inputs, targets, and the likelihood (unequal noises for "gaussian")."""
+    torch.manual_seed(0)
+    net = mlp(outputs=4).double()
+    family = resolve(likelihood, noise=NOISE) if likelihood == "gaussian" else resolve(likelihood)
+    return net, real(4)(torch.Generator().manual_seed(1)), targets(likelihood, 4), family
+
+
+def dense(net: nn.Module, data: Any, likelihood: Any = "categorical", **options: Any) -> Tensor:
+    return estimate(net, data, likelihood, progress=False, **options).to_dense()
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10 * float(expected.abs().max()))
+
+
+@pytest.fixture(params=sorted(STRUCTURES))
+def structure(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+# --- the right numbers for every likelihood ---
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_ggn_of_every_likelihood(likelihood: str) -> None:
+    net, x, y, family = problem(likelihood)
+    jac, f = oracles.jacobian(net, x, [n for n, _ in net.named_parameters()]), oracles.outputs(net, x)
+    lam = oracles.lambda_formula(likelihood, f, NOISE)
+    if likelihood != "heteroscedastic":  # whose Hessian depends on y; the formula is its expectation
+        close(oracles.lambda_autograd(likelihood, f, y, NOISE), lam)
+    truth = oracles.ggn(jac, lam)
+    close(dense(net, [(x, y)], family, structure="full"), truth)
+    close(dense(net, [(x, y)], family, structure="diag"), torch.diag(truth.diagonal()))
+
+
+def test_heteroscedastic_formula_is_the_expected_hessian() -> None:
+    # E over y of the Hessian is Gaussian quadrature of degree two: y = m +- s are exact for a quadratic in y
+    f = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean, log_variance = f.chunk(2, -1)
+    spread = (0.5 * log_variance).exp()
+    hessians = [oracles.lambda_autograd("heteroscedastic", f, mean + sign * spread) for sign in (-1.0, 1.0)]
+    close(sum(hessians) / 2, oracles.lambda_formula("heteroscedastic", f))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_empirical_fisher_of_every_likelihood(likelihood: str) -> None:
+    # three peers return twice this for regression
+    net, x, y, family = problem(likelihood)
+    jac, f = oracles.jacobian(net, x, [n for n, _ in net.named_parameters()]), oracles.outputs(net, x)
+    truth = oracles.outer_gradients(jac, oracles.score(likelihood, f, y, NOISE))
+    close(dense(net, [(x, y)], family, structure="full", kind="empirical"), truth)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_monte_carlo_fisher_of_every_likelihood(likelihood: str) -> None:
+    net, x, y, family = problem(likelihood)
+    jac, f = oracles.jacobian(net, x, [n for n, _ in net.named_parameters()]), oracles.outputs(net, x)
+    drawn = family.sample(f, 3, torch.Generator().manual_seed(4))
+    truth = sum(oracles.outer_gradients(jac, oracles.score(likelihood, f, t, NOISE)) for t in drawn) / 3
+    options = {"kind": "mc", "samples": 3, "generator": torch.Generator().manual_seed(4)}
+    close(dense(net, [(x, y)], family, structure="full", **options), truth)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_monte_carlo_fisher_converges_to_the_ggn(likelihood: str) -> None:
+    # 20,000 draws: relative error of the trace about 1 / sqrt(20000 * 8) times the score's kurtosis; 5% is beyond
+    # ten standard errors for all five families (failure rate below 1e-9 over seeds; the seed is fixed)
+    net, x, y, family = problem(likelihood)
+    rule = cotangent_rule(family, "mc", 20_000, torch.Generator().manual_seed(9))
+    f = oracles.outputs(net, x)
+    vectors = rule(f, y)
+    found = torch.einsum("knc,knd->ncd", vectors, vectors)
+    truth = oracles.lambda_formula(likelihood, f, NOISE)
+    assert float((found - truth).norm() / truth.norm()) < 0.05
+
+
+def test_without_a_generator_the_draws_come_from_a_fixed_seed() -> None:
+    net, x, y, family = problem("categorical")
+    state = torch.get_rng_state()
+    first = dense(net, [(x, y)], family, kind="mc", structure="diag")
+    torch.manual_seed(123)
+    second = dense(net, [(x, y)], family, kind="mc", structure="diag")
+    torch.set_rng_state(state)
+    assert torch.equal(first, second)
+    other = dense(net, [(x, y)], family, kind="mc", structure="diag", generator=torch.Generator().manual_seed(5))
+    assert not torch.equal(first, other)
+
+
+# --- sums over the data ---
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical"])
+def test_batches_their_order_and_chunks_do_not_matter(structure: str, kind: str) -> None:
+    net, x, y, family = problem("categorical")
+    whole = dense(net, [(x, y)], family, structure=structure, kind=kind)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    splits = [(x[order[:3]], y[order[:3]]), (x[order[3:4]], y[order[3:4]]), (x[order[4:]], y[order[4:]])]
+    close(dense(net, splits, family, structure=structure, kind=kind), whole)
+    close(dense(net, [(x, y)], family, structure=structure, kind=kind, memory=1), whole)
+
+
+def test_chunks_of_positions_and_per_example_gradients(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["position_embedding"]
+    net, x, y = case.network(), case.data(), targets("categorical")
+    whole = dense(net, [(x, y)], structure=structure)
+    monkeypatch.setattr("bayesdl.curvature.factor.CHUNK", 1)
+    close(dense(net, [(x, y)], structure=structure, memory=1), whole)
+
+
+def test_twice_the_data_is_twice_the_curvature(structure: str) -> None:
+    net, x, y, family = problem("categorical")
+    once = dense(net, [(x, y)], family, structure=structure)
+    close(dense(net, [(x, y), (x, y)], family, structure=structure), 2.0 * once)
+    close(dense(net, [(torch.cat([x, x]), torch.cat([y, y]))], family, structure=structure), 2.0 * once)
+
+
+def test_statistics_beside_the_curvature() -> None:
+    net, x, y, family = problem("gaussian")
+    network = Network(net)
+    fit = fit_curvature(
+        network,
+        plan(network, x),
+        [(x[:3], y[:3]), (x[3:], y[3:])],
+        family,
+        structure="diag",
+        kind="ggn",
+        progress=False,
+    )
+    f = oracles.outputs(net, x)
+    assert fit.num_data == 8
+    assert fit.squared_error is not None
+    close(torch.tensor(fit.log_likelihood, dtype=torch.float64), oracles.log_likelihood("gaussian", f, y, NOISE))
+    close(fit.squared_error, (y - f).square().sum(0))
+
+
+def test_open_noise_keeps_the_curvature_of_each_output() -> None:
+    net, x, y, _ = problem("gaussian")
+    network = Network(net)
+    fit = fit_curvature(
+        network, plan(network, x), [(x, y)], resolve("gaussian"), structure="full", kind="ggn", progress=False
+    )
+    jac = oracles.jacobian(net, x, network.names)
+    assert len(fit.parts) == 4
+    for c, part in enumerate(fit.parts):
+        close(part.to_dense(), jac[:, c].T @ jac[:, c])
+    close(fit.curvature.to_dense(), torch.einsum("ncp,ncq->pq", jac, jac))
+
+
+def test_curvature_is_single_precision_for_half_networks(structure: str) -> None:
+    torch.manual_seed(0)
+    net = mlp().bfloat16()
+    x, y = real(4)(torch.Generator().manual_seed(1)).float(), targets("categorical")
+    found = estimate(net, [(x, y)], "categorical", structure=structure, progress=False)
+    assert found.to_dense().dtype == torch.float32
+    wide = net.float()
+    truth = estimate(wide, [(x, y)], "categorical", structure=structure, progress=False).to_dense()
+    assert float((found.to_dense() - truth).norm() / truth.norm()) < 0.05
+
+
+def test_dtype_on_request(structure: str) -> None:
+    net, x, y, family = problem("categorical")
+    net = net.float()
+    found = estimate(net, [(x, y)], family, structure=structure, dtype=torch.float64, progress=False)
+    assert found.to_dense().dtype == torch.float64
+
+
+# --- memory ---
+
+
+def _layout(activations: int, outputs: int, dense_parameters: int) -> Layout:
+    from bayesdl.curvature.layout import Block
+
+    block = Block("b", "dense", ("b",), ((dense_parameters,),), (), 1, dense_parameters, 1)
+    return Layout((block,), ("b",), ((dense_parameters,),), activations, outputs)
+
+
+def test_chunks_grow_with_memory_and_shrink_with_outputs_and_per_example_gradients() -> None:
+    base = chunk_size(_layout(1000, 10, 1), "kron", torch.float32, memory=1 << 24)
+    assert base == (1 << 24) // (4 * 10 * 3002)
+    assert chunk_size(_layout(1000, 10, 1), "kron", torch.float32, memory=1 << 25) >= 2 * base
+    assert chunk_size(_layout(1000, 1000, 1), "kron", torch.float32, memory=1 << 24) == 1
+    assert chunk_size(_layout(1000, 10, 100_000), "kron", torch.float32, memory=1 << 24) == 2
+    assert chunk_size(_layout(1000, 10, 1), "kron", torch.float32, width=1, memory=1 << 24) >= 10 * base
+    assert chunk_size(_layout(1000, 10, 1), "kron", torch.float32, memory=1) == 1
+
+
+def test_full_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, y, family = problem("categorical")
+    monkeypatch.setattr("bayesdl.curvature.full.MAX_BYTES", 1000)
+    with pytest.raises(UnsupportedError, match=r"GB.*kron.*diag"):
+        dense(net, [(x, y)], family, structure="full")
+
+
+# --- refusals ---
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).detach())
+
+
+@pytest.mark.parametrize(("make", "name"), [(TwoHeads, "unused.weight"), (Detached, "first.weight")])
+def test_an_unreached_parameter_is_an_error_by_name(make: type[nn.Module], name: str, structure: str) -> None:
+    x, y = real(4)(torch.Generator()), targets("categorical")
+    with pytest.raises(UnreachedParameterError, match=name):
+        estimate(make().double(), [(x, y)], "categorical", structure=structure, progress=False)
+
+
+def test_leaving_an_unreached_parameter_out_is_accepted() -> None:
+    x, y = real(4)(torch.Generator()), targets("categorical")
+    found = estimate(TwoHeads().double(), [(x, y)], "categorical", select="used", progress=False)
+    assert found.layout.names == ("used.weight", "used.bias")
+
+
+def test_a_partial_pass_is_an_error_unless_allowed() -> None:
+    net, x, y, _ = problem("categorical")
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, drop_last=True)
+    with pytest.raises(ArgumentError, match="6 examples.*8.*drop_last"):
+        estimate(net, loader, "categorical", progress=False)
+    found = dense(net, loader, structure="full", allow_partial=True)
+    close(found, dense(net, [(x[:6], y[:6])], structure="full"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("number", [0, 1])
+def test_bad_inputs_name_the_batch_and_the_place(bad: float, number: int) -> None:
+    net, x, y, _ = problem("categorical")
+    broken = x.clone()
+    broken[2, 1] = bad
+    data = [(x, y), (x, y)]
+    data[number] = (broken, y)
+    with pytest.raises(NonFiniteError, match=rf"batch {number}: the inputs.*\(2, 1\)"):
+        estimate(net, data, "categorical", progress=False)
+
+
+def test_weights_that_overflow_name_the_batch() -> None:
+    net, x, y, _ = problem("categorical")
+    with torch.no_grad():
+        net[2].weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="batch 0: the network's outputs"):
+        estimate(net, [(x, y)], "categorical", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "y", "error", "text"),
+    [
+        ("categorical", torch.full((8,), 4), LabelError, r"batch 0: target 4 at index 0.*0\.\.3"),
+        ("categorical", torch.zeros(8), LabelError, "float32"),
+        ("categorical", torch.zeros(7, dtype=torch.long), ShapeError, r"\(7,\).*\(8,"),
+        ("gaussian", torch.zeros(8, 3), ShapeError, r"\(8, 3\).*\(8, 4\)"),
+        ("gaussian", torch.full((8, 4), float("nan")), NonFiniteError, r"\(0, 0\)"),
+        ("bernoulli", torch.full((8, 4), 2.0), LabelError, "0 or 1"),
+        ("poisson", torch.full((8, 4), -1.0), LabelError, "counts"),
+        ("heteroscedastic", torch.zeros(8, 4), ShapeError, r"\(8, 2\)"),
+    ],
+)
+def test_wrong_targets_name_the_batch(likelihood: str, y: Tensor, error: type[Exception], text: str) -> None:
+    net, x, _, family = problem(likelihood)
+    with pytest.raises(error, match=text) as caught:
+        estimate(net, [(x, y)], family, progress=False)
+    assert str(caught.value).startswith("batch 0")
+
+
+def test_one_logit_is_not_a_class() -> None:
+    net = nn.Linear(4, 1).double()
+    with pytest.raises(ShapeError, match="bernoulli"):
+        estimate(net, [(real(4)(torch.Generator()), targets("categorical"))], "categorical", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"structure": "dense"}, UnknownNameError),
+        ({"kind": "hessian"}, UnknownNameError),
+        ({"kind": "mc", "samples": 0}, ArgumentError),
+        ({"bias": "none"}, ArgumentError),
+    ],
+)
+def test_unknown_options_are_named(options: dict[str, Any], error: type[Exception]) -> None:
+    net, x, y, _ = problem("categorical")
+    with pytest.raises(error, match=str(next(iter(options.values()))) if "samples" not in options else "samples=0"):
+        estimate(net, [(x, y)], "categorical", progress=False, **options)
+
+
+@pytest.mark.parametrize("data", [[], [(torch.zeros(2, 4),)]])
+def test_no_data_or_no_target(data: list[Any]) -> None:
+    net, *_ = problem("categorical")
+    with pytest.raises(ArgumentError, match="no batch|no target"):
+        estimate(net, data, "categorical", progress=False)
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return self.head(h - h.mean(0))
+
+
+def test_a_network_that_mixes_examples_is_refused() -> None:
+    x, y = real(4)(torch.Generator().manual_seed(0)), targets("categorical")
+    with pytest.raises(UnsupportedError, match="other examples"):
+        estimate(Centred().double(), [(x, y)], "categorical", progress=False)
+    norm = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).double()
+    with pytest.raises(UnsupportedError, match="one example alone"):
+        estimate(norm, [(x, y)], "categorical", progress=False)
+
+
+# --- what stays as it was ---
+
+
+@pytest.mark.parametrize("kind", ["ggn", "mc", "empirical"])
+@pytest.mark.parametrize("name", ["mlp", "batch_norm_2d", "tied_embedding", "attention", "lstm", "in_place_residual"])
+def test_the_users_network_stays_as_it_is(name: str, structure: str, kind: str) -> None:
+    case = BY_NAME[name]
+    net, x, y = case.network(), case.data(), targets("categorical")
+    fired = []
+    net.register_forward_hook(lambda *_: None)
+    for parameter in list(net.parameters())[:2]:
+        parameter.grad = torch.ones_like(parameter)
+        parameter.register_hook(fired.append)
+    assert net.training
+    with untouched(net):
+        estimate(net, [(x, y)], "categorical", structure=structure, kind=kind, progress=False)
+    assert not fired
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "batch_norm_2d", "instance_norm_tracked"])
+def test_a_network_in_train_mode_is_fitted_in_eval_mode(name: str) -> None:
+    case = BY_NAME[name]
+    net, x, y = case.network(), case.data(), targets("categorical")
+    assert net.training
+    trained = dense(net, [(x, y)], structure="full")
+    close(trained, dense(net.eval(), [(x, y)], structure="full"))
+
+
+def test_dropout_is_off() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double().train()
+    x, y = real(4)(torch.Generator()), targets("categorical")
+    jac = oracles.jacobian(net, x, [n for n, _ in net.named_parameters()])
+    truth = oracles.ggn(jac, oracles.lambda_formula("categorical", oracles.outputs(net, x)))
+    close(dense(net, [(x, y)], structure="full"), truth)
+
+
+@pytest.mark.parametrize("name", ["mlp", "bare_parameters", "lstm"])
+def test_works_under_no_grad_and_inference_mode(name: str) -> None:
+    case = BY_NAME[name]
+    net, x, y = case.network(), case.data(), targets("categorical")
+    truth = dense(net, [(x, y)], structure="full")
+    with torch.no_grad():
+        close(dense(net, [(x, y)], structure="full"), truth)
+    with torch.inference_mode():
+        inside = x.clone()
+        found = dense(net, [(inside, y)], structure="full")
+    close(found.clone(), truth)
