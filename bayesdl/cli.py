@@ -136,7 +136,7 @@ def _one_line(error: BaseException) -> str:
 def _demo(arguments: argparse.Namespace) -> None:
     import torch
 
-    from bayesdl.demo.run import Settings, compare_diabetes, compare_digits
+    from bayesdl.demo.run import DIABETES_STORY, DIGITS_STORY, Settings, compare_diabetes, compare_digits
     from bayesdl.demo.training import cache_directory
 
     torch.set_num_threads(1)  # the networks are too small to share, and no sum's order depends on the machine's cores
@@ -148,6 +148,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         progress=_progress(arguments),
     )
     _check_out(arguments.out)
+    _print(f"{DIABETES_STORY if arguments.regression else DIGITS_STORY}\n")
     report = compare_diabetes(settings) if arguments.regression else compare_digits(settings)
     _show(report, arguments.out)
 

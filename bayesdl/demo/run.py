@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from bayesdl.evaluation.report import Report
     from bayesdl.model import BayesianModel
 
+DIGITS_STORY = (
+    f"A convolutional network is trained on {digits.NUM_TRAIN} images of the digits 0 to 7 until it fits them without "
+    "error. Each method makes it Bayesian; temperature and the Laplace priors are tuned on "
+    f"{digits.NUM_VALIDATION} other images. The rest is the test set, also rotated by up to {digits.ROTATIONS[-1]} "
+    f"degrees and blurred by up to {digits.BLURS[-1]:g} pixels (columns “under shift” are means over that range). "
+    "Digits 8 and 9, pieces of photographs and noise are unknown to the network, and it should say so."
+)
+DIABETES_STORY = (
+    f"A small network is trained on {diabetes.NUM_TRAIN} patients to predict the course of diabetes over a year. Each "
+    f"method makes it Bayesian, with its noise tuned on {diabetes.NUM_VALIDATION} other patients. One target unit is "
+    "the standard deviation of the training targets."
+)
 MEMBERS = 5  # networks of the deep ensemble, the one that all other methods start from included
 
 
