@@ -27,7 +27,8 @@ class Categorical(Likelihood):
     Args:
         link: how a Gaussian latent becomes class probabilities: "probit" (mean-field, MacKay 1992), "bridge"
             (Laplace bridge to a Dirichlet, Hobbhahn et al. 2022) or "mc" (draws with common base noise).
-        normalize: variances divided by their mean over sqrt(C/2) before the bridge (its normalised variant).
+        normalize: before the bridge, shrink latents whose mean variance exceeds sqrt(C/2) to it, the widest that
+            the bridge maps well (its normalised variant).
     """
 
     link: str = "probit"
@@ -126,7 +127,8 @@ class Categorical(Likelihood):
         classes = mean.shape[-1]
         variance = variance.clamp(min=torch.finfo(variance.dtype).tiny)
         if self.normalize:
-            factor = variance.mean(-1, keepdim=True) / math.sqrt(classes / 2.0)
+            # only ever down: scaling a narrow Gaussian up would make it as good as certain
+            factor = (variance.mean(-1, keepdim=True) / math.sqrt(classes / 2.0)).clamp(min=1.0)
             mean, variance = mean / factor.sqrt(), variance / factor
         growth = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2.0 * math.log(classes)
         constant = math.log(1.0 - 2.0 / classes) if classes > 2 else -math.inf
@@ -142,11 +144,13 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def _zero_sum(latent: GaussianLatent) -> tuple[Tensor, Tensor]:
-    # the softmax ignores a common shift: condition the Gaussian on sum_c f_c = 0, where the bridge lives
-    if latent.covariance is None:
-        along, variance = latent.variance, latent.variance
-    else:
-        along, variance = latent.covariance.sum(-1), latent.variance
-    total = along.sum(-1, keepdim=True).clamp(min=torch.finfo(variance.dtype).tiny)
-    mean = latent.mean - along * latent.mean.sum(-1, keepdim=True) / total
-    return mean, variance - along.square() / total
+    """Moments of the centred logits f - mean(f), where the bridge lives.
+
+    The softmax depends on these alone, so their law is the marginal one. Conditioning on sum_c f_c = 0, as the paper
+    does, would let a common shift that is correlated with the differences change the answer.
+    """
+    classes = latent.mean.shape[-1]
+    mean = latent.mean - latent.mean.mean(-1, keepdim=True)
+    along = latent.variance if latent.covariance is None else latent.covariance.sum(-1)
+    variance = latent.variance - 2.0 / classes * along + along.sum(-1, keepdim=True) / classes**2
+    return mean, variance
