@@ -15,6 +15,7 @@ from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Diagnosis, Finding, diagnose
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.evidence import log_evidence
+from bayesdl.latent import Latent
 from bayesdl.likelihoods import Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
 from bayesdl.network import Network
@@ -88,12 +89,9 @@ class BayesianModel(nn.Module):
             ShapeError: the outputs do not fit the likelihood.
             NonFiniteError: NaN or infinity in the outputs.
         """
-        self.network.check_values()
-        state = self.posterior.prepare(self.network, num_samples, generator)
+        state = self._prepare(num_samples, generator)
         latent = self.posterior.push(self.network, x, state)
-        self.likelihood.check_outputs(latent.mean)
-        noise = standard_normal((num_samples or DEFAULT_DRAWS, latent.mean.shape[-1]), latent.mean, generator)
-        return self.likelihood.predictive(latent, noise)
+        return self.likelihood.predictive(latent, _base_noise(latent, num_samples, generator))
 
     def predict(
         self,
@@ -115,8 +113,7 @@ class BayesianModel(nn.Module):
         progress: bool = False,
     ) -> tuple[Predictive, Tensor | None]:
         """`predict`, and the targets of all batches; None where the batches hold none."""
-        self.network.check_values()
-        state = self.posterior.prepare(self.network, num_samples, generator)
+        state = self._prepare(num_samples, generator)
         parts: list[Predictive] = []
         targets: list[Tensor] = []
         noise: Tensor | None = None
@@ -125,10 +122,8 @@ class BayesianModel(nn.Module):
             for number, inputs, target in passes:
                 with in_batch(number):
                     latent = self.posterior.push(self.network, inputs, state)
-                    self.likelihood.check_outputs(latent.mean)
                     if noise is None:
-                        shape = (num_samples or DEFAULT_DRAWS, latent.mean.shape[-1])
-                        noise = standard_normal(shape, latent.mean, generator)
+                        noise = _base_noise(latent, num_samples, generator)
                     parts.append(self.likelihood.predictive(latent, noise))
                 if target is not None:
                     targets.append(torch.as_tensor(target).to(self.device))
@@ -201,6 +196,12 @@ class BayesianModel(nn.Module):
         record = Record(self.record.method, self.record.cost, self.record.findings + findings)
         return BayesianModel(self.network, posterior or self.posterior, likelihood or self.likelihood, record=record)
 
+    def _prepare(self, num_samples: int | None, generator: torch.Generator | None) -> Any:
+        if num_samples is not None and num_samples < 1:
+            raise ArgumentError(f"num_samples={num_samples}; expected at least 1")
+        self.network.check_values()
+        return self.posterior.prepare(self.network, num_samples, generator)
+
     def _gaussian(self, what: str) -> GaussianPosterior:
         if not isinstance(self.posterior, GaussianPosterior):
             raise UnsupportedError(
@@ -219,3 +220,8 @@ class BayesianModel(nn.Module):
         self.posterior = self.posterior.map(at_least_single)
         self.likelihood = self.likelihood.map(at_least_single)
         return self
+
+
+def _base_noise(latent: Latent, num_samples: int | None, generator: torch.Generator | None) -> Tensor:
+    like = latent.mean.float() if latent.mean.dtype in HALF else latent.mean
+    return standard_normal((num_samples or DEFAULT_DRAWS, like.shape[-1]), like, generator)

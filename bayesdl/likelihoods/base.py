@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily
 
 from bayesdl import mixtures
-from bayesdl.errors import LabelError, NonFiniteError, ShapeError, check_finite
+from bayesdl.errors import LabelError, NonFiniteError, ShapeError, UnsupportedError, check_finite
 from bayesdl.latent import GaussianLatent, Latent
 from bayesdl.predictive import Predictive, Split
 
@@ -83,15 +83,23 @@ class Likelihood(ABC):
 
         Default: automatic differentiation at the model's own mean prediction, which is exact for exponential
         families in natural parameters; negative eigenvalues, which other families can have, are clamped at zero.
+
+        Raises:
+            UnsupportedError: the Hessian is zero everywhere, as that of a density with a kink.
         """
-        mean = self.distribution(f).mean.detach()
-
-        def loss(row: Tensor, target: Tensor) -> Tensor:
-            distribution = self.distribution(row.unsqueeze(0))
-            return -distribution.log_prob(target.unsqueeze(0)).sum()
-
-        hessian = torch.func.vmap(torch.func.hessian(loss))(f.detach(), mean)
-        values, vectors = torch.linalg.eigh(hessian.double())
+        with torch.enable_grad():
+            leaf = f.detach().requires_grad_()
+            distribution = self.distribution(leaf)
+            # the mean of a discrete family is no value that it can take
+            loss = -mixtures.unvalidated(distribution).log_prob(distribution.mean.detach()).sum()
+            slope = torch.autograd.grad(loss, leaf, create_graph=True)[0]
+            rows = [_gradient(slope[:, c].sum(), leaf) for c in range(f.shape[-1])]
+        values, vectors = torch.linalg.eigh(torch.stack(rows, 1).double())
+        if not bool((values > 0).any()):
+            raise UnsupportedError(
+                f"the {self.name} likelihood has no curvature at its mean; define hessian_root(f), for example from "
+                "the Fisher information, in its class"
+            )
         return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).to(f.dtype).permute(2, 0, 1)
 
     def predictive(self, latent: Latent, noise: Tensor) -> Predictive:
@@ -137,6 +145,13 @@ class Likelihood(ABC):
     def config(self) -> dict[str, object]:
         """JSON-ready constructor arguments, for files."""
         return {}
+
+
+def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
+    if not value.requires_grad:  # linear in the outputs
+        return torch.zeros_like(leaf)
+    found = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(leaf) if found is None else found
 
 
 def entropy_split(weights: Tensor, entropies: Tensor, total: Tensor) -> Split:
