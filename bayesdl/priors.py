@@ -50,12 +50,12 @@ class GaussianPrior(Prior):
 
     def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
         flat = torch.cat([p.reshape(-1) for p in parameters.values()]).double()
-        precision = torch.as_tensor(self.precision).to(flat)
+        precision = torch.as_tensor(self.precision, dtype=flat.dtype, device=flat.device)
         if precision.numel() not in (1, flat.numel()):
             raise ArgumentError(
                 f"log_prob needs a scalar precision or one per parameter ({flat.numel()}), got {precision.numel()}"
             )
-        offset = flat - torch.as_tensor(self.mean).to(flat)
+        offset = flat - torch.as_tensor(self.mean, dtype=flat.dtype, device=flat.device)
         log_precision = precision.log().expand_as(flat)
         return 0.5 * (log_precision - precision * offset.square() - torch.log(flat.new_tensor(2 * torch.pi))).sum()
 

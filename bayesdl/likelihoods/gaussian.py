@@ -13,6 +13,7 @@ from torch.distributions import Distribution, MultivariateNormal, Normal
 from bayesdl.errors import ArgumentError, NotFittedError, ShapeError
 from bayesdl.latent import GaussianLatent, Latent
 from bayesdl.likelihoods.base import Likelihood
+from bayesdl.linalg import cholesky
 from bayesdl.predictive import Split
 
 
@@ -35,7 +36,7 @@ class Gaussian(Likelihood):
         if self.noise is None:
             return
         value = torch.as_tensor(self.noise, dtype=torch.float64)
-        if value.dim() > 1 or not bool((torch.isfinite(value) & (value > 0)).all()):
+        if value.dim() > 1 or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ArgumentError(
                 f"noise={self.noise!r}; expected a positive finite standard deviation, or one per output in a vector"
             )
@@ -48,7 +49,7 @@ class Gaussian(Likelihood):
                 "method data so that it "
                 "can choose one"
             )
-        value = torch.as_tensor(self.noise).to(f)
+        value = torch.as_tensor(self.noise, dtype=f.dtype, device=f.device)
         if value.dim() == 1 and value.shape[0] not in (1, f.shape[-1]):
             raise ShapeError(f"noise has {value.shape[0]} entries and the network {f.shape[-1]} outputs; give one each")
         return value.expand(f.shape[-1])
@@ -72,7 +73,8 @@ class Gaussian(Likelihood):
         observation = self.scale(latent.mean).square()
         if latent.covariance is None or latent.mean.shape[-1] == 1:
             return Normal(latent.mean, (latent.variance + observation).sqrt())
-        return MultivariateNormal(latent.mean, latent.covariance + torch.diag(observation))
+        covariance = 0.5 * (latent.covariance + latent.covariance.mT) + torch.diag(observation)
+        return MultivariateNormal(latent.mean, scale_tril=cholesky(covariance, "covariance of the predictive"))
 
     def components(self, latent: Latent, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(latent, GaussianLatent):
@@ -89,7 +91,7 @@ class Gaussian(Likelihood):
         return replace(self, noise=function(self.noise)) if isinstance(self.noise, Tensor) else self
 
     def config(self) -> dict[str, object]:
-        return {"noise": None if self.noise is None else torch.as_tensor(self.noise).tolist()}
+        return {"noise": None if self.noise is None else torch.as_tensor(self.noise, dtype=torch.float64).tolist()}
 
 
 @final
