@@ -17,6 +17,8 @@ from torch.distributions import (
 
 from bayesdl.errors import UnsupportedError
 
+ENTROPY_POINTS = 512
+
 
 def per_example(distribution: Distribution, value: Tensor) -> Tensor:
     """Sum a log-density or entropy of `distribution` over its batch axes behind the first: `(..., B)`."""
@@ -24,15 +26,64 @@ def per_example(distribution: Distribution, value: Tensor) -> Tensor:
     return value.flatten(-outputs).sum(-1) if outputs > 0 else value
 
 
-def has_entropy(distribution: Distribution) -> bool:
-    """Whether a closed form of the entropy exists."""
-    inner = distribution.base_dist if isinstance(distribution, Independent) else distribution
-    return isinstance(inner, (Categorical, Bernoulli, Normal, MultivariateNormal))
+def unvalidated(distribution: Distribution) -> Distribution:
+    """The same object with the checks of its arguments switched off."""
+    if isinstance(distribution, Independent):
+        unvalidated(distribution.base_dist)
+    distribution._validate_args = False
+    return distribution
+
+
+def entropy(distribution: Distribution) -> Tensor:
+    """Entropy in nats of each example, `(B,)`.
+
+    Closed where torch has one. Mixtures of normals and Poisson families: the mean of -log p over each component,
+    at quasi-random points common to all examples, so that an example's entropy does not depend on its batch.
+    Families unknown here: a Monte Carlo mean from a fixed seed, which does.
+    """
+    inner = _without_independent(distribution)
+    if isinstance(inner, (Categorical, Bernoulli, Normal, MultivariateNormal)):
+        return per_example(distribution, distribution.entropy())
+    mixed = isinstance(inner, MixtureSameFamily)
+    parts = _components(inner) if isinstance(inner, MixtureSameFamily) else inner
+    if not isinstance(parts, (Normal, Poisson)):
+        draws = sample(distribution, ENTROPY_POINTS, torch.Generator().manual_seed(0))
+        return -per_example(distribution, distribution.log_prob(draws)).mean(0)
+    centre = parts.mean if mixed else parts.mean.unsqueeze(1)  # (B, S, C)
+    count = max(8, ENTROPY_POINTS // centre.shape[1])
+    points = _unit_points(count, centre)
+    weights = inner.mixture_distribution.probs if isinstance(inner, MixtureSameFamily) else centre.new_ones(1, 1)
+    total = centre.new_zeros(centre.shape[0])
+    for s in range(centre.shape[1]):  # one component at a time: memory for `count` draws, not for all
+        values = _inverse(parts, centre[:, s], s, points)
+        total = total - weights[:, s] * per_example(distribution, distribution.log_prob(values)).mean(0)
+    return total
+
+
+def _unit_points(count: int, like: Tensor) -> Tensor:
+    """Quasi-random points `(count, 1, C)` in the open unit cube."""
+    points = torch.quasirandom.SobolEngine(like.shape[-1], scramble=True, seed=0).draw(count, dtype=torch.float64)
+    return points.clamp(1e-7, 1.0 - 1e-7).unsqueeze(1).to(like)
+
+
+def _inverse(parts: Normal | Poisson, centre: Tensor, s: int, points: Tensor) -> Tensor:
+    """Values `(K, B, C)` of component `s` at the levels `points`."""
+    if isinstance(parts, Normal):
+        return centre + parts.scale[:, s] * torch.special.ndtri(points)
+    levels, rates = torch.broadcast_tensors(points, centre)
+    flat = rates.reshape(-1, 1, rates.shape[-1])
+    return _poisson_quantile(flat, flat.new_ones(1), levels.reshape(-1, levels.shape[-1])).reshape(rates.shape)
+
+
+def _without_independent(distribution: Distribution) -> Distribution:
+    return distribution.base_dist if isinstance(distribution, Independent) else distribution
 
 
 def sample(distribution: Distribution, n: int, generator: torch.Generator | None) -> Tensor:
-    """`n` draws that use `generator` alone; torch's own `.sample` would use global state; families "
-    "unknown here run in a fork of that state."""
+    """`n` draws that use `generator` alone, where torch's own `.sample` would use global state.
+
+    Families unknown here run in a fork of that state.
+    """
     if isinstance(distribution, Independent):
         return sample(distribution.base_dist, n, generator)
     if isinstance(distribution, MixtureSameFamily):
@@ -95,7 +146,7 @@ def normal_mixture_quantile(loc: Tensor, scale: Tensor, weights: Tensor, q: floa
     return (0.5 * (low + high)).to(loc.dtype)
 
 
-def _poisson_quantile(rate: Tensor, weights: Tensor, q: float) -> Tensor:
+def _poisson_quantile(rate: Tensor, weights: Tensor, q: float | Tensor) -> Tensor:
     rates = rate.double()
     share = weights.double().expand(rates.shape[:2]).unsqueeze(-1)
 
@@ -116,12 +167,19 @@ def _poisson_quantile(rate: Tensor, weights: Tensor, q: float) -> Tensor:
 
 
 def _components(distribution: MixtureSameFamily) -> Distribution:
-    inner = distribution.component_distribution
-    return inner.base_dist if isinstance(inner, Independent) else inner
+    return _without_independent(distribution.component_distribution)
 
 
 def _sample_mixture(distribution: MixtureSameFamily, n: int, generator: torch.Generator | None) -> Tensor:
     chosen = sample(distribution.mixture_distribution, n, generator)  # (n, B)
+    parts = _components(distribution)
+    if isinstance(parts, (Normal, Poisson)):
+        # the chosen components alone, where drawing from all of them would cost S times as much
+        rows = torch.arange(chosen.shape[1], device=chosen.device)
+        if isinstance(parts, Poisson):
+            return torch.poisson(parts.rate[rows, chosen], generator=generator)
+        loc, scale = parts.loc[rows, chosen], parts.scale[rows, chosen]
+        return loc + scale * _randn(loc.shape, loc, generator)
     values = sample(distribution.component_distribution, n, generator)  # (n, B, S, ...)
     index = chosen.reshape(*chosen.shape, *(1,) * (values.dim() - chosen.dim()))
     return values.gather(2, index.expand(*values.shape[:2], 1, *values.shape[3:])).squeeze(2)

@@ -18,8 +18,6 @@ from bayesdl.latent import Latent, cat_latents
 if TYPE_CHECKING:
     from bayesdl.likelihoods import Likelihood
 
-ENTROPY_DRAWS = 256
-
 
 @dataclass(frozen=True)
 class Split:
@@ -99,12 +97,8 @@ class Predictive:
 
     @cached_property
     def entropy(self) -> Tensor:
-        """`(B,)` in nats; for mixtures a Monte Carlo estimate from a fixed seed (no closed form exists)."""
-        if mixtures.has_entropy(self.distribution):
-            return mixtures.per_example(self.distribution, self.distribution.entropy())
-        generator = torch.Generator(self.latent.mean.device).manual_seed(0)
-        draws = self.sample(ENTROPY_DRAWS, generator=generator)
-        return -mixtures.per_example(self.distribution, self.distribution.log_prob(draws)).mean(0)
+        """`(B,)` in nats; mixtures and counts by quadrature, see `bayesdl.mixtures.entropy`."""
+        return mixtures.entropy(self.distribution)
 
     @property
     def batch_size(self) -> int:
@@ -136,6 +130,8 @@ class Predictive:
 
     def interval(self, level: float = 0.9) -> Tensor:
         """`(B, C, 2)`: the central interval that holds `level` of the probability of each output."""
+        if not 0.0 < level < 1.0:
+            raise ArgumentError(f"level={level} was given; the probability of an interval lies between 0 and 1")
         tail = (1.0 - level) / 2.0
         return torch.stack([self.quantile(tail), self.quantile(1.0 - tail)], dim=-1)
 
