@@ -36,6 +36,10 @@ class Poisson(Likelihood):
             raise LabelError(f"target {float(target[place])} at index {place}; poisson targets are counts 0, 1, 2, ...")
         return target
 
+    def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
+        # on the log-rate itself: its exponential underflows long before the log-probability does
+        return (y * f - f.exp() - torch.lgamma(y + 1.0)).sum(-1)
+
     def score(self, f: Tensor, y: Tensor) -> Tensor:
         return f.exp() - y
 
