@@ -1,7 +1,8 @@
 """The Laplace evidence: log p(D) as a differentiable function of prior precision, noise and temperature.
 
-log p(D | theta) / T - 1/2 (scatter + log|P| - log|prior precision|), P = scale H + diag(prior precision)
-(MacKay 1992, Immer et al. 2021). Curvature and statistics are those of one fit; nothing is refitted.
+log p(D | theta) - 1/2 (scatter + log|P| - log|prior precision|), P = scale H + diag(prior precision)
+(MacKay 1992, Immer et al. 2021). A temperature T divides log p(D | theta), H and the prior precision, the prior being
+normalised afterwards. Curvature and statistics are those of one fit; nothing is refitted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def log_evidence(
         precision: prior precision (scalar, per block, per parameter); default the posterior's own.
         noise: noise scales `(C,)` for a Gaussian likelihood with open noise; default the posterior's own.
     """
-    shift = posterior.precision if precision is None else precision
+    shift = (posterior.precision if precision is None else precision) / posterior.temperature
     level = posterior.noise if noise is None else noise
     structure = posterior.structure_at(level)
     logdet = structure.logdet(posterior.scale_at(level), shift)
@@ -77,6 +78,6 @@ def effective_parameters(posterior: GaussianPosterior) -> float:
     """gamma = tr(scale H P^-1), the number of directions that the data determine (MacKay 1992)."""
     with torch.enable_grad():
         scale = posterior.scale.double().detach().requires_grad_()
-        logdet = posterior.structure.logdet(scale, posterior.precision)
+        logdet = posterior.structure.logdet(scale, posterior.shift)
         (slope,) = torch.autograd.grad(logdet, scale)
     return float((slope * scale).detach())

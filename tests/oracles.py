@@ -53,7 +53,7 @@ def negative_log_density(likelihood: str, noise: Tensor | float = 1.0) -> Callab
         return (torch.log1p(torch.exp(f)) - y * f).sum()
 
     def gaussian(f: Tensor, y: Tensor) -> Tensor:
-        s = torch.as_tensor(noise).to(f).expand(f.shape)
+        s = torch.as_tensor(noise, dtype=f.dtype).expand(f.shape)
         return (0.5 * ((y - f) / s) ** 2 + s.log() + 0.5 * math.log(2 * math.pi)).sum()
 
     def poisson(f: Tensor, y: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def lambda_formula(likelihood: str, f: Tensor, noise: Tensor | float = 1.0) -> T
         p = torch.sigmoid(f)
         return torch.diag_embed(p * (1 - p))
     if likelihood == "gaussian":
-        s = torch.as_tensor(noise).to(f).expand(f.shape)
+        s = torch.as_tensor(noise, dtype=f.dtype).expand(f.shape)
         return torch.diag_embed(1 / s**2)
     if likelihood == "poisson":
         return torch.diag_embed(f.exp())
@@ -206,8 +206,8 @@ class BayesianLinearRegression:
     ) -> None:
         self.features, self.targets, self.noise = features, targets, noise
         count, size = targets.shape[1], features.shape[1]
-        self.precision = torch.as_tensor(precision).to(features).expand(count * size)
-        self.prior_mean = torch.as_tensor(prior_mean).to(features).expand(count * size)
+        self.precision = torch.as_tensor(precision, dtype=features.dtype).expand(count * size)
+        self.prior_mean = torch.as_tensor(prior_mean, dtype=features.dtype).expand(count * size)
         self.design = torch.block_diag(*[features] * count)  # (C N, C D)
         self.level = noise.repeat_interleave(len(features))
         inverse = torch.diag(self.level**-2)
@@ -245,7 +245,7 @@ def log_evidence(
 ) -> Tensor:
     """log p(D | theta) + log p(theta) + P/2 log 2 pi - 1/2 log|H + diag(shift)|, term by term."""
     size = len(weights)
-    precision = torch.as_tensor(shift).to(curvature).expand(size)
+    precision = torch.as_tensor(shift, dtype=curvature.dtype).expand(size)
     offset = weights - prior_mean
     log_prior = 0.5 * (precision.log() - math.log(2 * math.pi) - precision * offset**2).sum()
     posterior = curvature + torch.diag(precision)

@@ -1,12 +1,13 @@
 """Layer factors: the rows of J^T V of one block, kept as (input, cotangent) pairs and never multiplied out.
 
 For a layer with input a and back-propagated cotangents g the block of J^T v is sum_t g_t a_t^T, the sum running
-over positions (one for a plain linear layer). Five questions are all that the structures ask:
+over positions (one for a plain linear layer). Six questions are all that anybody asks:
 
 - `square()`: sum of the squared entries over examples and cotangents (diagonal curvature);
 - `moments()`: second moments of inputs and cotangents (Kronecker factors);
 - `rotate(u_in, u_out)`: the same factor in other coordinates;
 - `quad(weight)`: J diag(weight) J^T for every example (predictive covariance);
+- `dot(matrix)`: J times a direction;
 - `jacobian()`: the rows themselves, for blocks small enough.
 """
 
@@ -78,6 +79,11 @@ class LinearFactor:
             spread = self.a.squeeze(2).square() @ weight.mT
             return torch.einsum("gkbo,gbo->bk", self.g.squeeze(3).square(), spread)
         return torch.cat([torch.einsum("gbkoi,goi->bk", part.square(), weight) for part in self._gradients()])
+
+    def dot(self, matrix: Tensor) -> Tensor:
+        """J vec(matrix), `(B, K)`, for a block direction `(G, out, in)`."""
+        moved = (self.a.flatten(1, 2) @ matrix.mT).view(*self.a.shape[:3], -1)
+        return torch.einsum("gkbto,gbto->bk", self.g, moved)
 
     def jacobian(self) -> Tensor:
         """The block's rows `(B, K, G out in)`."""
@@ -157,6 +163,10 @@ class RowFactor:
     def marginal(self, weight: Tensor) -> Tensor:
         """The diagonal of `quad`, `(B, K)`."""
         return torch.einsum("kbtd,btd->bk", self._merged.square(), weight[0].T[self._safe])
+
+    def dot(self, matrix: Tensor) -> Tensor:
+        """J vec(matrix), `(B, K)`, for a block direction `(1, D, V)`."""
+        return torch.einsum("kbtd,btd->bk", self.g[0], matrix[0].T[self._safe])
 
     def jacobian(self) -> Tensor:
         """The block's rows `(B, K, D V)`."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Structure, check_noise
 from bayesdl.errors import UnsupportedError
@@ -71,10 +71,19 @@ class Full(Structure):
         return self._flat(torch.cholesky_solve(rows.T, self._root(scale, shift)).T.reshape(flat.shape))
 
     def quad(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        return self.quad_prepared(self.prepared(factors), scale, shift)
+
+    def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        return self.marginal_prepared(self.prepared(factors), scale, shift)
+
+    def prepared(self, factors: Sequence[Factor]) -> Sequence[Factor]:
+        return [dense_factor((_rows(factors) @ self._eigen[1]).transpose(0, 1))]
+
+    def quad_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         whitened = self._whitened(factors, scale, shift)
         return whitened @ whitened.mT
 
-    def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+    def marginal_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         return self._whitened(factors, scale, shift).square().sum(-1)
 
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
@@ -119,10 +128,10 @@ class Full(Structure):
         return cast(scale, values) * values + self.layout.shifts(shift, values)[0]
 
     def _whitened(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
-        rows = _rows(factors)
+        rows = factors[0].g[0, :, :, 0].transpose(0, 1)  # (B, K, P) in the eigenbasis of H
         if torch.as_tensor(shift).numel() == 1:
-            return (rows @ self._eigen[1]) / self._precision(scale, shift).sqrt()
-        root = self._root(scale, shift)
+            return rows / self._precision(scale, shift).sqrt()
+        root, rows = self._root(scale, shift), rows @ self._eigen[1].T
         flat = torch.linalg.solve_triangular(root, rows.flatten(0, 1).T, upper=False).T
         return flat.reshape(rows.shape)
 

@@ -150,9 +150,11 @@ class Kron(Structure):
         return torch.stack([f.quad(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
 
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        return self.marginal_prepared(self.prepared(factors), scale, shift)
+
+    def marginal_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)
-        turned = self.prepared(factors)
-        return torch.stack([f.marginal(1.0 / p) for f, p in zip(turned, weights, strict=True)]).sum(0)
+        return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
 
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
         check_noise(noise, self.layout.numel)

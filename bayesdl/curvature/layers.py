@@ -50,7 +50,8 @@ def block_of(module: nn.Module, weight: str | None, bias: str | None, modules: t
         columns = int(torch.Size(shapes[0][1:]).numel()) + (bias is not None)
         return Block(name, "linear", names, shapes, modules, groups, out, columns)
     if isinstance(module, nn.Embedding) and not module.scale_grad_by_freq:
-        return Block(name, "rows", names, shapes, modules, 1, shapes[0][1], shapes[0][0])
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        return Block(name, "rows", names, shapes, modules, 1, shapes[0][1], shapes[0][0], padding=padding)
     if isinstance(module, NORMS):
         total = sum(torch.Size(shape).numel() for shape in shapes)
         return Block(name, "scale", names, shapes, modules, 1, total, 1)

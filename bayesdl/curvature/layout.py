@@ -35,6 +35,7 @@ class Block:
         modules: names of the modules that use them; several where weights are tied.
         groups, rows, columns: the block as G matrices of rows x columns (out x in, bias column included).
         axis: batch axis of the layer's input and output; -1 where batch and positions share the first axis.
+        padding: row of an embedding that is a constant by convention; -1 for none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Block:
     rows: int
     columns: int
     axis: int = 0
+    padding: int = -1
 
     @property
     def numel(self) -> int:
@@ -141,6 +143,16 @@ class Layout:
         """Tensors by name -> `(P,)`."""
         return torch.cat([values[name].reshape(-1) for name in self.names])
 
+    def without_padding(self, flat: Tensor) -> Tensor:
+        """Offsets of the weights `(..., P)` with the padding rows of embeddings at zero, as in training."""
+        rows = {block.parameters[0]: block.padding for block in self.blocks if block.padding >= 0}
+        if not rows:
+            return flat
+        values = self.to_dict(flat.clone())  # views
+        for name, row in rows.items():
+            values[name][..., row, :] = 0.0
+        return torch.cat([values[name].flatten(flat.dim() - 1) for name in self.names], -1)
+
     def shifts(self, shift: Tensor | float, like: Tensor) -> list[Tensor]:
         """A prior precision per block, broadcastable to `(G, rows, columns)`.
 
@@ -189,6 +201,7 @@ class Layout:
                 rows=int(b["rows"]),
                 columns=int(b["columns"]),
                 axis=int(b["axis"]),
+                padding=int(b["padding"]),
             )
             for b in data["blocks"]
         )

@@ -100,7 +100,7 @@ def _candidates(network: Network, bias: str) -> list[Block]:
                 uses[name].add(key)
     blocks = []
     for (weight, shift), owners in users.items():
-        kinds = {type(module) for _, module in owners}
+        kinds = {(type(module), getattr(module, "padding_idx", None)) for _, module in owners}
         shared_elsewhere = any(len(uses[name]) > 1 for name in (weight, shift) if name is not None)
         if len(kinds) != 1 or shared_elsewhere:
             continue

@@ -114,6 +114,10 @@ class Structure(ABC):
         """`quad` from `prepared` factors."""
         return self.quad(factors, scale, shift)
 
+    def marginal_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        """`marginal` from `prepared` factors."""
+        return self.marginal(factors, scale, shift)
+
 
 def weighted_curvature(parts: Sequence[Structure], weights: Tensor) -> Structure:
     """sum_c w_c H_c for structures of one kind."""

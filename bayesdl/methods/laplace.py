@@ -32,7 +32,7 @@ class Laplace(Method):
         kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
         bias: "joint" (weight and bias of a layer share one block) or "separate".
         predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).
-        temperature: T of the posterior p^(1/T).
+        temperature: T of the posterior p^(1/T), which multiplies its covariance by T; 1 is Bayes.
         samples: draws of y per example for kind "mc".
         dtype: of the curvature; default at least float32.
         memory: bytes that one chunk of examples may take while fitting.
@@ -103,11 +103,17 @@ class Laplace(Method):
             noise = (fit.squared_error / fit.num_data).sqrt().clamp(min=1e-6)
             if not fit.parts:  # one common factor: start from the pooled residual
                 noise = noise.square().mean().sqrt().expand_as(noise).clone()
+        mean = wide(0.0 if prior is None else prior.mean)
+        if mean.dim() and mean.shape != (fit.curvature.layout.numel,):
+            raise ArgumentError(
+                f"a prior mean of shape {tuple(mean.shape)} was given; expected a number or one per selected parameter "
+                f"({fit.curvature.layout.numel},)"
+            )
         posterior = GaussianPosterior(
             fit.curvature,
             fit.parts,
             wide(1.0 if prior is None else prior.precision),
-            wide(0.0 if prior is None else prior.mean),
+            mean,
             noise,
             float(self.temperature),
             fit.num_data,
@@ -117,5 +123,5 @@ class Laplace(Method):
             self.predictive,
         )
         # raise here, not at the first prediction, if the prior does not fit the structure
-        posterior.structure.logdet(posterior.scale, posterior.precision)
+        posterior.structure.logdet(posterior.scale, posterior.shift)
         return posterior

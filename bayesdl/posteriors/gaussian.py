@@ -1,10 +1,11 @@
-"""Gaussian posterior over the selected weights: N(theta_MAP, P^-1), P = scale * H + diag(prior precision)."""
+"""Gaussian posterior over the selected weights: N(theta_MAP, P^-1), P = (H / noise^2 + diag(prior precision)) / T."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from threading import Lock
 from typing import Any, ClassVar, Self, final
 
 import torch
@@ -24,6 +25,8 @@ from bayesdl.posteriors.base import Function, Posterior, frozen, standard_normal
 # beyond this many outputs only marginal variances are computed, unless asked for
 JOINT_OUTPUTS = 128
 DEFAULT_SAMPLES = 32
+# torch keeps the level of forward-mode differentiation per process, not per thread
+_FORWARD_MODE = Lock()
 
 
 @final
@@ -37,7 +40,7 @@ class GaussianPosterior(Posterior):
         precision: prior precision: scalar, per block, or per parameter.
         prior_mean: scalar, or flat `(P,)`.
         noise: standard deviations `(C,)` that still scale H; None where H contains the likelihood's noise.
-        temperature: T of the posterior p^(1/T); 1 is Bayes.
+        temperature: T of the posterior p^(1/T), which multiplies the covariance by T; 1 is Bayes.
         num_data, log_likelihood, squared_error: what the evidence needs (see `Fit`).
         fisher: "ggn", "mc" or "empirical".
         predictive: "linearized" (f_MAP + J (theta - theta_MAP)) or "samples" (weights drawn, network run).
@@ -72,6 +75,16 @@ class GaussianPosterior(Posterior):
         """What multiplies `structure` in the posterior precision."""
         return self.scale_at(self.noise)
 
+    @property
+    def shift(self) -> Tensor:
+        """What is added to the diagonal of the posterior precision: the tempered prior precision."""
+        return self.precision / self.temperature
+
+    @property
+    def noise_power(self) -> int:
+        """H scales with the common noise to minus this power."""
+        return 4 if self.fisher == "empirical" else 2  # the empirical score carries the noise variance twice
+
     def structure_at(self, noise: Tensor | None) -> Structure:
         """H for other noise scales `(C,)`."""
         if not self.parts or noise is None:
@@ -83,8 +96,7 @@ class GaussianPosterior(Posterior):
         heat = self.precision.new_tensor(1.0 / self.temperature)
         if noise is None or self.parts:
             return heat
-        power = -4 if self.fisher == "empirical" else -2  # the empirical score carries the noise variance twice
-        return heat * noise.reshape(-1)[0].to(heat) ** power
+        return heat * noise.reshape(-1)[0].to(heat) ** -self.noise_power
 
     def prepare(self, network: Network, num_samples: int | None, generator: torch.Generator | None) -> Any:
         if self.predictive == "linearized":
@@ -108,19 +120,48 @@ class GaussianPosterior(Posterior):
     def _linearized(self, network: Network, inputs: Any) -> GaussianLatent:
         mean, factors = self.linearize(network, inputs)
         with torch.no_grad():
-            if mean.shape[-1] > JOINT_OUTPUTS:
-                return GaussianLatent(mean, self.structure.marginal(factors, self.scale, self.precision))
-            covariance = self.structure.quad(factors, self.scale, self.precision)
-            variance = covariance.diagonal(dim1=-2, dim2=-1)
+            return self.latent(mean, self.structure.prepared(factors), self.scale, self.shift)
+
+    def latent(self, mean: Tensor, prepared: Sequence[Factor], scale: Tensor, shift: Tensor) -> GaussianLatent:
+        """Belief over outputs `(B, C)` from `structure.prepared` factors of their Jacobian."""
+        if mean.shape[-1] > JOINT_OUTPUTS:
+            variance = self.structure.marginal_prepared(prepared, scale, shift)
             check_finite(variance, "the posterior variances of the outputs")
-            return GaussianLatent(mean, variance, covariance)
+            return GaussianLatent(mean, variance)
+        covariance = self.structure.quad_prepared(prepared, scale, shift)
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        check_finite(variance, "the posterior variances of the outputs")
+        return GaussianLatent(mean, variance, covariance)
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         """Functions of weights drawn from the posterior: linearised at the mode, or the network itself."""
         offsets = self._offsets(n, generator)
         if self.predictive == "samples":
             return [frozen(network, self._shifted(network, offset)) for offset in offsets]
-        return [_tangent(network, self.layout, offset) for offset in offsets]
+        return [self._tangent(network, offset) for offset in offsets]
+
+    def _tangent(self, network: Network, offset: Tensor) -> Function:
+        """x -> f(x) + J(x) delta: one Jacobian-vector product a call.
+
+        Where the network holds an operation without forward mode (fused attention), the product is taken from the
+        layer factors, at the cost of a predictive covariance.
+        """
+        flat = offset.clone()
+        forward_mode = True
+
+        def function(inputs: Any) -> Tensor:
+            nonlocal forward_mode
+            if forward_mode:
+                try:
+                    return _forward_mode(network, self.layout.to_dict(flat), inputs)
+                except RuntimeError:  # whatever is wrong with the inputs is raised again below
+                    pass
+            mean, factors = self.linearize(network, inputs)
+            forward_mode = False
+            slopes = [f.dot(d) for f, d in zip(factors, self.layout.split(flat.to(mean)), strict=True)]
+            return mean + torch.stack(slopes).sum(0)
+
+        return function
 
     def forward_passes(self, outputs: int) -> float:
         return float(DEFAULT_SAMPLES) if self.predictive == "samples" else 1.0 + outputs
@@ -193,7 +234,7 @@ class GaussianPosterior(Posterior):
         if n < 1:
             raise ArgumentError(f"{n} draws were asked for; expected at least 1")
         noise = standard_normal((n, self.layout.numel), self.precision.to(self._dtype), generator)
-        return self.structure.sample(noise, self.scale, self.precision)
+        return self.layout.without_padding(self.structure.sample(noise, self.scale, self.shift))
 
     def _weights(self, network: Network, n: int, generator: torch.Generator | None) -> list[dict[str, Tensor]]:
         return [self._shifted(network, offset) for offset in self._offsets(n, generator)]
@@ -203,19 +244,14 @@ class GaussianPosterior(Posterior):
         return {name: value + delta[name].to(value) for name, value in network.parameters.items()}
 
 
-def _tangent(network: Network, layout: Layout, offset: Tensor) -> Function:
-    """x -> f(x) + J(x) delta, one Jacobian-vector product a call."""
-    delta = {name: value.clone() for name, value in layout.to_dict(offset).items()}
-
-    def function(inputs: Any) -> Tensor:
-        call, module, origin = network.prepare(inputs), network.module(), network.parameters
-        network.check_fresh()
-        direction = {name: delta[name].to(value) for name, value in origin.items()}
-        plain = {name: value.detach() for name, value in origin.items()}
+def _forward_mode(network: Network, delta: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    network.check_fresh()
+    call, module, origin = network.prepare(inputs), network.module(), network.parameters
+    direction = {name: delta[name].to(value) for name, value in origin.items()}
+    plain = {name: value.detach() for name, value in origin.items()}
+    with _FORWARD_MODE:
         pair = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
-        return pair[0] + pair[1]
-
-    return function
+    return pair[0] + pair[1]
 
 
 def _sum(parts: tuple[Structure, ...]) -> Structure:

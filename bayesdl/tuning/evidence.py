@@ -114,7 +114,7 @@ def _fixed_point(
     log_noise: Tensor | None,
     rounds: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """MacKay's updates: precision = gamma / |theta - mean|^2, noise^2 = error / (N C - gamma)."""
+    """MacKay's updates: precision = T gamma / |theta - mean|^2, noise^2 = error / (N C - T gamma)."""
     sizes = torch.tensor([float(b.numel) for b in posterior.layout.blocks], dtype=torch.float64)
     offsets = torch.stack([s.sum() for s in squared_offsets(posterior, network)])
     sizes = sizes.to(offsets)
@@ -125,7 +125,8 @@ def _fixed_point(
         before = log_precision
         if prior != "keep":
             gamma = (sizes - shift).clamp(min=1e-12)  # d log|P| / d log(shift) = size - gamma
-            log_precision = (gamma / offsets.clamp(min=1e-12)).log().clamp(-LOG_BOUND, LOG_BOUND)
+            target = posterior.temperature * gamma / offsets.clamp(min=1e-12)
+            log_precision = target.log().clamp(-LOG_BOUND, LOG_BOUND)
         if log_noise is not None and slope_noise is not None:
             log_noise = _noise_update(posterior, slope_noise, log_noise)
         if prior != "keep" and log_noise is None and bool((log_precision - before).abs().max() < 1e-8):
@@ -137,7 +138,7 @@ def _noise_update(posterior: GaussianPosterior, slope: Tensor, log_noise: Tensor
     error = posterior.squared_error
     if error is None or posterior.noise is None:
         return log_noise
-    gamma = -slope / 2.0  # d log|P| / d log(noise) = -2 gamma
+    gamma = -posterior.temperature * slope / 2.0  # d log|P| / d log(noise) = -2 gamma
     if posterior.parts:
         left = (posterior.num_data - gamma).clamp(min=1e-3 * posterior.num_data)
         return 0.5 * (error.double() / left).clamp(min=1e-30).log()
@@ -154,7 +155,7 @@ def _slopes(
     noisy = None if log_noise is None else log_noise.detach().requires_grad_()
     level = posterior.noise if noisy is None else _level(posterior, noisy)
     precision = posterior.precision if prior == "keep" else leaf.exp()
-    logdet = posterior.structure_at(level).logdet(posterior.scale_at(level), precision)
+    logdet = posterior.structure_at(level).logdet(posterior.scale_at(level), precision / posterior.temperature)
     wanted = [v for v in (None if prior == "keep" else leaf, noisy) if v is not None]
     found = list(torch.autograd.grad(logdet, wanted)) if wanted else []
     first = torch.zeros_like(log_precision) if prior == "keep" else found.pop(0)

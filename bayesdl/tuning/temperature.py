@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesdl import mixtures
 from bayesdl.diagnose import Finding
-from bayesdl.latent import Latent
+from bayesdl.latent import GaussianLatent, Latent, SampleLatent
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.posteriors.base import standard_normal
 from bayesdl.posteriors.scaled import scale_latent
@@ -36,7 +36,7 @@ def fit_temperature(likelihood: Likelihood, latent: Latent, targets: Tensor) -> 
     def loss(log_t: Tensor) -> Tensor:
         return predictive_nll(likelihood, scale_latent(exact, log_t.exp()), goal)
 
-    log_t = _minimise(loss, latent.mean.device)
+    log_t = minimise(loss, latent.mean.device)
     findings = [Finding("info", f"temperature {math.exp(log_t):.4f} chosen on held-out data")]
     if abs(log_t) > BOUND - 1e-3:
         findings.append(
@@ -50,45 +50,52 @@ def fit_temperature(likelihood: Likelihood, latent: Latent, targets: Tensor) -> 
 
 
 def fit_noise(latent: Latent, targets: Tensor) -> Tensor:
-    """Noise scales `(C,)`, each minimising the NLL of its own output with the latent as it is."""
+    """Noise scales `(C,)` at the minimum of the NLL, with the latent as it is.
+
+    Each output alone first, by a bracketed search; then all together, because the outputs of a mixture share its
+    components.
+    """
+    exact = latent.map(Tensor.double)
     target = targets.double()
-    count = target.shape[-1]
-    residual = (target - latent.mean.double()).square().mean(0).sqrt().clamp(min=1e-12)
+    residual = (target - exact.mean).square().mean(0).sqrt().clamp(min=1e-12)
     # the latent's own variance can only lower the noise: search around the residual's scale, output by output
     chosen = []
-    for c in range(count):
-        one = _output(latent, c)
+    for c in range(target.shape[-1]):
+        one = _output(exact, c)
 
         def loss(log_factor: Tensor, one: Latent = one, c: int = c) -> Tensor:
-            likelihood = _Noisy(residual[c] * log_factor.exp())
-            return likelihood.nll(one, target[:, c : c + 1])
+            return predictive_nll(Gaussian(residual[c] * log_factor.exp()), one, target[:, c : c + 1])
 
-        chosen.append(residual[c] * math.exp(_minimise(loss, latent.mean.device)))
-    return torch.stack(chosen)
+        chosen.append(residual[c] * math.exp(minimise(loss, exact.mean.device)))
+    alone = torch.stack(chosen)
+    return alone if len(alone) == 1 else _jointly(exact, target, alone)
 
 
-class _Noisy:
-    """Gaussian NLL whose noise stays in the graph."""
+def _jointly(latent: Latent, target: Tensor, start: Tensor) -> Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        latent, target = latent.map(torch.clone), target.clone()
+        leaf = start.log().clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([leaf], max_iter=50, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
 
-    def __init__(self, noise: Tensor) -> None:
-        self.noise = noise
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = predictive_nll(Gaussian(leaf.exp()), latent, target)
+            loss.backward()
+            return loss
 
-    def nll(self, latent: Latent, target: Tensor) -> Tensor:
-        weights, means, variances = Gaussian(1.0).components(latent, latent.mean.new_zeros(1, 1))
-        spread = variances - 1.0 + self.noise.square()
-        log_p = -0.5 * ((target - means).square() / spread + spread.log() + math.log(2 * math.pi))
-        return -torch.logsumexp(log_p.squeeze(-1) + weights.log().unsqueeze(-1), 0).mean()
+        optimizer.step(closure)
+    found = leaf.detach().exp()
+    before, after = (float(predictive_nll(Gaussian(noise), latent, target)) for noise in (start, found))
+    return found if after <= before else start  # a failed line search, NaN included
 
 
 def _output(latent: Latent, index: int) -> Latent:
-    from bayesdl.latent import GaussianLatent, SampleLatent
-
     if isinstance(latent, SampleLatent):
-        return SampleLatent(latent.samples[..., index : index + 1].double(), latent.weights.double())
-    return GaussianLatent(latent.mean[:, index : index + 1].double(), latent.variance[:, index : index + 1].double())
+        return SampleLatent(latent.samples[..., index : index + 1], latent.weights)
+    return GaussianLatent(latent.mean[:, index : index + 1], latent.variance[:, index : index + 1])
 
 
-def _minimise(loss: Callable[[Tensor], Tensor], device: torch.device) -> float:
+def minimise(loss: Callable[[Tensor], Tensor], device: torch.device) -> float:
     """Coarse grid over [-BOUND, BOUND], then golden-section search around its best point."""
     with torch.no_grad():
         grid = torch.linspace(-BOUND, BOUND, 33, dtype=torch.float64, device=device)
@@ -107,4 +114,6 @@ def _minimise(loss: Callable[[Tensor], Tensor], device: torch.device) -> float:
                 low, left, f_left = left, right, f_right
                 right = low + ratio * (high - low)
                 f_right = float(loss(grid.new_tensor(right)))
-    return 0.5 * (low + high)
+        middle = 0.5 * (low + high)
+        # several minima may share the bracket: never leave the grid's best point for a worse one
+        return middle if float(loss(grid.new_tensor(middle))) <= float(values[best]) else float(grid[best])
