@@ -85,6 +85,11 @@ class Network:
         """All parameters and buffers of the clone by name."""
         return {**dict(self._template.named_parameters()), **dict(self._template.named_buffers())}
 
+    @property
+    def template(self) -> nn.Module:
+        """The clone that those of all threads are made from, for reading names; `module` is for running."""
+        return self._template
+
     def module(self) -> nn.Module:
         """This thread's clone. Hooks put on it must be removed by whoever put them there."""
         if not hasattr(self._local, "module"):

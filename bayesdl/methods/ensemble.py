@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, final
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bayesdl.clone import unwrap
 from bayesdl.errors import ArgumentError, ShapeError
 from bayesdl.files import read_checkpoint
 from bayesdl.methods.base import Fitted, Method, Task, with_residual_noise
+from bayesdl.network import Network
 from bayesdl.posteriors import SamplePosterior
 
 Checkpoint = Mapping[str, Tensor] | str | Path
@@ -38,55 +37,66 @@ class Ensemble(Method):
     name: ClassVar[str] = "ensemble"
 
     def fit(self, task: Task) -> Fitted:
-        states = [_state(model.state_dict()) for model in map(unwrap, task.models)]
+        states: list[Mapping[str, Tensor]] = [model.state_dict() for model in task.models]
         if self.checkpoints:
-            loaded = [_state(read_checkpoint(c) if isinstance(c, (str, Path)) else c) for c in self.checkpoints]
+            loaded = [read_checkpoint(c) if isinstance(c, (str, Path)) else c for c in self.checkpoints]
             states = (states if self.include else []) + loaded
         if len(states) < 2:
             raise ArgumentError(
                 f"an ensemble of {len(states)} member was asked for; pass a list of at least two networks to wrap, or "
                 "bdl.Ensemble(checkpoints=[...])"
             )
-        own = task.network.tensors
-        members = [_matched(state, own, number) for number, state in enumerate(states)]
-        posterior = SamplePosterior.from_states(members)
+        names = _Names(task.network, task.models[0])
+        posterior = SamplePosterior.from_states([names.matched(state, n) for n, state in enumerate(states)])
         likelihood, findings = with_residual_noise(task, posterior)
-        return Fitted(posterior, likelihood, findings, cost=(("members", float(len(members))),))
+        return Fitted(posterior, likelihood, findings, cost=(("members", float(len(states))),))
 
 
-def _state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes that compile and data-parallel wrappers add."""
-    cleaned = {}
-    for name, value in state.items():
-        for prefix in ("_orig_mod.", "module."):
-            name = name.removeprefix(prefix)
-        cleaned[name] = value
-    return cleaned
+class _Names:
+    """The names that a member's tensors may have, and what they are called in the network."""
 
+    def __init__(self, network: Network, model: nn.Module) -> None:
+        self.own = network.tensors
+        # a submodule of the user's own may be called "module", as the one inside a data-parallel wrapper is
+        self.wrapped = not any(name.startswith("module.") for name in self.own)
+        first = {id(value): name for name, value in reversed(self.own.items())}
+        template = network.template
+        every = [*template.named_parameters(remove_duplicate=False), *template.named_buffers(remove_duplicate=False)]
+        self.names = {name: first[id(value)] for name, value in every}  # tied tensors have several
+        stored = {self.names.get(self.plain(name)) for name in model.state_dict()}
+        self.needed = [n for n in self.own if n in stored and not n.endswith("num_batches_tracked")]
 
-def _matched(state: Mapping[str, Tensor], own: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    missing = [name for name in own if name not in state]
-    if missing:
-        # a tied parameter appears once in the network and under several names in state dicts; buffers outside the
-        # state dict (persistent=False) stay as they are
-        absent = [name for name in missing if not _is_transient(name, own)]
-        if absent:
-            raise ArgumentError(
-                f"member {number} lacks tensor {absent[0]!r}: its architecture differs from the first network's"
-            )
-    member = {}
-    for name, value in own.items():
-        if name not in state:
-            continue
-        if state[name].shape != value.shape:
-            raise ShapeError(
-                f"member {number}: {name!r} has shape {tuple(state[name].shape)}, expected "
-                f"{tuple(value.shape)}; all members "
-                "must have one architecture"
-            )
-        member[name] = torch.as_tensor(state[name]).to(value)
-    return member
+    def plain(self, name: str) -> str:
+        """Without what compile and data-parallel wrappers add."""
+        parts = [part for part in name.split(".") if part != "_orig_mod"]
+        return ".".join(parts[1:] if self.wrapped and parts[0] == "module" else parts)
 
+    def matched(self, state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """The tensors of one member under the network's names.
 
-def _is_transient(name: str, own: Mapping[str, Tensor]) -> bool:
-    return not isinstance(own[name], torch.nn.Parameter)
+        Raises:
+            ArgumentError: a tensor too many or too few.
+            ShapeError: a tensor of another shape.
+        """
+        member: dict[str, Tensor] = {}
+        for name, value in state.items():
+            own = self.names.get(self.plain(name))
+            if name.endswith("_extra_state"):
+                continue
+            if own is None or not isinstance(value, Tensor):
+                raise ArgumentError(
+                    f"member {number} holds {name!r}, which the first network lacks; all members must have one "
+                    "architecture"
+                )
+            expected = self.own[own]
+            if value.shape != expected.shape:
+                raise ShapeError(
+                    f"member {number}: {name!r} has shape {tuple(value.shape)}, expected {tuple(expected.shape)}; all "
+                    "members must have one architecture"
+                )
+            member[own] = value.detach().to(expected)
+        missing = [name for name in self.needed if name not in member]
+        if missing:
+            raise ArgumentError(f"member {number} lacks tensor {missing[0]!r}; all members must have one architecture")
+        # older files lack the counters of batch norm, which a prediction does not use
+        return {name: member.get(name, value.detach()) for name, value in self.own.items()}
