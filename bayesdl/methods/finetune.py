@@ -37,7 +37,10 @@ def sgd_epoch(
     for number, inputs, target in batches(task.network, data, progress=task.progress, describe=describe):
         with torch.enable_grad(), in_batch(number):
             optimizer.zero_grad(set_to_none=True)
-            outputs = likelihood.check_outputs(task.network.forward(module, task.network.prepare(inputs)))
+            raw = task.network.forward(module, task.network.prepare(inputs))
+            if number and not bool(torch.isfinite(raw).all()):
+                raise NonFiniteError("the outputs became NaN or infinite in training: lower the learning rate")
+            outputs = likelihood.check_outputs(raw)
             loss = -likelihood.log_prob(outputs, likelihood.check_targets(outputs, target)).mean()
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError("the training loss is NaN or infinite: lower the learning rate")

@@ -52,8 +52,11 @@ class SWAG(Method):
             )
         data = task.need_data(self.name)
         moments = self._train(task, data)
-        samples = [self._sample(moments, noise) for noise in self._noises(task, moments)]
-        states = [with_fresh_statistics(task, data, sample) for sample in samples]
+        source = task.generator or torch.Generator().manual_seed(0)
+        states = [
+            with_fresh_statistics(task, data, self._sample(moments, self._noise(moments, source)))
+            for _ in range(self.num_samples)
+        ]
         posterior = SamplePosterior.from_states(states)
         likelihood, findings = with_residual_noise(task, posterior)
         return Fitted(posterior, likelihood, findings, cost=(("epochs", float(self.epochs)),))
@@ -77,10 +80,10 @@ class SWAG(Method):
         """Whether a snapshot follows this step: `collects` times an epoch, the last after its last step."""
         return length is not None and (step * self.collects) // length > ((step - 1) * self.collects) // length
 
-    def _noises(self, task: Task, moments: Moments) -> list[tuple[Tensor, Tensor]]:
+    def _noise(self, moments: Moments, source: torch.Generator) -> tuple[Tensor, Tensor]:
         width = moments.mean.numel()
-        noise = standard_normal((self.num_samples, width + self.rank), moments.mean, task.generator)
-        return [(row[:width], row[width : width + len(moments.deviations)]) for row in noise]
+        row = standard_normal((width + self.rank,), moments.mean, source)
+        return row[:width], row[width : width + len(moments.deviations)]
 
     def _sample(self, moments: Moments, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """mean + sqrt(diag / 2) z1 + D z2 / sqrt(2 (K - 1)); the diagonal alone with weight one."""

@@ -72,16 +72,23 @@ class SamplePosterior(Posterior):
 
     def push(self, network: Network, inputs: Any, state: Any) -> Latent:
         call = network.prepare(inputs)
-        outputs = torch.stack([network(call, self.member(i)) for i in range(len(self))])
+        outputs = torch.stack([network(call, self._cast(network, i)) for i in range(len(self))])
         return SampleLatent(outputs, self.weights.to(outputs))
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
-        """Members in order while n <= S and all weigh the same, so that none is repeated; resampled otherwise."""
+        """Distinct members while n <= S and all weigh the same; resampled by weight otherwise."""
+        source = generator or torch.Generator().manual_seed(0)
         if n <= len(self) and bool((self.weights == self.weights[0]).all()):
-            order = torch.randperm(len(self), generator=generator)[:n]
+            order = torch.randperm(len(self), generator=source, device=source.device)[:n]
         else:
-            order = torch.multinomial(self.weights.float().cpu(), n, replacement=True, generator=generator)
-        return [frozen(network, self.member(int(i))) for i in order]
+            shares = self.weights.float().to(source.device)
+            order = torch.multinomial(shares, n, replacement=True, generator=source)
+        return [frozen(network, self._cast(network, int(i))) for i in order]
+
+    def _cast(self, network: Network, index: int) -> dict[str, Tensor]:
+        # the network may have been moved to half precision, where samples are not kept
+        own = network.tensors
+        return {name: value.to(own[name].dtype) for name, value in self.member(index).items()}
 
     def forward_passes(self, outputs: int) -> float:
         return float(len(self))
