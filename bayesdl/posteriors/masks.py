@@ -79,7 +79,9 @@ class MaskPosterior(Posterior):
             def hook(layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
                 calls[name] += 1
                 # the mask depends on draw, layer and call alone: never on the inputs or on how they are batched
-                stream = torch.Generator().manual_seed((seed * 8191 + number) * 127 + calls[name])
+                # (odd factors: torch keeps 32 bits of a seed, and an even factor would push bits of `seed` out)
+                mixed = ((seed * 1000003 + number) * 999983 + calls[name]) % 2**32
+                stream = torch.Generator().manual_seed(mixed)
                 return output * _mask(layer, output, self.rate, stream)
 
             return hook
