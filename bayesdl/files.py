@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.batch import BatchAdapter
-from bayesdl.clone import unwrap
 from bayesdl.diagnose import Finding
 from bayesdl.errors import FileFormatError
 from bayesdl.network import Network
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KEY = "bayesdl"
+DIGEST = "sha256"
+HEADER = {
+    *("format", "method", "cost", "findings", "posterior", "config"),
+    *("likelihood", "likelihood_config", "select", "names", "fingerprint"),
+}
+# what a header that is not ours can make the code that reads it raise
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def save(model: BayesianModel, path: str | Path) -> None:
@@ -44,13 +51,15 @@ def save(model: BayesianModel, path: str | Path) -> None:
         "select": model.network.select,
         "names": list(model.network.names),
         "fingerprint": model.network.fingerprint(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.posterior.tensors().items()}
+    tensors = tensors or {"empty": torch.zeros(1)}
     try:
-        text = json.dumps(header)
+        # one entry: the order of several would differ from one file to the next
+        text = json.dumps({**header, DIGEST: _digest(header, tensors)})
     except TypeError as error:
         raise FileFormatError(f"the model cannot be described in JSON: {error}") from error
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.posterior.tensors().items()}
     write_tensors(Path(path), tensors, {KEY: text})
 
 
@@ -58,16 +67,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """A safetensors file that is either the old one or the new one, whenever the process dies."""
     from safetensors.torch import save as serialise
 
-    payload = serialise(tensors or {"empty": torch.zeros(1)}, metadata)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    payload = serialise(tensors, metadata)
+    # not from tempfile, whose files nobody else may read
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -94,28 +104,28 @@ def load(
     from bayesdl.model import BayesianModel, Record
 
     header, tensors = _read(Path(path))
-    network = Network(unwrap(model), select=_names(header, unwrap(model)), batch=batch)
-    network.select = str(header["select"])
+    network = Network(model, batch=batch)
     if header["fingerprint"] != network.fingerprint():
         raise FileFormatError(
             f"{path} was saved for a network with other weights (fingerprint "
             f"{str(header['fingerprint'])[:12]}, this network "
             f"{network.fingerprint()[:12]}); load the weights that were wrapped"
         )
-    if likelihood is None:
-        if header["likelihood"] not in LIKELIHOODS:
-            raise FileFormatError(
-                f"{path} holds the likelihood {header['likelihood']!r}, which is not one of the library's: "
-                "pass likelihood="
-            )
-        likelihood = resolve(str(header["likelihood"]), **header["likelihood_config"])
+    if likelihood is None and str(header["likelihood"]) not in LIKELIHOODS:
+        raise FileFormatError(
+            f"{path} holds the likelihood {header['likelihood']!r}, which is not one of the library's: pass likelihood="
+        )
     try:
+        network = network.reselect([str(name) for name in header["names"]])
+        network.select = str(header["select"])
+        if likelihood is None:
+            likelihood = resolve(str(header["likelihood"]), **header["likelihood_config"])
         moved = {name: value.to(network.device) for name, value in tensors.items()}
         posterior = POSTERIORS[str(header["posterior"])].restore(moved, header["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{path} is damaged: {error!r} while rebuilding the posterior") from error
-    findings = tuple(Finding(*map(str, row)) for row in header["findings"])
-    cost = tuple((str(name), float(value)) for name, value in header["cost"])
+        findings = tuple(Finding(*map(str, row)) for row in header["findings"])
+        cost = tuple((str(name), float(value)) for name, value in header["cost"])
+    except DAMAGE as error:
+        raise FileFormatError(f"{path} is damaged: {error!r} while rebuilding the model") from error
     return BayesianModel(network, posterior, likelihood, record=Record(str(header["method"]), cost, findings))
 
 
@@ -153,26 +163,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         header = json.loads(metadata[KEY])
         version = header["format"]
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        sound = header.pop(DIGEST, None) == _digest(header, tensors)
+    except (SafetensorError, OSError, *DAMAGE) as error:
         raise FileFormatError(f"{path} is not a bayesdl file, or it is damaged: {error}") from error
     if version != FORMAT:
         raise FileFormatError(f"{path} has format version {version}; this library reads version {FORMAT}")
-    missing = {"posterior", "config", "likelihood", "likelihood_config", "select", "names", "fingerprint"} - set(header)
+    if not sound:
+        raise FileFormatError(f"{path} is damaged: its contents do not match their checksum")
+    missing = HEADER - set(header)
     if missing:
         raise FileFormatError(f"{path} is damaged: its header lacks {sorted(missing)[0]!r}")
     return header, tensors
 
 
-def _names(header: dict[str, Any], model: nn.Module) -> list[str]:
-    own = {name for name, _ in model.named_parameters()}
-    names = [str(name) for name in header["names"]]
-    unknown = [name for name in names if name not in own]
-    if unknown or not names:
-        raise FileFormatError(
-            f"the file belongs to another network: it selects {unknown[0] if unknown else 'nothing'!r}, "
-            "which this one lacks"
-        )
-    return names
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the header and over names, shapes, dtypes and bytes of all tensors."""
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"\n{name}|{tuple(value.shape)}|{value.dtype}\n".encode())
+        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
