@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from bayesdl.batch import batch_size, count_batches, flatten_tensors
@@ -45,8 +46,7 @@ def batches(
         NonFiniteError: NaN or infinity in the inputs; the batch is named.
         ArgumentError: no batch, a missing target, or a partial pass.
     """
-    if isinstance(data, Tensor):
-        raise ArgumentError("a tensor was given where a loader of batches is expected; pass [(x, y)] or a DataLoader")
+    check_loader(data)
     seen, number = 0, -1
     bar = tqdm(data, desc=describe, total=count_batches(data), disable=not progress, leave=False)
     for number, batch in enumerate(bar):
@@ -65,6 +65,17 @@ def batches(
             f"the loader yielded {seen} examples and its data set holds {expected}: curvature is a sum "
             "over the data, so a "
             "partial pass changes the posterior. Build the loader with drop_last=False, or pass allow_partial=True"
+        )
+
+
+def check_loader(data: Iterable[Any]) -> None:
+    """Raise `ArgumentError` for what is iterable and holds no batches: a tensor, a data set of single examples."""
+    if isinstance(data, Tensor):
+        raise ArgumentError("a tensor was given where a loader of batches is expected; pass [(x, y)] or a DataLoader")
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise ArgumentError(
+            f"a data set ({type(data).__name__}) of single examples was given where a loader of batches is expected; "
+            "pass DataLoader(dataset, batch_size=...)"
         )
 
 

@@ -84,6 +84,10 @@ def require(module: str, *, extra: str | None = None) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise MissingDependencyError(
+                f"{module} is installed but needs {error.name}, which is not: pip install {error.name.split('.')[0]}"
+            ) from error
         target = f'"bayesdl[{extra}]"' if extra else module.split(".")[0]
         raise MissingDependencyError(f"{module} is needed here and is not installed: pip install {target}") from error
     except (ImportError, RuntimeError) as error:

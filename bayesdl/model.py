@@ -153,6 +153,9 @@ class BayesianModel(nn.Module):
 
     def draw(self, n: int, *, generator: torch.Generator | None = None) -> list[Function]:
         """`n` functions from the posterior: callables `x -> outputs (B, C)` that answer the same at every call."""
+        if n < 1:
+            raise ArgumentError(f"{n} draws were asked for; expected at least 1")
+        self.network.check_values()
         return self.posterior.draw(self.network, n, generator)
 
     def save(self, path: str | Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.clone import unwrap
+from bayesdl.data import check_loader
 from bayesdl.errors import ArgumentError, StaleModelError
 from bayesdl.likelihoods import Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
@@ -58,6 +59,13 @@ def wrap(
     chosen = resolve_method(method)
     family = resolve_likelihood(likelihood)
     models = _models(model)
+    if data is not None:
+        check_loader(data)
+    if isinstance(data, Iterator):
+        raise ArgumentError(
+            f"data is a {type(data).__name__} that can be read once; pass a DataLoader or a list, which methods read "
+            "several times"
+        )
     if prior is not None and not isinstance(prior, Prior):
         raise ArgumentError(f"prior={prior!r} was given; pass a bdl.GaussianPrior(precision=...)")
     if len(models) > 1 and chosen.name != "ensemble":
