@@ -122,16 +122,20 @@ def _fixed_point(
         sizes, offsets = sizes.sum(), offsets.sum()
     for _ in range(rounds):
         shift, slope_noise = _slopes(posterior, prior, log_precision, log_noise)
-        before = log_precision
+        before = log_precision, log_noise
         if prior != "keep":
             gamma = (sizes - shift).clamp(min=1e-12)  # d log|P| / d log(shift) = size - gamma
             target = posterior.temperature * gamma / offsets.clamp(min=1e-12)
             log_precision = target.log().clamp(-LOG_BOUND, LOG_BOUND)
         if log_noise is not None and slope_noise is not None:
             log_noise = _noise_update(posterior, slope_noise, log_noise)
-        if prior != "keep" and log_noise is None and bool((log_precision - before).abs().max() < 1e-8):
+        if _distance(log_precision, before[0]) < 1e-8 and _distance(log_noise, before[1]) < 1e-8:
             break
     return log_precision, log_noise
+
+
+def _distance(after: Tensor | None, before: Tensor | None) -> float:
+    return 0.0 if after is None or before is None else float((after - before).abs().max())
 
 
 def _noise_update(posterior: GaussianPosterior, slope: Tensor, log_noise: Tensor) -> Tensor:

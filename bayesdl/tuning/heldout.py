@@ -93,7 +93,7 @@ def _tune_prior(
     grid: Sequence[float] | None,
     progress: bool,
 ) -> BayesianModel:
-    candidates = torch.logspace(-4, 6, 41, dtype=torch.float64) if grid is None else torch.as_tensor(grid).double()
+    candidates = torch.logspace(-4, 6, 41, dtype=torch.float64) if grid is None else torch.as_tensor(grid, dtype=torch.float64)
     if candidates.dim() != 1 or not len(candidates) or not bool((candidates > 0).all()):
         raise ArgumentError(f"grid={grid!r}; expected positive prior precisions")
     passes = _passes(model, posterior, data, progress)

@@ -1,0 +1,111 @@
+"""Held-out tuning of a Laplace posterior against brute force: every candidate predicted anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import bayesdl as bdl
+from bayesdl.curvature.estimate import STRUCTURES
+from bayesdl.errors import ArgumentError
+from bayesdl.model import BayesianModel
+from tests.tuning.test_evidence import data, fitted, gaussian
+
+GRID = [0.001, 0.01, 0.1, 1.0, 10.0]
+
+
+def validation(likelihood: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(30, 2, dtype=torch.float64, generator=g)
+    if likelihood == "categorical":
+        y = (torch.sin(2 * x[:, 0]) + 0.3 * torch.randn(30, dtype=torch.float64, generator=g) > 0).long()
+    else:
+        y = torch.stack([torch.sin(2 * x[:, 0]), x[:, 0] * x[:, 1]], 1)
+        y = y + torch.randn(30, 2, dtype=torch.float64, generator=g) * torch.tensor([0.1, 0.5], dtype=torch.float64)
+    return [(x[:11], y[:11]), (x[11:], y[11:])]
+
+
+def nll(model: BayesianModel, loader: Any) -> float:
+    """Mean NLL by prediction."""
+    y = torch.cat([target for _, target in loader])
+    return float(-model.predict(loader).log_prob(y).mean())
+
+
+def at(model: BayesianModel, precision: float, noise: torch.Tensor | None = None) -> BayesianModel:
+    posterior = gaussian(model).with_prior(torch.tensor(precision, dtype=torch.float64), noise)
+    likelihood = model.likelihood if noise is None else bdl.Gaussian(noise)
+    return model.replaced(posterior=posterior, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("link", ["probit", "bridge", "mc"])
+@pytest.mark.parametrize("structure", sorted(STRUCTURES))
+def test_prior_precision_is_the_best_of_the_grid(structure: str, link: str) -> None:
+    bayes = fitted("categorical", structure=structure, temperature=0.7)
+    bayes = bayes.replaced(likelihood=bdl.Categorical(link=link))
+    loader = validation("categorical")
+    scores = [nll(at(bayes, value), loader) for value in GRID]
+    tuned = bayes.tune("heldout", loader, grid=GRID)
+    best = min(range(len(GRID)), key=scores.__getitem__)
+    assert float(gaussian(tuned).precision) == GRID[best]
+    assert nll(tuned, loader) == pytest.approx(scores[best], rel=1e-10)
+    assert min(abs(a - b) for i, a in enumerate(scores) for b in scores[:i]) > 1e-6  # the choice is no tie
+
+
+@pytest.mark.parametrize("structure", sorted(STRUCTURES))
+def test_given_noise_is_kept(structure: str) -> None:
+    bayes = fitted("gaussian", 0.3, structure=structure)
+    loader = validation("gaussian")
+    scores = [nll(at(bayes, value), loader) for value in GRID]
+    tuned = bayes.tune("heldout", loader, grid=GRID)
+    assert float(gaussian(tuned).precision) == GRID[min(range(len(GRID)), key=scores.__getitem__)]
+    assert tuned.likelihood.noise == 0.3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("kind", "power"), [("ggn", 2), ("mc", 2), ("empirical", 4)])
+@pytest.mark.parametrize("structure", sorted(STRUCTURES))
+def test_prior_and_noise_together_are_the_best_of_the_grid(structure: str, kind: str, power: int) -> None:
+    # the grid holds values of noise^power * precision; each is tried here with 60 noises
+    bayes = fitted("gaussian", structure=structure, kind=kind, temperature=0.7)
+    posterior, loader = gaussian(bayes), validation("gaussian")
+    assert posterior.noise is not None
+    relative = posterior.noise if posterior.parts else torch.ones_like(posterior.noise)
+    tuned = bayes.tune("heldout", loader, grid=GRID)
+    found = nll(tuned, loader)
+    factors = torch.logspace(-1.5, 1.0, 60, dtype=torch.float64)
+    scores = torch.tensor(
+        [[nll(at(bayes, k / float(s) ** power, s * relative), loader) for s in factors] for k in GRID]
+    )
+    assert found <= float(scores.min()) + 1e-9
+    assert found > float(scores.min()) - 0.05  # and is what a prediction gives, not less
+    factor = (gaussian(tuned).noise / relative)[0]  # type: ignore[operator]
+    candidate = float(gaussian(tuned).precision * factor**power)
+    assert candidate == pytest.approx(GRID[int(scores.min(1).values.argmin())], rel=1e-9)
+
+
+def test_default_grid_and_the_end_of_a_grid_is_said() -> None:
+    bayes = fitted("categorical", structure="diag")
+    loader = validation("categorical")
+    wide = bayes.tune("heldout", loader)
+    assert nll(wide, loader) <= min(nll(at(bayes, value), loader) for value in GRID) + 1e-3
+    narrow = bayes.tune("heldout", loader, grid=[1e-3])
+    assert any("end of the grid" in finding.text for finding in narrow.diagnose().warnings)
+
+
+def test_batches_of_the_held_out_data_do_not_matter() -> None:
+    bayes = fitted("gaussian", structure="kron")
+    loader = validation("gaussian")
+    whole = [tuple(torch.cat(parts) for parts in zip(*loader, strict=True))]
+    first, second = bayes.tune("heldout", loader), bayes.tune("heldout", whole)
+    torch.testing.assert_close(gaussian(first).precision, gaussian(second).precision, rtol=1e-8, atol=0.0)
+    torch.testing.assert_close(gaussian(first).noise, gaussian(second).noise, rtol=1e-8, atol=0.0)
+
+
+def test_refusals() -> None:
+    bayes = fitted("categorical")
+    with pytest.raises(ArgumentError, match="val_loader"):
+        bayes.tune("heldout")
+    for grid in ([], [1.0, -1.0], [[1.0]]):
+        with pytest.raises(ArgumentError, match="positive"):
+            bayes.tune("heldout", [data("categorical")], grid=grid)
