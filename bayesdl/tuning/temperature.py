@@ -16,6 +16,8 @@ from bayesdl.posteriors.base import standard_normal
 from bayesdl.posteriors.scaled import scale_latent
 
 BOUND = math.log(100.0)
+GRID = 33
+GRID_STEP = 2.0 * BOUND / (GRID - 1)
 
 
 def predictive_nll(likelihood: Likelihood, latent: Latent, targets: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def fit_temperature(likelihood: Likelihood, latent: Latent, targets: Tensor) -> 
 
     log_t = minimise(loss, latent.mean.device)
     findings = [Finding("info", f"temperature {math.exp(log_t):.4f} chosen on held-out data")]
-    if abs(log_t) > BOUND - 1e-3:
+    if abs(log_t) > BOUND - GRID_STEP:  # an NLL that is flat there has its least value anywhere in the last cell
         findings.append(
             Finding(
                 "warning",
@@ -98,7 +100,7 @@ def _output(latent: Latent, index: int) -> Latent:
 def minimise(loss: Callable[[Tensor], Tensor], device: torch.device) -> float:
     """Coarse grid over [-BOUND, BOUND], then golden-section search around its best point."""
     with torch.no_grad():
-        grid = torch.linspace(-BOUND, BOUND, 33, dtype=torch.float64, device=device)
+        grid = torch.linspace(-BOUND, BOUND, GRID, dtype=torch.float64, device=device)
         values = torch.stack([loss(point) for point in grid])
         best = int(values.argmin())
         low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
