@@ -1,0 +1,133 @@
+"""Layer factors: each question against the rows written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayesdl.curvature.factor import LinearFactor, RowFactor, dense_factor
+
+SHAPES = [(1, 1), (1, 4), (3, 1), (3, 2)]  # groups, positions
+BATCH, COTANGENTS, INPUTS, OUTPUTS = 5, 3, 4, 2
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(groups: int, positions: int) -> tuple[LinearFactor, Tensor]:
+    """A factor and its rows `(B, K, G, out, in)` by loops."""
+    a, g = normal(groups, BATCH, positions, INPUTS), normal(groups, COTANGENTS, BATCH, positions, OUTPUTS, seed=1)
+    rows = torch.zeros(BATCH, COTANGENTS, groups, OUTPUTS, INPUTS, dtype=torch.float64)
+    for b in range(BATCH):
+        for k in range(COTANGENTS):
+            for i in range(groups):
+                for t in range(positions):
+                    rows[b, k, i] += torch.outer(g[i, k, b, t], a[i, b, t])
+    return LinearFactor(a, g), rows
+
+
+def embedding(padded: bool = True) -> tuple[RowFactor, Tensor]:
+    """An embedding of seven rows with repeated look-ups, and its rows `(B, K, 1, D, V)` by loops."""
+    index = torch.tensor([[0, 1, 1], [2, 2, 2], [6, 0, 6], [3, 4, 5], [0, 0, 1]])
+    g = normal(1, COTANGENTS, BATCH, 3, OUTPUTS)
+    if padded:
+        index = torch.where(index == 0, -1, index)
+        g = g.masked_fill((index == -1)[None, None, :, :, None], 0.0)
+    rows = torch.zeros(BATCH, COTANGENTS, 1, OUTPUTS, 7, dtype=torch.float64)
+    for b in range(BATCH):
+        for k in range(COTANGENTS):
+            for t in range(3):
+                if index[b, t] >= 0:
+                    rows[b, k, 0, :, index[b, t]] += g[0, k, b, t]
+    return RowFactor(index, g, 7), rows
+
+
+FACTORS = [*[f"linear-{g}-{t}" for g, t in SHAPES], "embedding", "embedding-padded"]
+
+
+@pytest.fixture(params=FACTORS)
+def pair(request: pytest.FixtureRequest) -> tuple[LinearFactor | RowFactor, Tensor]:
+    name = str(request.param)
+    if name.startswith("linear"):
+        _, groups, positions = name.split("-")
+        return linear(int(groups), int(positions))
+    return embedding(name.endswith("padded"))
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+def test_every_question(
+    pair: tuple[LinearFactor | RowFactor, Tensor], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bayesdl.curvature.factor.CHUNK", chunk)
+    factor, rows = pair
+    torch.testing.assert_close(factor.square(), rows.square().sum((0, 1)))
+    torch.testing.assert_close(factor.jacobian(), rows.flatten(2))
+    weight = 0.1 + normal(*rows.shape[2:], seed=5).abs()
+    quad = torch.einsum("bkgoi,goi,blgoi->bkl", rows, weight, rows)
+    torch.testing.assert_close(factor.quad(weight), quad)
+    torch.testing.assert_close(factor.marginal(weight), quad.diagonal(dim1=1, dim2=2))
+    direction = normal(*rows.shape[2:], seed=6)
+    torch.testing.assert_close(factor.dot(direction), torch.einsum("bkgoi,goi->bk", rows, direction))
+
+
+@pytest.mark.parametrize(("groups", "positions"), SHAPES)
+def test_rotation_of_a_linear_factor_turns_its_rows(groups: int, positions: int) -> None:
+    factor, rows = linear(groups, positions)
+    inner, outer = normal(groups, INPUTS, INPUTS, seed=7), normal(groups, OUTPUTS, OUTPUTS, seed=8)
+    turned = torch.einsum("bkgoi,gij,gop->bkgpj", rows, inner, outer)
+    torch.testing.assert_close(factor.rotate(inner, outer).jacobian(), turned.flatten(2))
+    half = torch.einsum("bkgoi,gop->bkgpi", rows, outer)
+    torch.testing.assert_close(factor.rotate(None, outer).jacobian(), half.flatten(2))
+
+
+def test_rotation_of_an_embedding_turns_its_columns() -> None:
+    factor, rows = embedding()
+    outer = normal(1, OUTPUTS, OUTPUTS, seed=8)
+    torch.testing.assert_close(
+        factor.rotate(None, outer).jacobian(), torch.einsum("bkgoi,gop->bkgpi", rows, outer).flatten(2)
+    )
+
+
+@pytest.mark.parametrize(("groups", "positions"), SHAPES)
+def test_moments_of_a_linear_factor(groups: int, positions: int) -> None:
+    factor, _ = linear(groups, positions)
+    inner, outer, count = factor.moments()
+    torch.testing.assert_close(inner, torch.einsum("gbti,gbtj->gij", factor.a, factor.a))
+    torch.testing.assert_close(outer, torch.einsum("gkbto,gkbtp->gop", factor.g, factor.g))
+    assert int(count) == BATCH * positions
+
+
+def test_moments_of_an_embedding_leave_padding_out() -> None:
+    factor, _ = embedding()
+    counts, outer, count = factor.moments()
+    assert counts.tolist() == [[0.0, 3.0, 3.0, 1.0, 1.0, 1.0, 2.0]]
+    assert int(count) == 11
+    torch.testing.assert_close(outer, torch.einsum("gkbto,gkbtp->gop", factor.g, factor.g))
+
+
+def test_a_dense_jacobian_is_a_factor() -> None:
+    rows = normal(COTANGENTS, BATCH, 6)
+    torch.testing.assert_close(dense_factor(rows).jacobian(), rows.transpose(0, 1))
+
+
+def test_factors_are_never_multiplied_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    # for one position no intermediate may reach the size of the rows
+    sizes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(
+                r.numel() for r in (result if isinstance(result, tuple) else (result,)) if isinstance(r, Tensor)
+            )
+            return result
+
+    factor = LinearFactor(normal(1, 16, 1, 50), normal(1, 8, 16, 1, 40))
+    with Watch():
+        factor.square()
+        factor.quad(torch.ones(1, 40, 50, dtype=torch.float64))
+        factor.marginal(torch.ones(1, 40, 50, dtype=torch.float64))
+        factor.moments()
+    assert max(sizes) <= 16 * 8 * 40  # B K out; the rows are B K out in = 256,000
