@@ -1,0 +1,42 @@
+"""Gaussian priors: density against torch, and arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from bayesdl.errors import ArgumentError
+from bayesdl.priors import GaussianPrior
+
+THETA = {"w": torch.linspace(-1, 1, 6).reshape(2, 3), "b": torch.tensor([0.5, -2.0])}
+FLAT = torch.cat([value.reshape(-1) for value in THETA.values()]).double()
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.3, torch.linspace(0, 1, 8)])
+@pytest.mark.parametrize("precision", [0.1, torch.linspace(0.5, 3, 8), [0.1] * 8])
+def test_density(precision: Any, mean: Any) -> None:
+    wide = torch.as_tensor(precision, dtype=torch.float64)
+    expected = Normal(torch.as_tensor(mean, dtype=torch.float64), wide.rsqrt()).log_prob(FLAT).sum()
+    found = GaussianPrior(precision=precision, mean=mean).log_prob(THETA)
+    assert found.shape == () and torch.allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("precision", [0.0, -1.0, float("nan"), float("inf"), [], [1.0, -1.0], [[1.0]]])
+def test_precisions_must_be_positive(precision: Any) -> None:
+    with pytest.raises(ArgumentError, match="expected a positive finite number, or a vector"):
+        GaussianPrior(precision=precision)
+
+
+def test_a_precision_per_layer_has_no_density_without_the_layers() -> None:
+    with pytest.raises(ArgumentError, match=r"one per parameter \(8\), got 2"):
+        GaussianPrior(precision=[1.0, 2.0]).log_prob(THETA)
+
+
+def test_moves() -> None:
+    prior = GaussianPrior(precision=torch.ones(3), mean=torch.zeros(3)).map(torch.Tensor.double)
+    assert isinstance(prior.precision, torch.Tensor) and prior.precision.dtype is torch.float64
+    assert isinstance(prior.mean, torch.Tensor) and prior.mean.dtype is torch.float64
+    assert GaussianPrior(precision=2.0).map(torch.Tensor.double) == GaussianPrior(precision=2.0)
