@@ -51,6 +51,7 @@ class BayesianModel(nn.Module):
         likelihood: name or object.
         batch: batch adapter, where `model` is not a `Network` yet.
         record: provenance.
+        fit_data: the loader the posterior was fitted on, for rules such as leave-one-out; never saved.
 
     `.to()` and its kin move the posterior and the private view of the network, never the user's own module.
     """
@@ -63,6 +64,7 @@ class BayesianModel(nn.Module):
         *,
         batch: str | BatchAdapter | None = None,
         record: Record | None = None,
+        fit_data: Iterable[Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(posterior, Posterior):
@@ -74,6 +76,7 @@ class BayesianModel(nn.Module):
         self.posterior = posterior
         self.likelihood = resolve_likelihood(likelihood)
         self.record = record or Record()
+        self.fit_data = fit_data
 
     def forward(
         self, x: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None
@@ -149,7 +152,8 @@ class BayesianModel(nn.Module):
         """
         from bayesdl.tuning import tune
 
-        return tune(self, rule, data, **options)
+        with torch.inference_mode(False):
+            return tune(self, rule, data, **options)
 
     def draw(self, n: int, *, generator: torch.Generator | None = None) -> list[Function]:
         """`n` functions from the posterior: callables `x -> outputs (B, C)` that answer the same at every call."""
@@ -197,7 +201,13 @@ class BayesianModel(nn.Module):
     ) -> BayesianModel:
         """A copy with parts exchanged and findings added."""
         record = Record(self.record.method, self.record.cost, self.record.findings + findings)
-        return BayesianModel(self.network, posterior or self.posterior, likelihood or self.likelihood, record=record)
+        return BayesianModel(
+            self.network,
+            posterior or self.posterior,
+            likelihood or self.likelihood,
+            record=record,
+            fit_data=self.fit_data,
+        )
 
     def _prepare(self, num_samples: int | None, generator: torch.Generator | None) -> Any:
         if num_samples is not None and num_samples < 1:
@@ -219,9 +229,10 @@ class BayesianModel(nn.Module):
             moved = fn(tensor)
             return moved.float() if moved.dtype in HALF else moved
 
-        self.network = self.network.map(fn)
-        self.posterior = self.posterior.map(at_least_single)
-        self.likelihood = self.likelihood.map(at_least_single)
+        with torch.inference_mode(False):
+            self.network = self.network.map(fn)
+            self.posterior = self.posterior.map(at_least_single)
+            self.likelihood = self.likelihood.map(at_least_single)
         return self
 
 

@@ -74,7 +74,8 @@ def wrap(
         )
     selection = select if select is not None else chosen.select
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=cuda):  # iterating a shuffling loader would move the user's global state
+    # iterating a shuffling loader would move the user's global state; a fit needs derivatives in any mode of the user's
+    with torch.random.fork_rng(devices=cuda), torch.inference_mode(False):
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
         example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
@@ -84,10 +85,14 @@ def wrap(
         seconds = time.perf_counter() - start
     result = fitted.network or network
     _unchanged(network)
-    outputs = (("fit_seconds", seconds), ("parameters", float(network.num_parameters)), *fitted.cost)
-    return BayesianModel(
-        result, fitted.posterior, fitted.likelihood, record=Record(chosen.name, outputs, fitted.findings)
+    cost = (
+        ("fit_seconds", seconds),
+        ("parameters", float(network.num_parameters if fitted.posterior.over_weights else 0)),
+        ("forward_passes", fitted.posterior.forward_passes),
+        *fitted.cost,
     )
+    record = Record(chosen.name, cost, fitted.findings)
+    return BayesianModel(result, fitted.posterior, fitted.likelihood, record=record, fit_data=data)
 
 
 def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:

@@ -35,9 +35,15 @@ class Posterior(ABC):
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         """`n` callables, each one function drawn from the posterior: inputs -> outputs `(B, C)`."""
 
+    @property
     @abstractmethod
-    def forward_passes(self, outputs: int) -> float:
-        """Cost of a prediction in forward-pass equivalents; a backward pass counts as one."""
+    def forward_passes(self) -> float:
+        """Cost of a prediction in passes through the network; a backward pass counts as one."""
+
+    @property
+    @abstractmethod
+    def over_weights(self) -> bool:
+        """Whether the posterior is a distribution over the selected weights."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -163,8 +163,16 @@ class GaussianPosterior(Posterior):
 
         return function
 
-    def forward_passes(self, outputs: int) -> float:
-        return float(DEFAULT_SAMPLES) if self.predictive == "samples" else 1.0 + outputs
+    @property
+    def forward_passes(self) -> float:
+        if self.predictive == "samples":
+            return float(DEFAULT_SAMPLES)
+        # behind the last layer there is nothing to propagate back through
+        return 1.0 if self.layout.activations <= self.layout.outputs else 1.0 + self.layout.outputs
+
+    @property
+    def over_weights(self) -> bool:
+        return True
 
     def tensors(self) -> dict[str, Tensor]:
         named = {f"curvature.{k}": v for k, v in self.curvature.tensors().items()} if not self.parts else {}

@@ -51,8 +51,13 @@ class MaskPosterior(Posterior):
 
         return [fixed(seed) for seed in self._seeds(n, generator)]
 
-    def forward_passes(self, outputs: int) -> float:
+    @property
+    def forward_passes(self) -> float:
         return float(self.num_samples)
+
+    @property
+    def over_weights(self) -> bool:
+        return False
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

@@ -27,8 +27,13 @@ class PointPosterior(Posterior):
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         return [frozen(network) for _ in range(n)]
 
-    def forward_passes(self, outputs: int) -> float:
+    @property
+    def forward_passes(self) -> float:
         return 1.0
+
+    @property
+    def over_weights(self) -> bool:
+        return False
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

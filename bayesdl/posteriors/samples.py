@@ -90,8 +90,13 @@ class SamplePosterior(Posterior):
         own = network.tensors
         return {name: value.to(own[name].dtype) for name, value in self.member(index).items()}
 
-    def forward_passes(self, outputs: int) -> float:
+    @property
+    def forward_passes(self) -> float:
         return float(len(self))
+
+    @property
+    def over_weights(self) -> bool:
+        return True
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weights": self.weights, **{f"snapshot.{name}": value for name, value in self.snapshots.items()}}

@@ -50,8 +50,13 @@ class ScaledPosterior(Posterior):
 
         return [cooled(function) for function in self.base.draw(network, n, generator)]
 
-    def forward_passes(self, outputs: int) -> float:
-        return self.base.forward_passes(outputs)
+    @property
+    def forward_passes(self) -> float:
+        return self.base.forward_passes
+
+    @property
+    def over_weights(self) -> bool:
+        return self.base.over_weights
 
     def tensors(self) -> dict[str, Tensor]:
         return {"temperature": self.temperature, **{f"base.{k}": v for k, v in self.base.tensors().items()}}

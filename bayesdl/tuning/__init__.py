@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 from bayesdl.errors import UnknownNameError
 from bayesdl.tuning.evidence import tune_evidence
 from bayesdl.tuning.heldout import tune_heldout
+from bayesdl.tuning.loo import tune_loo
 
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
 
-RULES: dict[str, Callable[..., BayesianModel]] = {"evidence": tune_evidence, "heldout": tune_heldout}
+RULES: dict[str, Callable[..., BayesianModel]] = {
+    "evidence": tune_evidence,
+    "heldout": tune_heldout,
+    "loo": tune_loo,
+}
 
 
 def tune(model: BayesianModel, rule: str, data: Iterable[Any] | None, **options: Any) -> BayesianModel:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.estimate import chunk_size, chunks
-from bayesdl.curvature.factor import Factor
-from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.latent import Latent
 from bayesdl.likelihoods import Gaussian
 from bayesdl.linalg import eigh
 from bayesdl.posteriors import GaussianPosterior, ScaledPosterior
+from bayesdl.tuning.grid import Passes, choose, grid_of, passes, relative_noise
 from bayesdl.tuning.temperature import fit_noise, fit_temperature, minimise, predictive_nll
 
 if TYPE_CHECKING:
@@ -93,40 +91,24 @@ def _tune_prior(
     grid: Sequence[float] | None,
     progress: bool,
 ) -> BayesianModel:
-    candidates = torch.logspace(-4, 6, 41, dtype=torch.float64) if grid is None else torch.as_tensor(grid, dtype=torch.float64)
-    if candidates.dim() != 1 or not len(candidates) or not bool((candidates > 0).all()):
-        raise ArgumentError(f"grid={grid!r}; expected positive prior precisions")
-    passes = _passes(model, posterior, data, progress)
+    candidates = grid_of(grid)
+    rows = passes(model, posterior, data, "held-out", progress)
     if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
-        scores, factors = _profiled_scores(posterior, candidates, passes)
+        scores, factors = _profiled_scores(posterior, candidates, rows)
     else:
-        scores, factors = _scores(model, posterior, candidates, passes), None
-    return _with_choice(model, posterior, candidates, int(scores.argmin()), factors)
-
-
-def _passes(
-    model: BayesianModel, posterior: GaussianPosterior, data: Iterable[Any], progress: bool
-) -> Iterator[tuple[Tensor, Tensor, Sequence[Factor]]]:
-    """Outputs, targets, and the part of the outputs' covariance that no prior changes, chunk by chunk."""
-    step = chunk_size(posterior.layout, posterior.curvature.name, torch.float32)
-    for number, inputs, target in batches(model.network, data, progress=progress, describe="held-out"):
-        for rows, labels in chunks(inputs, target, step):
-            with in_batch(number):
-                mean, factors = posterior.linearize(model.network, rows)
-                model.likelihood.check_outputs(mean)
-                checked = model.likelihood.check_targets(mean, torch.as_tensor(labels))
-            yield mean, checked, posterior.structure.prepared(factors)
+        scores, factors = _scores(model, posterior, candidates, rows), None
+    return choose(model, posterior, candidates, scores, factors, "on held-out data")
 
 
 def _scores(
     model: BayesianModel,
     posterior: GaussianPosterior,
     candidates: Tensor,
-    passes: Iterable[tuple[Tensor, Tensor, Sequence[Factor]]],
+    rows: Passes,
 ) -> Tensor:
     """Mean NLL of every candidate prior precision; nothing is kept from one chunk to the next."""
     totals, count = candidates.new_zeros(len(candidates)), 0
-    for mean, target, turned in passes:
+    for mean, target, turned in rows:
         for i, value in enumerate(candidates):
             latent = posterior.latent(mean, turned, posterior.scale, value / posterior.temperature)
             totals[i] += predictive_nll(model.likelihood, latent, target).cpu() * len(mean)
@@ -137,18 +119,18 @@ def _scores(
 def _profiled_scores(
     posterior: GaussianPosterior,
     candidates: Tensor,
-    passes: Iterable[tuple[Tensor, Tensor, Sequence[Factor]]],
+    rows: Passes,
 ) -> tuple[Tensor, Tensor]:
     """Mean NLL of every candidate at its own best common factor s of the noise scales, and those factors.
 
     The covariance of the outputs at factor s is s^p Q with Q at the candidate s^p * prior precision (p = 2; 4 for
     the empirical Fisher). In the eigenbasis of Q relative to the noise the NLL is a sum over scalars.
     """
-    relative = _relative(posterior)
+    relative = relative_noise(posterior)
     heat = posterior.precision.new_tensor(1.0 / posterior.temperature)
     spreads: list[list[Tensor]] = [[] for _ in candidates]
     squares: list[list[Tensor]] = [[] for _ in candidates]
-    for mean, target, turned in passes:
+    for mean, target, turned in rows:
         level = relative.expand(mean.shape[-1])
         residual = (target - mean).double() / level
         for i, value in enumerate(candidates):
@@ -177,29 +159,3 @@ def _best_factor(spread: Tensor, square: Tensor, power: int) -> Tensor:
         return (variance.log() + square / variance).mean()
 
     return centre * math.exp(minimise(loss, spread.device))
-
-
-def _relative(posterior: GaussianPosterior) -> Tensor:
-    """Noise scales of the outputs up to the common factor, float64."""
-    if posterior.noise is None or not posterior.parts:
-        return torch.ones((), dtype=torch.float64, device=posterior.precision.device)
-    return posterior.noise.double()
-
-
-def _with_choice(
-    model: BayesianModel, posterior: GaussianPosterior, candidates: Tensor, best: int, factors: Tensor | None
-) -> BayesianModel:
-    precision = candidates[best].to(posterior.precision.device)
-    likelihood, noise = model.likelihood, None
-    if factors is not None and posterior.noise is not None and isinstance(likelihood, Gaussian):
-        noise = (factors[best] * _relative(posterior)).expand(len(posterior.noise)).clone()
-        precision = precision / factors[best] ** posterior.noise_power
-        likelihood = likelihood.with_noise(noise)
-    findings = [Finding("info", f"prior precision {float(precision):.4g} (scalar) chosen on held-out data")]
-    if best in (0, len(candidates) - 1):
-        findings.append(
-            Finding("warning", "the prior precision lies at the end of the grid", "pass a wider grid= to tune()")
-        )
-    return model.replaced(
-        posterior=posterior.with_prior(precision, noise), likelihood=likelihood, findings=tuple(findings)
-    )

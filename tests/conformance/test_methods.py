@@ -530,9 +530,29 @@ def test_wrong_dimension_of_the_inputs_is_an_error(task: str, label: str) -> Non
 def test_the_wrapper_owns_no_parameters_of_the_user(task: str, label: str) -> None:
     bayes = fitted(task, label)
     assert list(bayes.parameters()) == [] and bayes.state_dict() == {}
-    assert bayes.cost["parameters"] == sum(p.numel() for p in problem(task).networks[0].parameters())
     assert bayes.cost["fit_seconds"] >= 0
-    assert bayes.posterior.forward_passes(3) >= 1
+    assert bayes.cost["forward_passes"] == bayes.posterior.forward_passes >= 1
+    everything = sum(p.numel() for p in problem(task).networks[0].parameters())
+    assert bayes.cost["parameters"] == (everything if bayes.posterior.over_weights else 0)
+
+
+@every
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes_of_the_caller_do_not_matter(task: str, label: str, mode: Any) -> None:
+    given, x = problem(task), inputs(task)
+    expected = fit(task, label)
+    with mode():  # a new fit, its first prediction, a move and a tuning: all make tensors that are used later
+        bayes = fit(task, label)
+        assert same(bayes(x), expected(x))
+        tuned = bayes.tune("heldout", given.held_out)
+        wide = fit(task, label).double()
+    assert same(bayes(x), expected(x))
+    assert same(tuned(x), expected.tune("heldout", given.held_out)(x))
+    assert close(wide(x), expected(x), 1e-4)
+    if not label.startswith("laplace"):
+        leaf = x.clone().requires_grad_()
+        tuned(leaf).mean.square().sum().backward()
+        assert leaf.grad is not None and bool(torch.isfinite(leaf.grad).all()) and float(leaf.grad.abs().max()) > 0
 
 
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

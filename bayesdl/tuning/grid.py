@@ -1,0 +1,115 @@
+"""A grid of prior precisions for a linearised Laplace posterior: one pass of the network, whatever is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bayesdl.batch import index_batch
+from bayesdl.curvature.estimate import chunk_size, chunks
+from bayesdl.curvature.factor import Factor
+from bayesdl.data import batches, in_batch
+from bayesdl.diagnose import Finding
+from bayesdl.errors import ArgumentError
+from bayesdl.likelihoods import Gaussian
+from bayesdl.posteriors import GaussianPosterior
+
+if TYPE_CHECKING:
+    from bayesdl.model import BayesianModel
+
+Passes = Iterable[tuple[Tensor, Tensor, Sequence[Factor]]]
+
+
+def grid_of(grid: Sequence[float] | None) -> Tensor:
+    """Candidates, float64; by default 41 values from 1e-4 to 1e6, evenly spaced in logarithm.
+
+    Raises:
+        ArgumentError: empty, or a value that is not positive.
+    """
+    if grid is None:
+        return torch.logspace(-4, 6, 41, dtype=torch.float64)
+    candidates = torch.as_tensor(grid, dtype=torch.float64)
+    if candidates.dim() != 1 or not len(candidates) or not bool((candidates > 0).all()):
+        raise ArgumentError(f"grid={grid!r}; expected positive prior precisions")
+    return candidates
+
+
+def passes(
+    model: BayesianModel,
+    posterior: GaussianPosterior,
+    data: Iterable[Any],
+    describe: str,
+    progress: bool,
+    limit: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Sequence[Factor]]]:
+    """Outputs, targets, and the part of the outputs' covariance that no prior changes, chunk by chunk.
+
+    Args:
+        model: gives network and likelihood.
+        posterior: its posterior.
+        data: loader with targets.
+        describe: title of the progress bar.
+        progress: whether to show it.
+        limit: stop after so many examples.
+    """
+    step = chunk_size(posterior.layout, posterior.curvature.name, torch.float32)
+    seen = 0
+    for number, inputs, target in batches(model.network, data, progress=progress, describe=describe):
+        for rows, labels in chunks(inputs, target, step):
+            with in_batch(number):
+                if limit is not None and len(labels) > limit - seen:
+                    rows, labels = index_batch(rows, slice(0, limit - seen)), labels[: limit - seen]
+                mean, factors = posterior.linearize(model.network, rows)
+                model.likelihood.check_outputs(mean)
+                checked = model.likelihood.check_targets(mean, torch.as_tensor(labels))
+            yield mean, checked, posterior.structure.prepared(factors)
+            seen += len(mean)
+            if limit is not None and seen >= limit:
+                return
+
+
+def relative_noise(posterior: GaussianPosterior) -> Tensor:
+    """Noise scales of the outputs up to the common factor, float64."""
+    if posterior.noise is None or not posterior.parts:
+        return torch.ones((), dtype=torch.float64, device=posterior.precision.device)
+    return posterior.noise.double()
+
+
+def choose(
+    model: BayesianModel,
+    posterior: GaussianPosterior,
+    candidates: Tensor,
+    scores: Tensor,
+    factors: Tensor | None,
+    how: str,
+) -> BayesianModel:
+    """The model at the candidate of the lowest score.
+
+    Args:
+        model: to be tuned.
+        posterior: its posterior.
+        candidates: prior precisions; with `factors` relative to the noise, s^p * prior precision.
+        scores: mean negative log-likelihood of each.
+        factors: common factor s of the noise scales at each; None where the noise is not open.
+        how: end of the finding's sentence.
+    """
+    best = int(scores.argmin())
+    precision = candidates[best].to(posterior.precision.device)
+    likelihood, noise = model.likelihood, None
+    found = []
+    if factors is not None and posterior.noise is not None and isinstance(likelihood, Gaussian):
+        noise = (factors[best] * relative_noise(posterior)).expand(len(posterior.noise)).clone()
+        precision = precision / factors[best] ** posterior.noise_power
+        likelihood = likelihood.with_noise(noise)
+        values = ", ".join(f"{float(v):.4g}" for v in noise[:8])
+        found.append(Finding("info", f"noise (standard deviation) {values} chosen {how}"))
+    found.insert(0, Finding("info", f"prior precision {float(precision):.4g} (scalar) chosen {how}"))
+    if best in (0, len(candidates) - 1):
+        found.append(
+            Finding("warning", "the prior precision lies at the end of the grid", "pass a wider grid= to tune()")
+        )
+    tuned = posterior.with_prior(precision, noise)
+    return model.replaced(posterior=tuned, likelihood=likelihood, findings=tuple(found))
