@@ -120,8 +120,9 @@ def load(
         network.select = str(header["select"])
         if likelihood is None:
             likelihood = resolve(str(header["likelihood"]), **header["likelihood_config"])
-        moved = {name: value.to(network.device) for name, value in tensors.items()}
-        posterior = POSTERIORS[str(header["posterior"])].restore(moved, header["config"])
+        with torch.inference_mode(False):
+            moved = {name: value.to(network.device) for name, value in tensors.items()}
+            posterior = POSTERIORS[str(header["posterior"])].restore(moved, header["config"])
         findings = tuple(Finding(*map(str, row)) for row in header["findings"])
         cost = tuple((str(name), float(value)) for name, value in header["cost"])
     except DAMAGE as error:
@@ -158,7 +159,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise FileFormatError(f"{path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
+        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         header = json.loads(metadata[KEY])

@@ -44,7 +44,8 @@ class Network:
             raise ArgumentError(f"a torch.nn.Module is expected, got {type(model).__name__}")
         source = unwrap(model)
         _refuse(source)
-        self._setup(structural_clone(source, _alias, _snapshot), resolve_adapter(batch))
+        with torch.inference_mode(False):  # tensors made in that mode could never take part in a derivative
+            self._setup(structural_clone(source, _alias, _snapshot), resolve_adapter(batch))
         # names of a clone: those of the source hold "_orig_mod" where a sub-module is compiled
         plain = structural_clone(source, _same, _same)
         self.requires_grad = {name: p.requires_grad for name, p in plain.named_parameters()}
@@ -54,7 +55,7 @@ class Network:
     def _setup(self, template: nn.Module, adapter: BatchAdapter) -> None:
         self._template = template
         self._local = threading.local()
-        self._versions = {name: _version(p) for name, p in template.named_parameters()}
+        self._versions = {name: p._version for name, p in template.named_parameters()}
         self._values = _spread(template)
         self.batch = adapter
 
@@ -93,7 +94,8 @@ class Network:
     def module(self) -> nn.Module:
         """This thread's clone. Hooks put on it must be removed by whoever put them there."""
         if not hasattr(self._local, "module"):
-            self._local.module = structural_clone(self._template, _same, _snapshot)
+            with torch.inference_mode(False):
+                self._local.module = structural_clone(self._template, _same, _snapshot)
         return self._local.module
 
     def replace_module(self, module: nn.Module) -> Network:
@@ -113,7 +115,8 @@ class Network:
         def parameter(tensor: Tensor) -> Tensor:
             return nn.Parameter(function(tensor.detach()), requires_grad=False)
 
-        return self._derived(structural_clone(self._template, parameter, function))
+        with torch.inference_mode(False):
+            return self._derived(structural_clone(self._template, parameter, function))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
         return self.map(torch.clone)
@@ -155,7 +158,7 @@ class Network:
     def check_fresh(self) -> None:
         """Raise `StaleModelError` if a parameter was written to since this network was made."""
         for name, parameter in self._template.named_parameters():
-            if _version(parameter) != self._versions[name]:
+            if parameter._version != self._versions[name]:
                 raise StaleModelError(
                     f"parameter {name!r} of the wrapped model was written to after the fit; the posterior "
                     "belongs to the "
@@ -259,7 +262,9 @@ def first_inputs(data: Iterable[Any] | None, adapter: BatchAdapter) -> Any:
 
 def _alias(tensor: Tensor) -> Tensor:
     # detach() shares memory and version counter, but survives the user's `net.to(...)`, which swaps .data
-    return nn.Parameter(tensor.detach(), requires_grad=False)
+    # (an inference tensor can never take part in a derivative: a copy stands in for it)
+    shared = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+    return nn.Parameter(shared, requires_grad=False)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -268,10 +273,6 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _snapshot(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _spread(module: nn.Module) -> Tensor:

@@ -161,6 +161,18 @@ def test_users_dtype_move_leaves_the_network_alone() -> None:
     assert net[0].weight.dtype is torch.float64
 
 
+def test_networks_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net = mlp()
+        expected = reference(net, X)
+        network = Network(net)
+        network(X)
+    x = X.clone().requires_grad_()
+    out = network(x)
+    out.sum().backward()
+    assert torch.equal(out.detach(), expected) and x.grad is not None
+
+
 def test_assigned_state_leaves_the_network_alone() -> None:
     net = mlp()
     network = Network(net)
