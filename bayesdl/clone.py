@@ -110,6 +110,7 @@ def structural_clone(
             if key not in _PRIVATE and key != "training":
                 new.__dict__[key] = rebuilt(value)
         _out_of_place(new)
+        _plain_gradients(new)
     return root
 
 
@@ -125,6 +126,12 @@ def _out_of_place(module: nn.Module) -> None:
     # an in-place activation would overwrite the activations that curvature needs; same values either way
     if isinstance(getattr(module, "inplace", None), bool):
         module.__dict__["inplace"] = False
+
+
+def _plain_gradients(module: nn.Module) -> None:
+    # gradients scaled by the batch's word counts, or sparse, are devices of training and no derivatives
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        module.__dict__["scale_grad_by_freq"] = module.__dict__["sparse"] = False
 
 
 def independent_copy(module: nn.Module) -> nn.Module:

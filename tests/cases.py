@@ -274,6 +274,41 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x)[0][:, -1])
 
 
+class PerExample(nn.Module):
+    """A layer that is called once an example, at every example of the batch: no axis to find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.stack([torch.tanh(self.inner(row)) for row in x]))
+
+
+class Scalar(nn.Module):
+    """A parameter without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.gain = nn.Linear(4, OUTPUTS), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * self.gain
+
+
+class Query(nn.Module):
+    """A layer that runs on a parameter, and another that runs on the batch and on a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.head = nn.Parameter(torch.zeros(2, 4)), nn.Linear(4, 4), nn.Linear(4, OUTPUTS)
+        self.both = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = self.both(x.new_ones(2, 4)).sum(0)
+        return self.head(torch.tanh(self.key(self.query).sum(0) + self.both(x) + constant))
+
+
 class TwoInputs(nn.Module):
     """Two positional inputs."""
 
@@ -402,6 +437,27 @@ CASES = [
     Case("frames", Frames, real(2, 2, 4, 4), _scale("norm", "group")),
     Case("weight_used_elsewhere", Elsewhere, real(4), {"inner.weight": "dense", "inner.bias": "dense"}),
     Case("in_place_residual", Residual, real(4), {}),
+    Case("per_example", PerExample, real(4), {"inner.weight": "dense", "inner.bias": "dense"}),
+    Case("scalar_parameter", Scalar, real(4), {"gain": "dense"}),
+    Case(
+        "layers_without_a_batch",
+        Query,
+        real(4),
+        dict.fromkeys(("query", "key.weight", "key.bias", "both.weight", "both.bias"), "dense"),
+    ),
+    Case(
+        "sparse_embedding",
+        lambda: nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(20, OUTPUTS)),
+        tokens(5, 7),
+        {"0.weight": "rows"},
+    ),
+    Case(
+        "bag",
+        lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, OUTPUTS)),
+        tokens(5, 7),
+        {"0.weight": "dense"},
+    ),
+    Case("prelu", behind(nn.Linear(4, 4), nn.PReLU(4), features=4), real(4), {"1.weight": "dense"}),
     Case("two_inputs", TwoInputs, lambda g: (real(4)(g), real(2)(g)), {}),
     Case("frozen_selected", _frozen, real(4), {}),
     Case("frozen_left_out", _frozen, real(4), {"0.bias": "shift"}, "requires_grad"),

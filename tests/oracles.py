@@ -16,7 +16,11 @@ from torch.func import functional_call, hessian, jacrev, vmap
 
 def evaluated(net: nn.Module) -> nn.Module:
     """A deep copy in eval mode, so that no test depends on the mode of the network it is given."""
-    return copy.deepcopy(net).eval()
+    module = copy.deepcopy(net).eval()
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            part.sparse = False  # jacrev knows no sparse gradients
+    return module
 
 
 def outputs(net: nn.Module, x: Any) -> Tensor:
@@ -37,7 +41,7 @@ def jacobian(net: nn.Module, x: Any, names: Sequence[str]) -> Tensor:
         return f.unsqueeze(1) if f.dim() == 1 else f
 
     blocks = jacrev(call, chunk_size=1)(chosen)  # a loop, no batching rule needed
-    return torch.cat([blocks[name].detach().flatten(2) for name in names], -1)
+    return torch.cat([blocks[name].detach().reshape(*blocks[name].shape[:2], -1) for name in names], -1)
 
 
 # --- likelihoods: Lambda by its formula, by autograd, and the score -----------------------------------------------

@@ -14,14 +14,29 @@ from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.errors import UnsupportedError
 from bayesdl.network import Network
 
+# a wrong formula is off by its own size; rounding is not
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
-def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor) -> list[Tensor | None]:
-    """Gradients `(K, *node.shape)` at every node for cotangents `(K, B, C)`; None where a node has no influence."""
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative difference below which two ways to a gradient agree."""
+    return TOLERANCE.get(dtype, 2e-3)
+
+
+def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor, keep: bool = False) -> list[Tensor | None]:
+    """Gradients `(K, *node.shape)` at every node for cotangents `(K, B, C)`; None where a node has no influence.
+
+    Args:
+        output: `(B, C)`.
+        nodes: of its graph.
+        vectors: cotangents.
+        keep: the graph for another pass.
+    """
     if not nodes or not output.requires_grad:
         return [None] * len(nodes)
     if len(vectors) == 1:
-        single = torch.autograd.grad(output, nodes, vectors[0], allow_unused=True)
-        return [None if g is None else g.unsqueeze(0) for g in single]
+        single = torch.autograd.grad(output, nodes, vectors[0], allow_unused=True, retain_graph=keep)
+        return [None if g is None else _strided(g).unsqueeze(0) for g in single]
     try:
         with _quiet_fallback():
             return list(
@@ -31,18 +46,22 @@ def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor) -> list[Tenso
         # an operation that cannot be batched: one pass per cotangent, which also raises whatever was really wrong
         rounds = [torch.autograd.grad(output, nodes, v, allow_unused=True, retain_graph=True) for v in vectors]
     return [
-        None if column[0] is None else torch.stack([g for g in column if g is not None])
+        None if column[0] is None else torch.stack([_strided(g) for g in column if g is not None])
         for column in zip(*rounds, strict=True)
     ]
 
 
-def parameter_rows(
-    network: Network, names: list[str], call: Any, vectors: Tensor, output: Tensor
-) -> dict[str, Tensor]:
+def _strided(gradient: Tensor) -> Tensor:
+    # functional calls such as F.embedding(..., sparse=True) return sparse gradients
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def parameter_rows(network: Network, names: list[str], call: Any, vectors: Tensor, output: Tensor) -> dict[str, Tensor]:
     """J_n^T v for whole parameters: `(K, B, *shape)` by name.
 
-    All examples together under vmap; one after another where an operation has no batching rule (recurrent cells)
-    or the network's control flow depends on the data.
+    All examples together under vmap; one after another where an operation has no batching rule (recurrent cells), has
+    a wrong one, or the network's control flow depends on the data. Rows are trusted once their sum over the examples
+    is the gradient of the batch.
 
     Args:
         network: the network.
@@ -56,18 +75,41 @@ def parameter_rows(
     """
     everything = network.parameters
     selected = {name: everything[name].detach() for name in names}
+    truth = _of_batch(network, selected, call, vectors[0])
     try:
         with _quiet_fallback():
             gradients, values = _all_examples(network, selected, call, vectors)
+        sound = _add_up(gradients, truth, vectors)
     except (RuntimeError, ValueError):
+        sound = False
+    if not sound:
         gradients, values = _one_by_one(network, selected, call, vectors)
-    tolerance = 1e3 * torch.finfo(output.dtype).eps * float(1.0 + output.abs().max())
-    if not torch.allclose(values, output, atol=tolerance, rtol=0.0):
+    slack = 1e3 * torch.finfo(output.dtype).eps * float(1.0 + output.abs().max())
+    if not torch.allclose(values, output, atol=slack, rtol=0.0) or not _add_up(gradients, truth, vectors):
         raise UnsupportedError(
             "the network's output for an example depends on the other examples in the batch (batch statistics?); "
             "curvature per example is not defined for such a network"
         )
     return gradients
+
+
+def _of_batch(network: Network, selected: dict[str, Tensor], call: Any, vector: Tensor) -> dict[str, Tensor]:
+    """sum_n J_n^T v_n by one ordinary backward pass."""
+    leaves = {name: value.clone().requires_grad_() for name, value in selected.items()}
+    output = network.forward(network.module(), call, leaves)
+    gradients = backward(output, list(leaves.values()), vector.unsqueeze(0))
+    pairs = zip(leaves.items(), gradients, strict=True)
+    return {name: torch.zeros_like(leaf) if g is None else g[0] for (name, leaf), g in pairs}
+
+
+def _add_up(rows: dict[str, Tensor], truth: dict[str, Tensor], vectors: Tensor) -> bool:
+    for name, value in rows.items():
+        if value.shape != (*vectors.shape[:2], *truth[name].shape):
+            return False
+        scale = float(value[0].abs().sum(0).max())
+        if not float((value[0].sum(0) - truth[name]).abs().max()) <= tolerance(value.dtype) * scale:
+            return not bool(torch.isfinite(truth[name]).all())  # named later, with its layer
+    return True
 
 
 def _all_examples(

@@ -106,7 +106,7 @@ class _Chunks:
             a = self.a[:, start : start + self.step]
             g = self.g[:, :, start : start + self.step].permute(0, 2, 1, 4, 3)  # (G, b, K, out, T)
             shape = (*g.shape[:4], a.shape[-1])
-            yield (g.reshape(*g.shape[:2], -1, g.shape[-1]) @ a).view(shape)
+            yield (g.flatten(2, 3) @ a).view(shape)
 
 
 @dataclass(frozen=True)

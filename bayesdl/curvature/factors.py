@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from bayesdl.batch import flatten_tensors
 from bayesdl.curvature.backward import backward, parameter_rows
 from bayesdl.curvature.factor import Factor, dense_factor
-from bayesdl.curvature.layers import Use, factor_of
+from bayesdl.curvature.layers import Use, empty_factor, factor_of
 from bayesdl.curvature.layout import Layout
 from bayesdl.network import Network
 
@@ -65,13 +65,10 @@ def layer_factors(
     factors: list[Factor] = []
     for block in layout.blocks:
         if block.kind == "dense":
-            factors.append(dense_factor(torch.cat([rows[n].flatten(2) for n in block.parameters], -1).to(dtype)))
+            factors.append(dense_factor(torch.cat([_flat(rows[n]) for n in block.parameters], -1).to(dtype)))
             continue
         calls = [use for module in block.modules for use in uses[module]]
-        if calls:
-            factors.append(factor_of(block, calls, len(output), dtype))
-        else:  # the layer did not take part in this batch
-            factors.append(dense_factor(output.new_zeros(len(vectors), len(output), block.numel, dtype=dtype)))
+        factors.append(factor_of(block, calls, len(output), dtype) if calls else empty_factor(block, vectors, dtype))
     return output.detach(), factors
 
 
@@ -112,6 +109,11 @@ def _normal(call: Any) -> Any:
     if any(t.is_inference() for t in tensors):
         return rebuild([t.clone() for t in tensors])
     return call
+
+
+def _flat(rows: Tensor) -> Tensor:
+    # a parameter may be a scalar
+    return rows.reshape(*rows.shape[:2], -1)
 
 
 def identity_cotangents(f: Tensor) -> Tensor:

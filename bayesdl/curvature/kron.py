@@ -10,7 +10,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import Factor, RowFactor
+from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Structure, check_noise
 from bayesdl.errors import UnsupportedError
@@ -85,8 +85,6 @@ class Kron(Structure):
             if _is_diagonal(b.kind, b.rows):
                 outer += factor.square()
                 continue
-            if b.kind == "rows" and not isinstance(factor, RowFactor):
-                continue  # the embedding took no part in this batch
             a, g, count = factor.moments()
             inner += a
             outer += g

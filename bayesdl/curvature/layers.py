@@ -49,7 +49,7 @@ def block_of(module: nn.Module, weight: str | None, bias: str | None, modules: t
         out = shapes[0][0] // groups
         columns = int(torch.Size(shapes[0][1:]).numel()) + (bias is not None)
         return Block(name, "linear", names, shapes, modules, groups, out, columns)
-    if isinstance(module, nn.Embedding) and not module.scale_grad_by_freq:
+    if isinstance(module, nn.Embedding):
         padding = -1 if module.padding_idx is None else module.padding_idx
         return Block(name, "rows", names, shapes, modules, 1, shapes[0][1], shapes[0][0], padding=padding)
     if isinstance(module, NORMS):
@@ -68,6 +68,24 @@ def factor_of(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype)
         dtype: of the factors, at least float32.
     """
     return _BUILDERS[block.kind](block, uses, batch, dtype)
+
+
+def empty_factor(block: Block, like: Tensor, dtype: torch.dtype) -> Factor:
+    """The factor of a layer that took no part in a batch: no positions, so nothing is counted.
+
+    Args:
+        block: any kind but "dense".
+        like: cotangents `(K, B, C)`.
+        dtype: of the factor.
+    """
+    count, batch = like.shape[:2]
+    if block.kind == "linear":
+        a = like.new_zeros(block.groups, batch, 0, block.columns, dtype=dtype)
+        return LinearFactor(a, like.new_zeros(block.groups, count, batch, 0, block.rows, dtype=dtype))
+    if block.kind == "rows":
+        index = torch.zeros(batch, 0, dtype=torch.long, device=like.device)
+        return RowFactor(index, like.new_zeros(1, count, batch, 0, block.rows, dtype=dtype), block.columns)
+    return dense_factor(like.new_zeros(count, batch, block.numel, dtype=dtype))
 
 
 def _linear(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:

@@ -86,7 +86,7 @@ class Block:
         sizes = [math.prod(shape) for shape in self.shapes]
         pieces = flat.split(sizes, -1)
         return {
-            name: piece.reshape(*lead, *shape)
+            name: piece.reshape((*lead, *shape))
             for name, piece, shape in zip(self.parameters, pieces, self.shapes, strict=True)
         }
 
@@ -137,7 +137,7 @@ class Layout:
             raise ShapeError(f"a flat vector of {flat.shape[-1]} entries was given; the selection has {self.numel}")
         lead = flat.shape[:-1]
         pieces = flat.split(self.sizes, -1)
-        return {n: piece.reshape(*lead, *s) for n, piece, s in zip(self.names, pieces, self.shapes, strict=True)}
+        return {n: piece.reshape((*lead, *s)) for n, piece, s in zip(self.names, pieces, self.shapes, strict=True)}
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """Tensors by name -> `(P,)`."""

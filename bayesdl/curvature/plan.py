@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.batch import batch_size, index_batch
-from bayesdl.curvature.backward import backward
+from bayesdl.curvature.backward import backward, tolerance
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Tap, layer_factors, tapped_forward
 from bayesdl.curvature.layers import CHANNEL_WISE, block_of
@@ -24,12 +24,9 @@ from bayesdl.data import check_inputs, in_batch
 from bayesdl.errors import ArgumentError, UnreachedParameterError, check_finite
 from bayesdl.network import Network
 
-# a wrong formula is off by its own size; rounding is not
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-
 
 def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
-    """The layout of a network's selected parameters, checked on the first one or two examples of a batch.
+    """The layout of a network's selected parameters, checked on the first two examples of a batch.
 
     Args:
         network: with its selection.
@@ -50,7 +47,7 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
         pair = _rows(network, example, 2)
         two = tapped_forward(network, pair, hooked)[1]
         three = tapped_forward(network, _rows(network, example, 3), hooked)[1]
-        truth = _first_example_gradient(network, pair)
+        truth = _true_gradients(network, pair)
     blocks = [_placed(block, two, three) for block in blocks]
     outputs = int(truth[0].shape[-1])
     checked = [block for block in blocks if block.kind != "dense"]
@@ -117,9 +114,10 @@ def _candidates(network: Network, bias: str) -> list[Block]:
 def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
     """Find the batch axis by running two and three examples; without one the block becomes dense."""
     axes: set[int | None] = set()
-    for a, b in zip(two, three, strict=True):
-        if a.layer not in block.modules:
-            continue
+    mine = [[tap for tap in taps if tap.layer in block.modules] for taps in (two, three)]
+    if len(mine[0]) != len(mine[1]):  # called as often as there are examples, say
+        return replace(block, kind="dense")
+    for a, b in zip(*mine, strict=True):
         before, after = a.output.shape, b.output.shape
         changed = [i for i, (m, n) in enumerate(zip(before, after, strict=False)) if m != n]
         if len(before) != len(after) or len(changed) != 1 or 2 * after[changed[0]] != 3 * before[changed[0]]:
@@ -128,54 +126,55 @@ def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
             axes.add(changed[0])
         else:
             axes.add(-1 if changed[0] == 0 else None)
-    fixed = any(tap.layer in block.modules and isinstance(tap.module, CHANNEL_WISE) for tap in two)
+    fixed = any(isinstance(tap.module, CHANNEL_WISE) for tap in mine[0])
     if len(axes) != 1 or None in axes or (fixed and axes - {0, -1}):
         return replace(block, kind="dense")
     return replace(block, axis=axes.pop() or 0)
 
 
-def _first_example_gradient(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """A random cotangent on the first example alone, and the gradient of every selected parameter for it."""
+def _true_gradients(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Two random cotangents `(2, 2, C)`, one for each example, and every selected parameter's gradients `(2, ...)`."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in network.parameters.items()}
     output = network.forward(network.module(), pair, leaves)
     with in_batch(0):
         check_finite(output.detach(), "the network's outputs")
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.zeros(1, *output.shape, dtype=output.dtype, device=output.device)
-    vector[0, 0] = torch.randn(output.shape[1], generator=generator).to(output)
-    gradients = backward(output, list(leaves.values()), vector)
-    missing = [name for name, g in zip(leaves, gradients, strict=True) if g is None]
+    noise = torch.randn(2, output.shape[1], generator=torch.Generator().manual_seed(0))
+    vectors = torch.diag_embed(noise.T).permute(1, 2, 0).to(output)
+    # one cotangent at a time: batched passes are among what is to be proved
+    rounds = [backward(output, list(leaves.values()), v.unsqueeze(0), keep=True) for v in vectors]
+    missing = [name for name, g in zip(leaves, rounds[0], strict=True) if g is None]
     if missing:
         raise UnreachedParameterError(
             f"{len(missing)} selected parameter(s) have no influence on the outputs, the first is "
             f"{missing[0]!r}; leave "
             "them out of select= (is there a second head, or a detach()?)"
         )
-    return vector, {name: g[0] for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    pairs = zip(leaves, *rounds, strict=True)
+    return vectors, {name: torch.cat([a, b]) for name, a, b in pairs if a is not None and b is not None}
 
 
 def _disagreeing(network: Network, layout: Layout, pair: Any, truth: tuple[Tensor, dict[str, Tensor]]) -> set[str]:
-    vector, gradients = truth
+    vectors, gradients = truth
     kind = network.dtype or torch.float32
     work = torch.promote_types(kind, torch.float32)
-    _, factors = layer_factors(network, layout, pair, lambda f: vector, work)
+    _, factors = layer_factors(network, layout, pair, lambda f: vectors, work)
     wrong = set()
     for block, factor in zip(layout.blocks, factors, strict=True):
-        ours = _first_row(factor).to(work)
+        ours = torch.stack([_row(factor, k) for k in range(2)]).to(work)
         true = block.pack({name: gradients[name].to(work) for name in block.parameters})
         scale = max(float(true.abs().max()), float(ours.abs().max()))
-        if not float((ours - true).abs().max()) <= TOLERANCE.get(kind, 2e-3) * scale:  # NaN disagrees
+        if not float((ours - true).abs().max()) <= tolerance(kind) * scale:  # NaN disagrees
             wrong.add(block.name)
     return wrong
 
 
-def _first_row(factor: Factor) -> Tensor:
-    """J^T v of the first example, `(G, out, in)`."""
+def _row(factor: Factor, example: int) -> Tensor:
+    """J^T v of an example for the cotangent of the same number, `(G, out, in)`."""
     if isinstance(factor, LinearFactor):
-        return factor.g[:, 0, 0].mT @ factor.a[:, 0]
-    rows = factor.g[0, 0, 0].new_zeros(factor.size, factor.g.shape[-1])
-    used = factor.index[0] >= 0
-    return rows.index_add_(0, factor.index[0][used], factor.g[0, 0, 0][used]).T.unsqueeze(0)
+        return factor.g[:, example, example].mT @ factor.a[:, example]
+    index, g = factor.index[example], factor.g[0, example, example]
+    rows = g.new_zeros(factor.size, g.shape[-1])
+    return rows.index_add_(0, index[index >= 0], g[index >= 0]).T.unsqueeze(0)
 
 
 def _dense(name: str, value: Tensor) -> Block:
