@@ -66,13 +66,10 @@ class SamplePosterior(Posterior):
     def __len__(self) -> int:
         return len(self.weights)
 
-    def member(self, index: int) -> dict[str, Tensor]:
-        """Tensors of one sample."""
-        return {name: value[index] for name, value in self.snapshots.items()}
-
     def push(self, network: Network, inputs: Any, state: Any) -> Latent:
         call = network.prepare(inputs)
-        outputs = torch.stack([network(call, self._cast(network, i)) for i in range(len(self))])
+        held = self._cast(network)
+        outputs = torch.stack([network(call, {k: v[i] for k, v in held.items()}) for i in range(len(self))])
         return SampleLatent(outputs, self.weights.to(outputs))
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
@@ -83,12 +80,13 @@ class SamplePosterior(Posterior):
         else:
             shares = self.weights.float().to(source.device)
             order = torch.multinomial(shares, n, replacement=True, generator=source)
-        return [frozen(network, self._cast(network, int(i))) for i in order]
+        held = self._cast(network)
+        return [frozen(network, {name: value[int(i)] for name, value in held.items()}) for i in order]
 
-    def _cast(self, network: Network, index: int) -> dict[str, Tensor]:
+    def _cast(self, network: Network) -> dict[str, Tensor]:
         # the network may have been moved to half precision, where samples are not kept
         own = network.tensors
-        return {name: value.to(own[name].dtype) for name, value in self.member(index).items()}
+        return {name: value.to(own[name].dtype) for name, value in self.snapshots.items()}
 
     @property
     def forward_passes(self) -> float:
