@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from bayesdl.clone import independent_copy, structural_clone, unwrap
 from bayesdl.errors import UnsupportedError
@@ -149,11 +149,15 @@ def test_recurrent_weights_can_be_replaced() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-@pytest.mark.parametrize("kind", ["old weight_norm", "weight_norm", "spectral_norm", "old spectral_norm", "orthogonal"])
+@pytest.mark.parametrize(
+    "kind", ["old weight_norm", "weight_norm", "spectral_norm", "old spectral_norm", "orthogonal", "pruned"]
+)
 def test_reparametrised_layers(kind: str) -> None:
     net = mlp().train()
     if kind == "old weight_norm":
         nn.utils.weight_norm(net[0])
+    elif kind == "pruned":
+        prune.l1_unstructured(net[0], "weight", amount=0.5)
     elif kind == "old spectral_norm":
         nn.utils.spectral_norm(net[0])
     else:
