@@ -97,15 +97,15 @@ def test_monte_carlo_fisher_of_every_likelihood(likelihood: str) -> None:
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_monte_carlo_fisher_converges_to_the_ggn(likelihood: str) -> None:
-    # 20,000 draws: relative error of the trace about 1 / sqrt(20000 * 8) times the score's kurtosis; 5% is beyond
-    # ten standard errors for all five families (failure rate below 1e-9 over seeds; the seed is fixed)
+    # 2,000 draws at 8 inputs: each entry has a relative standard error of about 1-2%; 15% is beyond
+    # six of them for all five families (failure rate below 1e-8 over seeds; the seed is fixed)
     net, x, y, family = problem(likelihood)
-    rule = cotangent_rule(family, "mc", 20_000, torch.Generator().manual_seed(9))
+    rule = cotangent_rule(family, "mc", 2_000, torch.Generator().manual_seed(9))
     f = oracles.outputs(net, x)
     vectors = rule(f, y)
     found = torch.einsum("knc,knd->ncd", vectors, vectors)
     truth = oracles.lambda_formula(likelihood, f, NOISE)
-    assert float((found - truth).norm() / truth.norm()) < 0.05
+    assert float((found - truth).norm() / truth.norm()) < 0.15
 
 
 def test_without_a_generator_the_draws_come_from_a_fixed_seed() -> None:
