@@ -370,6 +370,8 @@ def test_half_precision_after_the_fit(task: str, label: str) -> None:
     bayes, x = fit(task, label), inputs(task)
     before = bayes(x)
     after = bayes.to(torch.bfloat16)(x)
+    held = bayes.posterior.tensors().values()
+    assert all(torch.finfo(t.dtype).bits >= 32 for t in held if t.is_floating_point())
     assert after.mean.dtype is torch.float32
     assert float((after.mean - before.mean).abs().max()) < 0.1
 

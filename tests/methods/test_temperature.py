@@ -112,6 +112,8 @@ def test_tuning_twice_composes() -> None:
     twice = once.tune("heldout", [(x, y)])
     assert isinstance(twice.posterior, ScaledPosterior) and isinstance(twice.posterior.base, PointPosterior)
     assert fitted_temperature(twice) == pytest.approx(fitted_temperature(once), rel=1e-5)
+    given = bdl.wrap(Logits(), bdl.Temperature(temperature=7.0), likelihood="categorical").tune("heldout", [(x, y)])
+    assert fitted_temperature(given) == pytest.approx(fitted_temperature(once), rel=1e-5)
 
 
 def test_labels_without_a_finite_optimum_are_reported() -> None:
