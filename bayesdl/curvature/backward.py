@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.errors import UnsupportedError
 from bayesdl.network import Network
+
+# fused attention has no batched backward pass: torch would warn, and loop over the cotangents as is done here
+UNBATCHED = "ScaledDotProduct"
+_ONE_THREAD = RLock()
 
 # a wrong formula is off by its own size; rounding is not
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -37,18 +42,42 @@ def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor, keep: bool = 
     if len(vectors) == 1:
         single = torch.autograd.grad(output, nodes, vectors[0], allow_unused=True, retain_graph=keep)
         return [None if g is None else _strided(g).unsqueeze(0) for g in single]
-    try:
-        with _quiet_fallback():
+    if not _has_unbatched(output):
+        try:
             return list(
                 torch.autograd.grad(output, nodes, vectors, allow_unused=True, is_grads_batched=True, retain_graph=True)
             )
-    except RuntimeError:
-        # an operation that cannot be batched: one pass per cotangent, which also raises whatever was really wrong
-        rounds = [torch.autograd.grad(output, nodes, v, allow_unused=True, retain_graph=True) for v in vectors]
+        except (RuntimeError, UserWarning):
+            pass  # an operation that cannot be batched, or whatever is really wrong, which is raised again below
+    rounds = [torch.autograd.grad(output, nodes, v, allow_unused=True, retain_graph=True) for v in vectors]
     return [
         None if column[0] is None else torch.stack([_strided(g) for g in column if g is not None])
         for column in zip(*rounds, strict=True)
     ]
+
+
+def _has_unbatched(output: Tensor) -> bool:
+    stack, seen = [output.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if UNBATCHED in node.name():
+            return True
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+    return False
+
+
+@contextmanager
+def muted(message: str, category: type[Warning]) -> Iterator[None]:
+    """Keep one of torch's own warnings from the user, one thread at a time.
+
+    Warning filters belong to the process, and so does the level of torch's forward mode, which callers use inside.
+    """
+    with _ONE_THREAD, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=message, category=category)
+        yield
 
 
 def _strided(gradient: Tensor) -> Tensor:
@@ -77,10 +106,11 @@ def parameter_rows(network: Network, names: list[str], call: Any, vectors: Tenso
     selected = {name: everything[name].detach() for name in names}
     truth = _of_batch(network, selected, call, vectors[0])
     try:
-        with _quiet_fallback():
+        # torch loops by itself over operations without a batching rule, which is what is wanted
+        with muted(".*batching rule.*", UserWarning):
             gradients, values = _all_examples(network, selected, call, vectors)
         sound = _add_up(gradients, truth, vectors)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, UserWarning):
         sound = False
     if not sound:
         gradients, values = _one_by_one(network, selected, call, vectors)
@@ -151,11 +181,3 @@ def _one_by_one(
             rows[name].append(leaf.new_zeros(len(vectors), *leaf.shape) if gradient is None else gradient)
         values.append(output.detach())
     return {name: torch.stack(parts, 1) for name, parts in rows.items()}, torch.cat(values)
-
-
-@contextmanager
-def _quiet_fallback() -> Iterator[None]:
-    # torch loops by itself over operations without a batching rule and warns; the loop is what is wanted
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
-        yield

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from threading import Lock
 from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
 from bayesdl.batch import batch_size, flatten_tensors
+from bayesdl.curvature.backward import muted
 from bayesdl.curvature.estimate import STRUCTURES, chunk_size, chunks
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
@@ -25,8 +25,6 @@ from bayesdl.posteriors.base import Function, Posterior, frozen, standard_normal
 # beyond this many outputs only marginal variances are computed, unless asked for
 JOINT_OUTPUTS = 128
 DEFAULT_SAMPLES = 32
-# torch keeps the level of forward-mode differentiation per process, not per thread
-_FORWARD_MODE = Lock()
 
 
 @final
@@ -257,7 +255,8 @@ def _forward_mode(network: Network, delta: Mapping[str, Tensor], inputs: Any) ->
     call, module, origin = network.prepare(inputs), network.module(), network.parameters
     direction = {name: delta[name].to(value) for name, value in origin.items()}
     plain = {name: value.detach() for name, value in origin.items()}
-    with _FORWARD_MODE:
+    # torch's first use of forward mode warns about torch's own use of torch.jit.script
+    with muted(".*torch.jit.script.*", DeprecationWarning):
         pair = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
     return pair[0] + pair[1]
 
