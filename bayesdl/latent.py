@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,12 +78,12 @@ class SampleLatent:
                 f"samples {tuple(self.samples.shape)} must be (S, B, C) and weights {tuple(self.weights.shape)} (S,)"
             )
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
         """`(B, C)`."""
         return torch.einsum("s,sbc->bc", self.weights, self.samples)
 
-    @property
+    @cached_property
     def variance(self) -> Tensor:
         """`(B, C)`."""
         return torch.einsum("s,sbc->bc", self.weights, (self.samples - self.mean).square())

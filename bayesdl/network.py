@@ -281,8 +281,13 @@ def _spread(module: nn.Module) -> Tensor:
     if not parameters:
         return torch.zeros(0)
     wide = torch.float64 if any(p.dtype is torch.float64 for p in parameters) else torch.float32
-    picked = [p.reshape(-1)[:: -(-p.numel() // PROBES)] for p in parameters]
+    picked = [_in_memory_order(p)[:: -(-p.numel() // PROBES)] for p in parameters]
     return torch.cat([values.to(device=picked[0].device, dtype=wide) for values in picked])
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A flat view, also of dense tensors in another layout such as channels-last."""
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))).reshape(-1)
 
 
 def _recorder(name: str, seen: list[tuple[str, Tensor]]) -> Callable[[nn.Module, Any, Any], None]:

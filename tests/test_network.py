@@ -137,6 +137,15 @@ def test_writes_that_leave_no_version_are_noticed_by_value(write: Callable[[nn.M
             use()
 
 
+def test_writes_to_other_memory_layouts_are_noticed() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten()).to(memory_format=torch.channels_last)
+    network = Network(net)
+    network.check_values()
+    net[0].weight.data.add_(1.0)
+    with pytest.raises(StaleModelError):
+        network.check_values()
+
+
 def test_networks_that_hold_nan_are_not_called_stale() -> None:
     net = mlp()
     net[0].bias.data.fill_(torch.nan)
