@@ -98,6 +98,14 @@ def require(module: str, *, extra: str | None = None) -> ModuleType:
         raise MissingDependencyError(f"{module} is installed but cannot be imported: {error}") from error
 
 
+def as_numbers(value: object, what: str) -> Tensor:
+    """`value` as a float64 tensor. Raises `ArgumentError` that names `what` where it holds no numbers."""
+    try:
+        return torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{what}={value!r}; expected a number, or a vector of numbers") from error
+
+
 def check_finite(value: Tensor, what: str) -> None:
     """Raise `NonFiniteError` that names `what` and the first bad index, if `value` holds NaN or infinity."""
     if value.dtype.is_floating_point and not torch.isfinite(value).all():

@@ -148,12 +148,15 @@ class Network:
 
     def forward(self, module: nn.Module, call: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """`__call__` on a given clone and prepared inputs."""
+        size = known_batch_size(call)
+        if size == 0:
+            raise ShapeError("the batch is empty; expected at least one example")
         kwargs = dict(call.kwargs or {})
         if tensors:
             raw = torch.func.functional_call(module, dict(tensors), call.args, kwargs)
         else:
             raw = module(*call.args, **kwargs)
-        return two_dimensional(extract_output(raw), known_batch_size(call))
+        return two_dimensional(extract_output(raw), size)
 
     def check_fresh(self) -> None:
         """Raise `StaleModelError` if a parameter was written to since this network was made."""
@@ -287,7 +290,8 @@ def _spread(module: nn.Module) -> Tensor:
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """A flat view, also of dense tensors in another layout such as channels-last."""
-    return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))).reshape(-1)
+    strides: tuple[int, ...] = tensor.stride()
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d])).reshape(-1)
 
 
 def _recorder(name: str, seen: list[tuple[str, Tensor]]) -> Callable[[nn.Module, Any, Any], None]:

@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, as_numbers
 
 
 class Prior(ABC):
@@ -40,7 +40,7 @@ class GaussianPrior(Prior):
     name: ClassVar[str] = "gaussian"
 
     def __post_init__(self) -> None:
-        value = torch.as_tensor(self.precision, dtype=torch.float64)
+        value = as_numbers(self.precision, "precision")
         if value.dim() > 1 or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ArgumentError(
                 f"precision={self.precision!r}; expected a positive finite number, or a vector of them "

@@ -30,6 +30,12 @@ def test_precisions_must_be_positive(precision: Any) -> None:
         GaussianPrior(precision=precision)
 
 
+@pytest.mark.parametrize("precision", ["a", None, ["a"], object(), [[1.0], [1.0, 2.0]]])
+def test_precisions_must_be_numbers(precision: Any) -> None:
+    with pytest.raises(ArgumentError, match="precision=.*; expected a number"):
+        GaussianPrior(precision=precision)
+
+
 def test_a_precision_per_layer_has_no_density_without_the_layers() -> None:
     with pytest.raises(ArgumentError, match=r"one per parameter \(8\), got 2"):
         GaussianPrior(precision=[1.0, 2.0]).log_prob(THETA)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal, Normal
 
-from bayesdl.errors import ArgumentError, NotFittedError, ShapeError
+from bayesdl.errors import ArgumentError, NotFittedError, ShapeError, as_numbers
 from bayesdl.latent import GaussianLatent, Latent
 from bayesdl.likelihoods.base import Likelihood
 from bayesdl.linalg import cholesky
@@ -35,7 +35,7 @@ class Gaussian(Likelihood):
     def __post_init__(self) -> None:
         if self.noise is None:
             return
-        value = torch.as_tensor(self.noise, dtype=torch.float64)
+        value = as_numbers(self.noise, "noise")
         if value.dim() > 1 or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ArgumentError(
                 f"noise={self.noise!r}; expected a positive finite standard deviation, or one per output in a vector"

@@ -523,6 +523,12 @@ def test_training_on_makes_the_wrapper_stale(task: str, label: str) -> None:
 
 
 @every
+def test_an_empty_batch_says_so(task: str, label: str) -> None:
+    with pytest.raises(ShapeError, match="the batch is empty"):
+        fitted(task, label)(inputs(task)[:0])
+
+
+@every
 def test_wrong_dimension_of_the_inputs_is_an_error(task: str, label: str) -> None:
     with pytest.raises((RuntimeError, BayesDLError)):
         fitted(task, label)(torch.zeros(4, 5))

@@ -66,6 +66,12 @@ def test_noise_must_be_positive(noise: object) -> None:
         Gaussian(noise)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("noise", ["a", ["a"], object()])
+def test_noise_must_be_numbers(noise: object) -> None:
+    with pytest.raises(ArgumentError, match="noise=.*; expected a number"):
+        Gaussian(noise)  # type: ignore[arg-type]
+
+
 def test_noise_must_fit_the_outputs() -> None:
     with pytest.raises(ShapeError, match="noise has 3 entries and the network 2 outputs"):
         Gaussian([1.0, 1.0, 1.0]).distribution(torch.zeros(5, 2))
