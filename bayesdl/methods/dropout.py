@@ -38,9 +38,7 @@ class MCDropout(Method):
         if odd:
             raise UnsupportedError(f"layer {odd[0]!r} is an alpha dropout, whose masks are not multiplicative")
         layers = tuple(
-            name
-            for name, module in modules.items()
-            if isinstance(module, DROPOUTS) and self._rate(module) > 0
+            name for name, module in modules.items() if isinstance(module, DROPOUTS) and self._rate(module) > 0
         )
         if not layers:
             raise UnsupportedError(
