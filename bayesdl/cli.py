@@ -178,16 +178,15 @@ def _compare_methods(arguments: argparse.Namespace) -> Report:
     progress = _progress(arguments)
     rows: dict[str, Any] = {}
     for name in names:
-        model = wrap(
+        rows[name] = wrap(
             cli_model.network_for(name, networks),
             name,
             cli_model.data_for(name, data),
             likelihood=arguments.likelihood,
+            validation=data.val,
             generator=torch.Generator().manual_seed(arguments.seed),
             progress=progress,
         )
-        tuned = name == "laplace" and data.val is not None
-        rows[name] = model.tune("heldout", data.val) if tuned else model
     return compare(
         rows,
         data.test,

@@ -42,6 +42,16 @@ class Record:
     findings: tuple[Finding, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Source:
+    """The user's loader, which a deep copy of the model shares instead of copying a data set."""
+
+    loader: Iterable[Any] | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Source:
+        return self
+
+
 class BayesianModel(nn.Module):
     """A network that answers with distributions.
 
@@ -76,7 +86,7 @@ class BayesianModel(nn.Module):
         self.posterior = posterior
         self.likelihood = resolve_likelihood(likelihood)
         self.record = record or Record()
-        self.fit_data = fit_data
+        self._source = _Source(fit_data)
 
     def forward(
         self, x: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None
@@ -171,6 +181,11 @@ class BayesianModel(nn.Module):
     def diagnose(self) -> Diagnosis:
         """What was chosen, and what looks wrong."""
         return diagnose(self)
+
+    @property
+    def fit_data(self) -> Iterable[Any] | None:
+        """The loader the posterior was fitted on, where that happened in this process."""
+        return self._source.loader
 
     @property
     def device(self) -> torch.device:

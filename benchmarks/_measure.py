@@ -16,15 +16,20 @@ import torch
 from bayesdl.evaluation.cost import PeakMemory
 
 
-def arguments(description: str) -> argparse.Namespace:
+def parser(description: str) -> argparse.ArgumentParser:
     """The options that every script takes."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
-    parser.add_argument("--no-peer", action="store_true", help="leave the peer library out")
-    options = parser.parse_args()
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--repeats", type=int, default=9)
+    options.add_argument("--json", type=Path, default=None, help="write the figures to this file")
+    options.add_argument("--no-peer", action="store_true", help="leave the peer library out")
+    return options
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Parse them, and set the number of threads."""
+    options = parser(description).parse_args()
     torch.set_num_threads(options.threads)
     return options
 

@@ -133,24 +133,25 @@ def wrap_all(
     held_out = loader(validation.inputs, validation.targets, device=device)
 
     def wrapped(model: Any, method: Any, data: Any = None) -> BayesianModel:
-        generator = settings.generator()
-        return wrap(model, method, data, likelihood=likelihood, generator=generator, progress=settings.progress)
+        # whatever a method leaves open (prior precision, noise, temperature) is chosen on the same held-out data
+        return wrap(
+            model,
+            method,
+            data,
+            likelihood=likelihood,
+            validation=held_out,
+            generator=settings.generator(),
+            progress=settings.progress,
+        )
 
-    classes = likelihood == "categorical"
-    noise = None if classes else held_out  # chooses the noise's variance; classes have none
-    rows = {"map": wrapped(network, "map", noise)}
-    if classes:
-        rows["temperature"] = wrapped(network, "temperature", held_out)
+    rows = {"map": wrapped(network, "map", held_out)}
+    if likelihood == "categorical":
+        rows["temperature"] = wrapped(network, "temperature")
     for name, select in (("laplace, last layer", "last_layer"), ("laplace, all layers", "all")):
-        # A network trained without weight decay is no mode under any prior, so that the evidence of the training data
-        # does not find a good prior precision; held-out data do.
-        fitted = wrapped(network, Laplace(select=select, structure="kron"), ordered)
-        rows[name] = fitted.tune("heldout", held_out)
+        rows[name] = wrapped(network, Laplace(select=select, structure="kron"), ordered)
     rows["swag"] = wrapped(network, SWAG(epochs=20, lr=1e-2), shuffled)
-    rows["dropout"] = wrapped(network, MCDropout(num_samples=settings.draws), noise)
-    rows["ensemble"] = wrapped(members, "ensemble", noise)
-    if not classes:
-        rows["swag"] = rows["swag"].tune("heldout", held_out)  # its residuals on training data are too small
+    rows["dropout"] = wrapped(network, MCDropout(num_samples=settings.draws), held_out)
+    rows["ensemble"] = wrapped(members, "ensemble", held_out)
     return rows
 
 

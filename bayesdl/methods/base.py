@@ -80,6 +80,7 @@ class Method(ABC):
     """Base of the frozen dataclasses that `wrap` accepts; their constructors only store."""
 
     name: ClassVar[str]
+    trains: ClassVar[bool] = False  # whether the data must be what the network was trained on
     select: Selector | None = None
 
     @abstractmethod

@@ -51,6 +51,7 @@ class Laplace(Method):
     allow_partial: bool = False
 
     name: ClassVar[str] = "laplace"
+    trains: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         self._check()

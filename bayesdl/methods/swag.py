@@ -44,6 +44,7 @@ class SWAG(Method):
     diagonal: bool = False
 
     name: ClassVar[str] = "swag"
+    trains: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         if self.epochs < 1 or self.num_samples < 1 or self.collects < 1 or self.rank < 2 or not self.lr > 0:

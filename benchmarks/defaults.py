@@ -1,0 +1,239 @@
+"""Which rule should choose the prior precision when nobody says anything? A study over networks and data sets.
+
+    python benchmarks/defaults.py --data FOLDER [--splits 3] [--json FILE]
+
+FOLDER holds `uci/*.npz` (x, y, train_idx, test_idx), and, where present, `mnist` with `weights/mnist_lenet` and
+`cifar10` with `weights/cifar10_resnet`. Scikit-learn's digits are always there. Every network is trained without
+looking at any of the rules; every rule sees the training loader alone. Beside them stands the plain network, once with
+what the training data say (residual noise) and once with what a held-out set says (noise or temperature).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _measure import finish, parser
+from torch import Tensor, nn
+
+import bayesdl as bdl
+from bayesdl.demo import digits, networks
+from bayesdl.demo.training import Recipe, train
+
+RULES = ("evidence", "loo")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained network, its training data, data it never saw to choose with, and data to score on."""
+
+    name: str
+    net: nn.Module
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    likelihood: str
+
+
+def loader(pair: tuple[Tensor, Tensor], size: int = 500) -> list[tuple[Tensor, Tensor]]:
+    """Batches in order."""
+    return list(zip(pair[0].split(size), pair[1].split(size), strict=True))
+
+
+def uci(folder: Path, name: str, split: int) -> Problem:
+    """A 2 x 50 ReLU network trained by Adam for as many epochs as overfits the small sets."""
+    with np.load(folder / "uci" / f"{name}.npz") as archive:
+        x, y = archive["x"], archive["y"]
+        rows, tests = archive["train_idx"][split], archive["test_idx"][split]
+    generator = torch.Generator().manual_seed(split)
+    order = torch.randperm(len(rows), generator=generator).numpy()
+    held, rows = rows[order[: len(rows) // 10]], rows[order[len(rows) // 10 :]][:8000]
+    centre, spread = x[rows].mean(0), x[rows].std(0)
+    x = (x - centre) / np.where(spread < 1e-8, 1.0, spread)
+    y = (y - y[rows].mean()) / y[rows].std()
+
+    def pick(index: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.as_tensor(x[index]).float(), torch.as_tensor(y[index]).float().unsqueeze(1)
+
+    train_pair = pick(rows)
+    torch.manual_seed(split)
+    net = nn.Sequential(
+        nn.Linear(x.shape[1], 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 1)
+    )
+    optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(min(400, 400 * 1000 // len(rows))):
+        shuffled = torch.randperm(len(rows), generator=generator)
+        for batch in shuffled.split(64):
+            optimiser.zero_grad()
+            F.mse_loss(net(train_pair[0][batch]), train_pair[1][batch]).backward()
+            optimiser.step()
+    return Problem(f"uci/{name}", net, train_pair, pick(held), pick(tests), "gaussian")
+
+
+def sklearn_digits(seed: int) -> Problem:
+    """The demo's convolutional network."""
+    data = digits.load()
+    net = train(
+        lambda: networks.digits_network(digits.NUM_CLASSES),
+        F.cross_entropy,
+        data.train.inputs,
+        data.train.targets,
+        Recipe("digits", epochs=60),
+        seed=seed,
+    )
+    parts = [(part.inputs, part.targets) for part in (data.train, data.validation, data.test)]
+    return Problem("digits/conv", net, *parts, "categorical")
+
+
+class LeNet(nn.Module):
+    """The layout of the published MNIST weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
+        self.fc1, self.fc2 = nn.Linear(800, 500), nn.Linear(500, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2).flatten(1)
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+def lenet(folder: Path) -> Problem:
+    """LeNet on MNIST, trained by others."""
+    net = LeNet()
+    net.load_state_dict(torch.load(folder / "weights/mnist_lenet/mnist_cnn.pt", weights_only=True))
+
+    def images(name: str, rows: slice) -> tuple[Tensor, Tensor]:
+        with np.load(folder / "mnist" / name) as archive:
+            x, y = archive["x"][rows], archive["y"][rows]
+        return (torch.as_tensor(x).float().unsqueeze(1) / 255 - 0.1307) / 0.3081, torch.as_tensor(y).long()
+
+    test = images("test.npz", slice(0, 10000))
+    return Problem(
+        "mnist/lenet",
+        net,
+        images("train.npz", slice(0, 10000)),
+        (test[0][:2000], test[1][:2000]),
+        (test[0][2000:6000], test[1][2000:6000]),
+        "categorical",
+    )
+
+
+class Block(nn.Module):
+    """Residual block with the parameter-free shortcut (option A)."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.widen = (out - width) // 2
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        short = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.widen, self.widen))
+        return F.relu(y + short)
+
+
+class ResNet20(nn.Module):
+    """The layout of the published CIFAR-10 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*[Block(16, 16, 1) for _ in range(3)])
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+def resnet(folder: Path) -> Problem:
+    """ResNet-20 on CIFAR-10, trained by others on the whole training set."""
+    net = ResNet20()
+    state = torch.load(folder / "weights/cifar10_resnet/resnet20-12fca82f.th", weights_only=True, map_location="cpu")
+    net.load_state_dict({name.removeprefix("module."): value for name, value in state["state_dict"].items()})
+    mean, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+    def images(name: str, rows: int) -> tuple[Tensor, Tensor]:
+        with np.load(folder / "cifar10" / name) as archive:
+            x, y = archive["x"][:rows], archive["y"][:rows]
+        return (torch.as_tensor(x).float() / 255 - mean.view(3, 1, 1)) / spread.view(3, 1, 1), torch.as_tensor(y).long()
+
+    test = images("test.npz", 5000)
+    held, score = (test[0][:1000], test[1][:1000]), (test[0][1000:], test[1][1000:])
+    return Problem("cifar10/resnet20", net, images("train.npz", 4000), held, score, "categorical")
+
+
+def rows_of(problem: Problem, structures: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], bdl.BayesianModel]]]:
+    """Models by row name, made when asked for."""
+    seen, held = loader(problem.train), loader(problem.held_out)
+    options: dict[str, Any] = {"likelihood": problem.likelihood, "progress": False}
+    baseline = "temperature" if problem.likelihood == "categorical" else "map"
+    yield "map", lambda: bdl.wrap(problem.net, "map", seen, **options)
+    yield "map, held-out", lambda: bdl.wrap(problem.net, baseline, held, **options)
+    for select in ("last_layer", "all"):
+        for structure in structures:
+            base = bdl.wrap(problem.net, bdl.Laplace(select=select, structure=structure), seen, **options)
+            for rule in RULES:
+                yield f"laplace {select} {structure}, {rule}", lambda base=base, rule=rule: base.tune(rule)
+            yield f"laplace {select} {structure}, held-out", lambda base=base: base.tune("heldout", held)
+
+
+def score(problem: Problem, structures: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    """Mean test NLL and its standard error for every row."""
+    found = {}
+    for name, make in rows_of(problem, structures):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = make()
+            parts = [model(x).log_prob(y) for x, y in loader(problem.test)]
+        losses = -torch.cat(parts).double().detach()
+        found[name] = (float(losses.mean()), float(losses.std() / len(losses) ** 0.5))
+    return found
+
+
+def main() -> None:
+    """Run the study, average over splits, print a table and JSON."""
+    options_parser = parser(__doc__.splitlines()[0])
+    options_parser.add_argument("--data", type=Path, default=None, help="folder of data sets")
+    options_parser.add_argument("--splits", type=int, default=3)
+    options_parser.add_argument("--structures", default="kron")
+    options = options_parser.parse_args()
+    torch.set_num_threads(options.threads)
+    structures = tuple(options.structures.split(","))
+    makers: list[Callable[[], Problem]] = [lambda seed=seed: sklearn_digits(seed) for seed in range(options.splits)]
+    if options.data is not None:
+        for path in sorted((options.data / "uci").glob("*.npz")):
+            makers += [lambda n=path.stem, s=split: uci(options.data, n, s) for split in range(options.splits)]
+        if (options.data / "weights/mnist_lenet").exists():
+            makers.append(lambda: lenet(options.data))
+        if (options.data / "weights/cifar10_resnet").exists():
+            makers.append(lambda: resnet(options.data))
+    scores: dict[str, list[dict[str, tuple[float, float]]]] = {}
+    for make in makers:
+        problem = make()
+        scores.setdefault(problem.name, []).append(score(problem, structures))
+        print(problem.name, {k: round(v[0], 3) for k, v in scores[problem.name][-1].items()}, flush=True)
+    table = {}
+    for name, runs in scores.items():
+        table[name] = {}
+        for row in runs[0]:
+            values = np.array([run[row][0] for run in runs])
+            spread = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else runs[0][row][1]
+            table[name][row] = [round(float(values.mean()), 4), round(float(spread), 4)]
+    finish({"test NLL, mean and standard error": table}, options)
+
+
+if __name__ == "__main__":
+    main()
