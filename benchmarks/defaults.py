@@ -63,9 +63,7 @@ def uci(folder: Path, name: str, split: int) -> Problem:
 
     train_pair = pick(rows)
     torch.manual_seed(split)
-    net = nn.Sequential(
-        nn.Linear(x.shape[1], 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 1)
-    )
+    net = nn.Sequential(nn.Linear(x.shape[1], 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 1))
     optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(min(400, 400 * 1000 // len(rows))):
         shuffled = torch.randperm(len(rows), generator=generator)
