@@ -62,9 +62,9 @@ def batches(
     expected = declared_size(data)
     if not allow_partial and expected is not None and seen != expected:
         raise ArgumentError(
-            f"the loader yielded {seen} examples and its data set holds {expected}: curvature is a sum "
-            "over the data, so a "
-            "partial pass changes the posterior. Build the loader with drop_last=False, or pass allow_partial=True"
+            f"the loader yielded {seen} examples and its data set holds {expected}: curvature is a sum over the "
+            "data, so a partial pass changes the posterior. Build the loader with drop_last=False, or pass "
+            "allow_partial=True"
         )
 
 

@@ -107,9 +107,8 @@ def load(
     network = Network(model, batch=batch)
     if header["fingerprint"] != network.fingerprint():
         raise FileFormatError(
-            f"{path} was saved for a network with other weights (fingerprint "
-            f"{str(header['fingerprint'])[:12]}, this network "
-            f"{network.fingerprint()[:12]}); load the weights that were wrapped"
+            f"{path} was saved for a network with other weights (fingerprint {str(header['fingerprint'])[:12]}, "
+            f"this network {network.fingerprint()[:12]}); load the weights that were wrapped"
         )
     if likelihood is None and str(header["likelihood"]) not in LIKELIHOODS:
         raise FileFormatError(

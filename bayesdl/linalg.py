@@ -38,9 +38,8 @@ def cholesky(matrix: Tensor, what: str = "matrix") -> Tensor:
             )
             return factor
     raise NumericalError(
-        f"{what} of shape {tuple(matrix.shape)} is not positive definite even with jitter {JITTER[-1]:g} "
-        "times its mean "
-        "diagonal; use float64 curvature or a larger prior precision"
+        f"{what} of shape {tuple(matrix.shape)} is not positive definite even with jitter {JITTER[-1]:g} times its "
+        "mean diagonal; use float64 curvature or a larger prior precision"
     )
 
 

@@ -163,9 +163,8 @@ class Network:
         for name, parameter in self._template.named_parameters():
             if parameter._version != self._versions[name]:
                 raise StaleModelError(
-                    f"parameter {name!r} of the wrapped model was written to after the fit; the posterior "
-                    "belongs to the "
-                    "old weights. Wrap the model again, or train a copy"
+                    f"parameter {name!r} of the wrapped model was written to after the fit; the posterior belongs "
+                    "to the old weights. Wrap the model again, or train a copy"
                 )
 
     def check_values(self) -> None:
@@ -204,9 +203,8 @@ class Network:
         matches = [n for n, out in seen if out.data_ptr() == output.data_ptr() and out.numel() == output.numel()]
         if not matches:
             raise SelectionError(
-                "no layer's output is the network's output (is there a softmax or a sum behind the last "
-                "layer?); name the "
-                f"layer instead, e.g. select={seen[-1][0] if seen else 'head'!r}"
+                "no layer's output is the network's output (is there a softmax or a sum behind the last layer?); "
+                f"name the layer instead, e.g. select={seen[-1][0] if seen else 'head'!r}"
             )
         # a module around the layer hands the same tensor on: the innermost one made it
         inner = [n for n in matches if not any(other != n and _below(other, n) for other in matches)]
@@ -241,9 +239,8 @@ def two_dimensional(output: Tensor, size: int | None = None) -> Tensor:
         return output.unsqueeze(1)
     if output.dim() != 2:
         raise ShapeError(
-            f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). Flatten "
-            "positions into the "
-            "batch, or pool them, in a module around the network"
+            f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). Flatten positions "
+            "into the batch, or pool them, in a module around the network"
         )
     return output
 

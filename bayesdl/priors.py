@@ -43,9 +43,8 @@ class GaussianPrior(Prior):
         value = as_numbers(self.precision, "precision")
         if value.dim() > 1 or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):
             raise ArgumentError(
-                f"precision={self.precision!r}; expected a positive finite number, or a vector of them "
-                "(per layer or per "
-                "parameter)"
+                f"precision={self.precision!r}; expected a positive finite number, or a vector of them (per layer "
+                "or per parameter)"
             )
 
     def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -228,8 +228,7 @@ def _batch_size(batch: Any) -> int:
 def _cost_note(measured: costs.Cost) -> str:
     text = (
         "Time: wall clock per example over batches held in memory, after a warm-up, median of runs that alternate "
-        "between the methods. "
-        "Peak memory: highest level during a prediction above the level before it"
+        "between the methods. Peak memory: highest level during a prediction above the level before it"
     )
     text += ", CUDA allocator" if measured.device.startswith("cuda") else ", resident set sampled every millisecond"
     return f"{text}. {measured.note}." if measured.note else f"{text}."

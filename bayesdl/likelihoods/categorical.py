@@ -63,9 +63,8 @@ class Categorical(Likelihood):
             y = y.squeeze(1)
         if y.shape != f.shape[:1]:
             raise ShapeError(
-                f"targets have shape {tuple(y.shape)} and the outputs {tuple(f.shape)}; the categorical "
-                "likelihood expects "
-                f"class indices of shape ({f.shape[0]},)"
+                f"targets have shape {tuple(y.shape)} and the outputs {tuple(f.shape)}; the categorical likelihood "
+                f"expects class indices of shape ({f.shape[0]},)"
             )
         if y.dtype.is_floating_point or y.dtype in (torch.bool, torch.complex64):
             raise LabelError(f"targets have dtype {y.dtype}; the categorical likelihood expects integer class indices")

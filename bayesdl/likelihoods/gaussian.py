@@ -45,9 +45,8 @@ class Gaussian(Likelihood):
         """The standard deviations `(C,)` in the dtype and on the device of `f`."""
         if self.noise is None:
             raise NotFittedError(
-                "the gaussian likelihood has no noise yet: pass bdl.Gaussian(noise=...), or give the "
-                "method data so that it "
-                "can choose one"
+                "the gaussian likelihood has no noise yet: pass bdl.Gaussian(noise=...), or give the method data "
+                "so that it can choose one"
             )
         value = torch.as_tensor(self.noise, dtype=f.dtype, device=f.device)
         if value.dim() == 1 and value.shape[0] not in (1, f.shape[-1]):

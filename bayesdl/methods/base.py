@@ -99,8 +99,7 @@ def with_residual_noise(task: Task, posterior: Posterior) -> tuple[Likelihood, t
     if task.data is None:
         raise ArgumentError(
             "the gaussian likelihood has no noise and there is no data to choose it from: pass "
-            "bdl.Gaussian(noise=...), or a "
-            "loader (held-out data is best)"
+            "bdl.Gaussian(noise=...), or a loader (held-out data is best)"
         )
     noise = residual_noise(task, posterior, likelihood)
     text = ", ".join(f"{float(v):.4g}" for v in noise)

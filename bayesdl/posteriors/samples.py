@@ -56,8 +56,7 @@ class SamplePosterior(Posterior):
                 if value.shape != states[0][name].shape:
                     raise ShapeError(
                         f"{name!r} has shape {tuple(value.shape)} in sample {number} and "
-                        f"{tuple(states[0][name].shape)} in "
-                        "sample 0; all members must have one architecture"
+                        f"{tuple(states[0][name].shape)} in sample 0; all members must have one architecture"
                     )
         stacked = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
         share = torch.full((len(states),), 1.0 / len(states)) if weights is None else weights
