@@ -8,16 +8,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
+from bayesdl.checkpoint import read_checkpoint
 from bayesdl.errors import ArgumentError, FileFormatError
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
-_NESTED_KEYS = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights of a checkpoint
 _SHOWN = 3  # names that an error message lists before it only counts
 
 
@@ -74,43 +71,15 @@ def build_network(spec: str) -> nn.Module:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """State dictionary of a `.safetensors` file, or of a torch file that holds nothing but tensors and containers.
-
-    A checkpoint that keeps the weights under `state_dict`, `model_state_dict` or `model` is unpacked, and the prefix
-    that data-parallel wrappers put before every name is taken away.
+    """State dictionary of a file named on a command line; see `bayesdl.checkpoint.read_checkpoint`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: it is neither, or it holds no weights.
+        FileFormatError: it holds no weights.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(2, "there is no such file", str(path))
-    if file.suffix == ".safetensors":
-        try:
-            state: Any = load_file(file)
-        except SafetensorError as error:
-            raise FileFormatError(f"{path}: not a safetensors file: {error}") from error
-    elif file.suffix in _TORCH_SUFFIXES:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise FileFormatError(
-                f"{path}: not a file of plain weights; save the state dict alone: torch.save(net.state_dict(), path)"
-            ) from error
-    else:
-        raise FileFormatError(f"{path}: expected .safetensors or one of {', '.join(_TORCH_SUFFIXES)}")
-    for key in _NESTED_KEYS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FileFormatError(f"{path}: holds no state dict, that is names and tensors")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
+    return read_checkpoint(path)
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:

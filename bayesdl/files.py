@@ -129,29 +129,6 @@ def load(
     return BayesianModel(network, posterior, likelihood, record=Record(str(header["method"]), cost, findings))
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a torch file read with `weights_only=True`.
-
-    Raises:
-        FileFormatError: unreadable, or not a mapping of tensors.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FileFormatError(f"checkpoint {file} does not exist")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        content = torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # every reader has its own errors; none may pass as success
-        raise FileFormatError(f"checkpoint {file} cannot be read: {error}") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise FileFormatError(f"checkpoint {file} holds {type(content).__name__}; expected a mapping of tensors")
-    return content
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 

@@ -9,8 +9,8 @@ from typing import ClassVar, final
 
 from torch import Tensor, nn
 
+from bayesdl.checkpoint import read_checkpoint
 from bayesdl.errors import ArgumentError, ShapeError
-from bayesdl.files import read_checkpoint
 from bayesdl.methods.base import Fitted, Method, Task, with_residual_noise
 from bayesdl.network import Network
 from bayesdl.posteriors import SamplePosterior
