@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.layout import Layout, cast
-from bayesdl.curvature.structure import Shift, Structure, check_noise
+from bayesdl.curvature.structure import Shift, Uniform, check_noise
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Diag(Structure):
+class Diag(Uniform):
     """One number per parameter.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""One pass over the data: curvature of the log-likelihood, and the statistics that go with it."""
+"""Passes over the data: curvature of the log-likelihood, and the statistics that go with it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.batch import BatchAdapter, batch_size, flatten_tensors, index_batch, resolve_adapter
-from bayesdl.curvature.diag import Diag
 from bayesdl.curvature.factors import layer_factors
-from bayesdl.curvature.full import Full
-from bayesdl.curvature.kron import Kron
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.plan import plan
+from bayesdl.curvature.registry import STRUCTURES, check_recipe, first, following
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import batches, in_batch
 from bayesdl.errors import ArgumentError, NumericalError, UnknownNameError
@@ -23,7 +21,17 @@ from bayesdl.likelihoods import Gaussian, Likelihood, resolve
 from bayesdl.network import Network, first_inputs
 from bayesdl.select import Selector
 
-STRUCTURES: dict[str, type[Structure]] = {"full": Full, "diag": Diag, "kron": Kron}
+__all__ = [
+    "CURVATURE_KINDS",
+    "STRUCTURES",
+    "Fit",
+    "chunk_size",
+    "chunks",
+    "cotangent_rule",
+    "estimate",
+    "fit_curvature",
+]
+
 CURVATURE_KINDS = ("ggn", "mc", "empirical")
 
 # bytes of activations and gradients alive at once on a CPU; larger chunks leave the caches and gain nothing
@@ -72,7 +80,7 @@ def estimate(
         model: trained network; never written to.
         data: loader of batches.
         likelihood: name or object.
-        structure: "full", "diag" or "kron".
+        structure: "full", "diag", "kron", or "ekfac" (which takes a second pass over the data).
         kind: "ggn" (exact), "mc" (Fisher from sampled targets), "empirical" (from the true targets).
         select: which parameters; see `bayesdl.select.resolve`.
         bias: "joint" (weight and bias of a layer are one block) or "separate".
@@ -124,23 +132,53 @@ def fit_curvature(
     allow_partial: bool = False,
     progress: bool = True,
 ) -> Fit:
-    """`estimate` with its side results; arguments as there."""
-    if structure not in STRUCTURES:
-        raise UnknownNameError(f"structure {structure!r} is not known; choose one of {sorted(STRUCTURES)}")
+    """`estimate` with its side results; arguments as there.
+
+    Raises:
+        ArgumentError: the structure takes several passes and the loader does not yield the same data in each.
+    """
+    check_recipe(structure)
     dtype = dtype or torch.promote_types(network.dtype or torch.float32, torch.float32)
+    start = None if generator is None else generator.get_state()
+
+    def one_pass(into: Structure) -> tuple[Fit, float]:
+        if generator is not None and start is not None:
+            generator.set_state(start)  # every pass draws the same targets
+        source = batches(network, data, progress=progress, describe="curvature", allow_partial=allow_partial)
+        fit, absolute = _pass(network, into, source, likelihood, kind, samples, generator, dtype, memory)
+        _check(fit.curvature)
+        return fit, absolute
+
+    fit, _ = one_pass(first(structure, layout, dtype, network.device))
+    while (into := following(structure, fit.curvature)) is not None:
+        before, (fit, absolute) = fit, one_pass(into)
+        _check_same_data(before, fit, absolute, network.dtype or torch.float32)
+    return fit
+
+
+def _pass(
+    network: Network,
+    curvature: Structure,
+    data: Iterable[tuple[int, Any, Any]],
+    likelihood: Likelihood,
+    kind: str,
+    samples: int,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    memory: int | None,
+) -> tuple[Fit, float]:
+    """One pass of `batches` into `curvature`, and sum_n |log p(y_n | f_n)|, the scale of its rounding errors."""
     open_noise = isinstance(likelihood, Gaussian) and likelihood.noise is None
     if isinstance(likelihood, Gaussian) and likelihood.noise is None:
         likelihood = likelihood.with_noise(1.0)
     seeds = cotangent_rule(likelihood, kind, samples, generator)
-    make = STRUCTURES[structure].empty
-    total = make(layout, dtype, network.device)
+    total, layout = curvature, curvature.layout
     parts: list[Structure] = []
     count, squared = 0, None
-    log_likelihood = torch.zeros((), dtype=torch.float64, device=network.device)
-    passes = batches(network, data, progress=progress, describe="curvature", allow_partial=allow_partial)
+    log_likelihood, absolute = torch.zeros(2, dtype=torch.float64, device=network.device).unbind()
     width = {"mc": samples, "empirical": 1}.get(kind)
-    step = chunk_size(layout, structure, dtype, width=width, memory=memory)
-    for number, inputs, target in passes:
+    step = chunk_size(layout, curvature, dtype, width=width, memory=memory)
+    for number, inputs, target in data:
         for rows, labels in chunks(inputs, target, step):
             seen: dict[str, Tensor] = {}
 
@@ -153,12 +191,13 @@ def fit_curvature(
                 _, factors = layer_factors(network, layout, rows, cotangents, dtype)
             f, y = seen["f"], seen["y"]
             count += len(f)
-            log_likelihood += likelihood.log_prob(f, y).double().sum()
+            each = likelihood.log_prob(f, y).double()
+            log_likelihood, absolute = log_likelihood + each.sum(), absolute + each.abs().sum()
             if isinstance(likelihood, Gaussian):
                 residual = (y - f).double().square().sum(0)
                 squared = residual if squared is None else squared + residual
             if open_noise and kind == "ggn" and f.shape[1] > 1:
-                parts = parts or [make(layout, dtype, network.device) for _ in range(f.shape[1])]
+                parts = parts or [curvature.fresh() for _ in range(f.shape[1])]
                 for c, part in enumerate(parts):
                     part.update([replace(factor, g=factor.g[:, c : c + 1]) for factor in factors])
             else:
@@ -170,8 +209,7 @@ def fit_curvature(
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-    _check(total)
-    return Fit(total, tuple(parts), count, float(log_likelihood), squared)
+    return Fit(total, tuple(parts), count, float(log_likelihood), squared), float(absolute)
 
 
 def cotangent_rule(
@@ -204,18 +242,24 @@ def cotangent_rule(
 
 
 def chunk_size(
-    layout: Layout, structure: str, dtype: torch.dtype, *, width: int | None = None, memory: int | None = None
+    layout: Layout,
+    structure: str | Structure,
+    dtype: torch.dtype,
+    *,
+    width: int | None = None,
+    memory: int | None = None,
 ) -> int:
     """Examples per chunk so that what lives at once stays within `memory` bytes.
 
     Args:
         layout: counts activations, outputs and parameters without a closed form.
-        structure: "full" forms whole Jacobian rows.
+        structure: "full" forms whole Jacobian rows; other structures say for which blocks they do.
         dtype: of the factors.
         width: cotangents K; default one per output.
         memory: bytes; default `DEFAULT_MEMORY`.
     """
-    whole = [block.numel for block in layout.blocks if structure == "full" or block.kind == "dense"]
+    names = structure.whole_blocks() if isinstance(structure, Structure) else frozenset()
+    whole = [b.numel for b in layout.blocks if structure == "full" or b.kind == "dense" or b.name in names]
     scalars = (3 * layout.activations + 2 * sum(whole)) * (width or layout.outputs)
     return max(1, (memory or DEFAULT_MEMORY) // (max(1, scalars) * torch.finfo(dtype).bits // 8))
 
@@ -237,4 +281,15 @@ def _check(curvature: Structure) -> None:
         raise NumericalError(
             "the curvature is exactly zero: the likelihood is flat at these outputs (saturated logits?), "
             "or the selected parameters have no influence on this data"
+        )
+
+
+def _check_same_data(before: Fit, after: Fit, absolute: float, dtype: torch.dtype) -> None:
+    """Raise unless two passes agree in count and, up to rounding, in loss."""
+    slack = min(1e3 * torch.finfo(dtype).eps, 0.05) * (absolute + after.num_data)
+    if before.num_data != after.num_data or not abs(before.log_likelihood - after.log_likelihood) <= slack:
+        raise ArgumentError(
+            "this structure takes several passes over the same data, and two passes of the loader differ: "
+            f"{before.num_data} examples with log-likelihood {before.log_likelihood:.6g}, then {after.num_data} with "
+            f'{after.log_likelihood:.6g}. Switch random augmentation off, or use structure="kron", which takes one pass'
         )

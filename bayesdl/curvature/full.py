@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layout import Layout, cast
-from bayesdl.curvature.structure import Shift, Structure, check_noise
+from bayesdl.curvature.structure import Shift, Uniform, check_noise
 from bayesdl.errors import UnsupportedError
 from bayesdl.linalg import cholesky, eigh
 
@@ -21,7 +21,7 @@ MAX_BYTES = 8 << 30
 
 @final
 @dataclass(frozen=True, eq=False)
-class Full(Structure):
+class Full(Uniform):
     """The whole matrix.
 
     Attributes:
@@ -50,6 +50,13 @@ class Full(Structure):
     def per_block(self) -> Sequence[Tensor]:
         # a NaN or infinite row reaches the diagonal
         return self.matrix.diagonal().split([block.numel for block in self.layout.blocks])
+
+    def whole_blocks(self) -> frozenset[str]:
+        return frozenset(block.name for block in self.layout.blocks)
+
+    @property
+    def num_prepared(self) -> int:
+        return 1
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.layout, self.matrix + other.matrix)

@@ -11,43 +11,17 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.factor import Factor
-from bayesdl.curvature.layout import Layout, cast
-from bayesdl.curvature.structure import Shift, Structure, check_noise
-from bayesdl.errors import UnsupportedError
+from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.rotated import Eigen, Rotated
 from bayesdl.linalg import eigh
 
 # blocks without a Kronecker form (norms, bare parameters) keep their exact matrix up to this size, the diagonal above
 EXACT = 1024
 
 
-@dataclass(frozen=True, eq=False)
-class Eigen:
-    """Eigenvalues `(G, rows, columns)` of one block and its bases; None stands for the identity."""
-
-    values: Tensor
-    inner: Tensor | None
-    outer: Tensor | None
-
-    def rotate(self, factor: Factor) -> Factor:
-        """A factor in eigen-coordinates."""
-        return factor if self.outer is None else factor.rotate(self.inner, self.outer)
-
-    def into(self, matrix: Tensor) -> Tensor:
-        """U_G^T M U_A."""
-        if self.outer is not None:
-            matrix = self.outer.mT @ matrix
-        return matrix if self.inner is None else matrix @ self.inner
-
-    def back(self, matrix: Tensor) -> Tensor:
-        """U_G M U_A^T."""
-        if self.outer is not None:
-            matrix = self.outer @ matrix
-        return matrix if self.inner is None else matrix @ self.inner.mT
-
-
 @final
 @dataclass(frozen=True, eq=False)
-class Kron(Structure):
+class Kron(Rotated):
     """One pair of factors per block: H_block = (sum a a^T / R) (x) (sum g g^T), R rows of a.
 
     Every position of a shared weight counts as a datum. With one datum and one position the product is exact.
@@ -131,40 +105,6 @@ class Kron(Structure):
                 parts.append(Eigen(values.unsqueeze(-1) * spread.unsqueeze(-2), turned, basis))
         return tuple(parts)
 
-    def logdet(self, scale: Shift, shift: Shift) -> Tensor:
-        return torch.stack([p.log().sum() for p in self._precision(scale, shift, torch.float64)]).sum()
-
-    def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
-        return self._filtered(vectors, [1.0 / p for p in self._precision(scale, shift)])
-
-    def quad(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
-        return self.quad_prepared(self.prepared(factors), scale, shift)
-
-    def prepared(self, factors: Sequence[Factor]) -> Sequence[Factor]:
-        return [e.rotate(f) for e, f in zip(self.eigen, factors, strict=True)]
-
-    def quad_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
-        weights = self._precision(scale, shift)
-        return torch.stack([f.quad(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
-
-    def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
-        return self.marginal_prepared(self.prepared(factors), scale, shift)
-
-    def marginal_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
-        weights = self._precision(scale, shift)
-        return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
-
-    def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
-        check_noise(noise, self.layout.numel)
-        return self._filtered(noise, [p.rsqrt() for p in self._precision(scale, shift)])
-
-    def eigenvalues(self) -> Tensor:
-        return torch.cat([e.values.flatten() for e in self.eigen])
-
-    def to_dense(self) -> Tensor:
-        identity = torch.eye(self.layout.numel, dtype=self.outer[0].dtype, device=self.outer[0].device)
-        return self._filtered(identity, [e.values for e in self.eigen])
-
     def tensors(self) -> dict[str, Tensor]:
         named = {f"inner.{i}": t for i, t in enumerate(self.inner)}
         named |= {f"outer.{i}": t for i, t in enumerate(self.outer)}
@@ -178,22 +118,6 @@ class Kron(Structure):
             tuple(tensors[f"outer.{i}"] for i in count),
             tuple(tensors[f"rows.{i}"] for i in count),
         )
-
-    def _filtered(self, vectors: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        parts = self.layout.split(vectors.to(self.outer[0]))
-        return self.layout.join([e.back(e.into(v) * w) for e, v, w in zip(self.eigen, parts, weights, strict=True)])
-
-    def _precision(self, scale: Shift, shift: Shift, dtype: torch.dtype | None = None) -> list[Tensor]:
-        value = torch.as_tensor(shift)
-        if value.numel() > 1 and value.shape != (len(self.layout.blocks),):
-            raise UnsupportedError(
-                f"a prior precision of shape {tuple(value.shape)} was given; Kronecker curvature is exact "
-                "for a scalar or "
-                f'one per block ({len(self.layout.blocks)},) only. Use structure="diag" or "full" for one per parameter'
-            )
-        like = self.outer[0].to(dtype or self.outer[0].dtype)
-        scaling = cast(scale, like)
-        return [scaling * e.values + s for e, s in zip(self.eigen, self.layout.shifts(shift, like), strict=True)]
 
 
 def _is_diagonal(kind: str, size: int) -> bool:

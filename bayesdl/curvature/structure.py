@@ -30,10 +30,10 @@ class Structure(ABC):
 
     name: ClassVar[str]
 
-    @classmethod
-    @abstractmethod
-    def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
-        """Zero curvature, ready for `update`."""
+    @property
+    def recipe(self) -> str | dict[str, str]:
+        """What `structure=` is given to fit this: a name, or names by layer pattern."""
+        return self.name
 
     @abstractmethod
     def update(self, factors: Sequence[Factor]) -> None:
@@ -106,6 +106,19 @@ class Structure(ABC):
         """Apply `function` to every tensor."""
         return self.with_tensors({name: function(value) for name, value in self.tensors().items()})
 
+    def fresh(self) -> Self:
+        """Zero curvature, ready for another pass over data."""
+        return self.map(torch.zeros_like)
+
+    def whole_blocks(self) -> frozenset[str]:
+        """Names of the blocks whose Jacobian rows `update` and `prepared` form; for memory planning."""
+        return frozenset()
+
+    @property
+    def num_prepared(self) -> int:
+        """How many factors `prepared` returns."""
+        return len(self.layout.blocks)
+
     def prepared(self, factors: Sequence[Factor]) -> Sequence[Factor]:
         """Factors in the coordinates of `quad_prepared`: the part of `quad` that no prior changes."""
         return factors
@@ -117,6 +130,27 @@ class Structure(ABC):
     def marginal_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         """`marginal` from `prepared` factors."""
         return self.marginal(factors, scale, shift)
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform(Structure):
+    """A structure of one kind over all blocks: its name alone says how to fit it."""
+
+    @classmethod
+    @abstractmethod
+    def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
+        """Zero curvature, ready for `update`."""
+
+    @classmethod
+    def first(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
+        """What the first pass over the data fills; another kind where that pass only prepares a second one."""
+        return cls.empty(layout, dtype, device)
+
+    @classmethod
+    def following(cls, fitted: Structure) -> Structure | None:
+        """What another pass over the same data fills, given what the last one did; None once the fit is complete."""
+        del fitted
+        return None
 
 
 def weighted_curvature(parts: Sequence[Structure], weights: Tensor) -> Structure:

@@ -28,7 +28,7 @@ class Laplace(Method):
 
     Args:
         select: Bayesian parameters: "all", "last_layer", names, a pattern, a predicate.
-        structure: "full", "diag" or "kron".
+        structure: "full", "diag", "kron" or "ekfac" (a second pass over the data).
         kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
         bias: "joint" (weight and bias of a layer share one block) or "separate".
         predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).

@@ -233,7 +233,7 @@ class GaussianPosterior(Posterior):
         tensors, _ = flatten_tensors(call)
         if not tensors:
             return [call]
-        step = chunk_size(self.layout, self.curvature.name, self._dtype)
+        step = chunk_size(self.layout, self.curvature, self._dtype)
         return [piece for piece, _ in chunks(call, None, step)] if batch_size(call) > step else [call]
 
     def _offsets(self, n: int, generator: torch.Generator | None) -> Tensor:

@@ -122,7 +122,7 @@ def test_optimum_is_better_than_its_neighbours(structure: str) -> None:
 def test_evidence_at_any_noise_equals_a_fit_at_that_noise(structure: str, kind: str) -> None:
     # curvature at unit noise, scaled, is the curvature at the noise asked for
     noise = torch.tensor([0.3, 0.3], dtype=torch.float64)
-    if kind == "ggn":
+    if kind == "ggn" and structure != "ekfac":  # whose bases are those of unit noise: exact at equal noises only
         noise = torch.tensor([0.2, 0.7], dtype=torch.float64)
     opened = fitted("gaussian", structure=structure, kind=kind)
     closed = fitted("gaussian", noise, structure=structure, kind=kind)
