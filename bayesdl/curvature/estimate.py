@@ -13,7 +13,7 @@ from bayesdl.batch import BatchAdapter, batch_size, flatten_tensors, index_batch
 from bayesdl.curvature.factors import layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.plan import plan
-from bayesdl.curvature.registry import STRUCTURES, check_recipe, first, following
+from bayesdl.curvature.registry import STRUCTURES, Recipe, check_recipe, first, following
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import batches, in_batch
 from bayesdl.errors import ArgumentError, NumericalError, UnknownNameError
@@ -62,7 +62,7 @@ def estimate(
     data: Iterable[Any],
     likelihood: str | Likelihood,
     *,
-    structure: str = "kron",
+    structure: Recipe = "kron",
     kind: str = "ggn",
     select: Selector = "all",
     bias: str = "joint",
@@ -80,7 +80,8 @@ def estimate(
         model: trained network; never written to.
         data: loader of batches.
         likelihood: name or object.
-        structure: "full", "diag", "kron", or "ekfac" (which takes a second pass over the data).
+        structure: "full", "diag", "kron", or "ekfac" (which takes a second pass over the data); or a dictionary
+            from layer patterns to these, e.g. `{"head": "full", "*": "kron"}`; see `bayesdl.curvature.mixed.Mixed`.
         kind: "ggn" (exact), "mc" (Fisher from sampled targets), "empirical" (from the true targets).
         select: which parameters; see `bayesdl.select.resolve`.
         bias: "joint" (weight and bias of a layer are one block) or "separate".
@@ -123,7 +124,7 @@ def fit_curvature(
     data: Iterable[Any],
     likelihood: Likelihood,
     *,
-    structure: str,
+    structure: Recipe,
     kind: str,
     samples: int = 1,
     generator: torch.Generator | None = None,

@@ -1,6 +1,8 @@
-"""Structures by name, and what each pass over the data fills."""
+"""Structures by name or by layer pattern, and what each pass over the data fills."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -9,28 +11,67 @@ from bayesdl.curvature.ekfac import EKFAC
 from bayesdl.curvature.full import Full
 from bayesdl.curvature.kron import Kron
 from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.mixed import Mixed
 from bayesdl.curvature.structure import Structure, Uniform
-from bayesdl.errors import UnknownNameError
+from bayesdl.errors import ArgumentError, UnknownNameError
 
 STRUCTURES: dict[str, type[Uniform]] = {"full": Full, "diag": Diag, "kron": Kron, "ekfac": EKFAC}
 
-
-def check_recipe(recipe: str) -> None:
-    """Raise `UnknownNameError` unless every structure named is known."""
-    if recipe not in STRUCTURES:
-        raise UnknownNameError(f"structure {recipe!r} is not known; choose one of {sorted(STRUCTURES)}")
+# a name, or names by layer pattern
+Recipe = str | Mapping[str, str]
 
 
-def empty(recipe: str, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
+def check_recipe(recipe: Recipe) -> None:
+    """Raise unless a recipe is a known name, or a dictionary from patterns to known names.
+
+    Raises:
+        UnknownNameError: no such structure.
+        ArgumentError: an empty dictionary, or another type.
+    """
+    if isinstance(recipe, Mapping):
+        if not recipe or not all(isinstance(pattern, str) for pattern in recipe):
+            raise ArgumentError(
+                f'structure={recipe!r}; expected layer patterns with a structure each, e.g. {{"head": "full", "*": '
+                '"kron"}'
+            )
+        for name in recipe.values():
+            _check_name(name)
+    else:
+        _check_name(recipe)
+
+
+def empty(recipe: Recipe, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
     """The finished structure with zero curvature."""
+    if isinstance(recipe, Mapping):
+        return Mixed.of(layout, recipe, lambda name, part: STRUCTURES[name].empty(part, dtype, device))
     return STRUCTURES[recipe].empty(layout, dtype, device)
 
 
-def first(recipe: str, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
+def first(recipe: Recipe, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
     """What the first pass over the data fills."""
+    if isinstance(recipe, Mapping):
+        return Mixed.of(layout, recipe, lambda name, part: STRUCTURES[name].first(part, dtype, device))
     return STRUCTURES[recipe].first(layout, dtype, device)
 
 
-def following(recipe: str, fitted: Structure) -> Structure | None:
-    """What another pass over the same data fills; None once the fit is complete."""
-    return STRUCTURES[recipe].following(fitted)
+def following(recipe: Recipe, fitted: Structure) -> Structure | None:
+    """What another pass over the same data fills; None once the fit is complete.
+
+    Groups of a mixed structure that need no other pass are filled again beside those that do: all parts of a fit
+    then come from one pass.
+    """
+    if isinstance(fitted, Mixed):
+        parts = [STRUCTURES[kind].following(part) for kind, part in zip(fitted.kinds, fitted.parts, strict=True)]
+        if all(part is None for part in parts):
+            return None
+        return fitted.with_parts([new or old.fresh() for new, old in zip(parts, fitted.parts, strict=True)])
+    return STRUCTURES[str(recipe)].following(fitted)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise ArgumentError(
+            f"structure={name!r}; expected a name or a dictionary from layer patterns to names, of {sorted(STRUCTURES)}"
+        )
+    if name not in STRUCTURES:
+        raise UnknownNameError(f"structure {name!r} is not known; choose one of {sorted(STRUCTURES)}")

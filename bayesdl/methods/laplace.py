@@ -8,8 +8,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.estimate import CURVATURE_KINDS, STRUCTURES, Fit, fit_curvature
+from bayesdl.curvature.estimate import CURVATURE_KINDS, Fit, fit_curvature
 from bayesdl.curvature.plan import plan
+from bayesdl.curvature.registry import Recipe, check_recipe
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.likelihoods import Gaussian, Likelihood
@@ -28,7 +29,8 @@ class Laplace(Method):
 
     Args:
         select: Bayesian parameters: "all", "last_layer", names, a pattern, a predicate.
-        structure: "full", "diag", "kron" or "ekfac" (a second pass over the data).
+        structure: "full", "diag", "kron" or "ekfac" (a second pass over the data); or a dictionary from layer patterns
+            to these, e.g. `{"head": "full", "*": "kron"}`.
         kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
         bias: "joint" (weight and bias of a layer share one block) or "separate".
         predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).
@@ -40,7 +42,7 @@ class Laplace(Method):
     """
 
     select: Selector | None = "all"
-    structure: str = "kron"
+    structure: Recipe = "kron"
     kind: str = "ggn"
     bias: str = "joint"
     predictive: str = "linearized"
@@ -83,8 +85,7 @@ class Laplace(Method):
         return Fitted(posterior, likelihood, findings)
 
     def _check(self) -> None:
-        if self.structure not in STRUCTURES:
-            raise UnknownNameError(f"structure {self.structure!r} is not known; choose one of {sorted(STRUCTURES)}")
+        check_recipe(self.structure)
         if self.kind not in CURVATURE_KINDS:
             raise UnknownNameError(f"kind {self.kind!r} is not known; choose one of {CURVATURE_KINDS}")
         if self.predictive not in ("linearized", "samples"):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.curvature.backward import muted
-from bayesdl.curvature.estimate import STRUCTURES, chunk_size, chunks
+from bayesdl.curvature.estimate import chunk_size, chunks
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.registry import empty
 from bayesdl.curvature.structure import Structure, weighted_curvature
 from bayesdl.errors import ArgumentError, check_finite
 from bayesdl.latent import GaussianLatent, Latent, SampleLatent
@@ -184,8 +185,9 @@ class GaussianPosterior(Posterior):
         return named
 
     def config(self) -> dict[str, Any]:
+        recipe = self.curvature.recipe  # patterns as pairs: their order counts, and JSON objects promise none
         return {
-            "structure": self.curvature.name,
+            "structure": recipe if isinstance(recipe, str) else [list(pair) for pair in recipe.items()],
             "layout": self.layout.to_json(),
             "parts": len(self.parts),
             "temperature": self.temperature,
@@ -198,11 +200,11 @@ class GaussianPosterior(Posterior):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         layout = Layout.from_json(config["layout"])
+        recipe = config["structure"] if isinstance(config["structure"], str) else dict(config["structure"])
 
         def structure(prefix: str) -> Structure:
             inner = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-            empty = STRUCTURES[config["structure"]].empty(layout, torch.float32, torch.device("meta"))
-            return empty.with_tensors(inner)
+            return empty(recipe, layout, torch.float32, torch.device("meta")).with_tensors(inner)
 
         parts = tuple(structure(f"parts.{c}.") for c in range(int(config["parts"])))
         total = structure("curvature.") if not parts else _sum(parts)

@@ -14,6 +14,7 @@ from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.plan import plan
+from bayesdl.curvature.registry import Recipe, empty
 from bayesdl.curvature.structure import Structure, weighted_curvature
 from bayesdl.errors import ArgumentError, NumericalError, UnsupportedError
 from bayesdl.likelihoods import resolve
@@ -35,6 +36,11 @@ def network(name: str) -> tuple[Network, Layout, Any]:
     return view, plan(view, x), x
 
 
+def recipe(structure: str, layout: Layout) -> Recipe:
+    """What `structure=` is given; "mixed" is full for the first block and diagonal for the rest."""
+    return {layout.blocks[0].name: "full", "*": "diag"} if structure == "mixed" else structure
+
+
 @cache
 def fitted(structure: str, kind: str, name: str) -> Structure:
     view, layout, x = network(name)
@@ -43,7 +49,7 @@ def fitted(structure: str, kind: str, name: str) -> Structure:
         layout,
         [(x, targets("categorical"))],
         resolve("categorical"),
-        structure=structure,
+        structure=recipe(structure, layout),
         kind=kind,
         generator=torch.Generator().manual_seed(7),
         progress=False,
@@ -78,7 +84,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10 * max(1.0, float(expected.abs().max())))
 
 
-@pytest.fixture(params=sorted(STRUCTURES))
+@pytest.fixture(params=[*sorted(STRUCTURES), "mixed"])
 def structure(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -146,7 +152,7 @@ def test_half_the_data_twice_is_all_the_data(structure: str, name: str) -> None:
     halves = []
     for piece in (slice(0, 3), slice(3, None)):
         data = [(x[piece], y[piece])]
-        options = {"structure": structure, "kind": "ggn", "progress": False}
+        options: dict[str, Any] = {"structure": recipe(structure, layout), "kind": "ggn", "progress": False}
         halves.append(fit_curvature(view, layout, data, resolve("categorical"), **options).curvature)
     if structure == "ekfac":  # whose bases are each data set's own
         with pytest.raises(UnsupportedError, match="different bases"):
@@ -163,7 +169,7 @@ def test_tensors_round_trip_and_map(structure: str) -> None:
     single = found.map(lambda t: t.float())
     assert single.to_dense().dtype == torch.float32
     torch.testing.assert_close(single.to_dense().double(), found.to_dense(), rtol=1e-4, atol=1e-5)
-    meta = STRUCTURES[structure].empty(found.layout, torch.float32, torch.device("meta"))
+    meta = empty(found.recipe, found.layout, torch.float32, torch.device("meta"))
     close(meta.with_tensors(tensors).to_dense(), found.to_dense())
 
 
@@ -209,9 +215,9 @@ def test_curvature_of_a_partial_selection_is_not_zero(structure: str, kind: str,
     # a peer's empirical Fisher of the last layer is exactly zero on its diagonal
     net, x = BY_NAME["mlp"].network(), BY_NAME["mlp"].data()
     view = Network(net, select=select, example=x)
-    data = [(x, targets("categorical"))]
+    data, layout = [(x, targets("categorical"))], plan(view, x)
     found = fit_curvature(
-        view, plan(view, x), data, resolve("categorical"), structure=structure, kind=kind, progress=False
+        view, layout, data, resolve("categorical"), structure=recipe(structure, layout), kind=kind, progress=False
     )
     dense = found.curvature.to_dense()
     assert bool((dense.diagonal() > 0).all())
@@ -229,7 +235,7 @@ def test_a_flat_likelihood_is_an_error(structure: str, kind: str) -> None:
         net.bias.copy_(torch.tensor([1e5, 0.0, 0.0]))
     x, y = BY_NAME["mlp"].data(), torch.zeros(8, dtype=torch.long)
     view = Network(net)
+    layout = plan(view, x)
+    chosen = recipe(structure, layout)
     with pytest.raises(NumericalError, match="exactly zero"):
-        fit_curvature(
-            view, plan(view, x), [(x, y)], resolve("categorical"), structure=structure, kind=kind, progress=False
-        )
+        fit_curvature(view, layout, [(x, y)], resolve("categorical"), structure=chosen, kind=kind, progress=False)
