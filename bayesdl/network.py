@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesdl.attention import explicit
 from bayesdl.batch import BatchAdapter, as_call, flatten_tensors, resolve_adapter, to_device
 from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
@@ -45,7 +46,7 @@ class Network:
         source = unwrap(model)
         _refuse(source)
         with torch.inference_mode(False):  # tensors made in that mode could never take part in a derivative
-            self._setup(structural_clone(source, _alias, _snapshot), resolve_adapter(batch))
+            self._setup(explicit(structural_clone(source, _alias, _snapshot)), resolve_adapter(batch))
         # names of a clone: those of the source hold "_orig_mod" where a sub-module is compiled
         plain = structural_clone(source, _same, _same)
         self.requires_grad = {name: p.requires_grad for name, p in plain.named_parameters()}
@@ -100,7 +101,7 @@ class Network:
 
     def replace_module(self, module: nn.Module) -> Network:
         """A network over another module tree (same adapter, same selected names)."""
-        return self._derived(structural_clone(module, _alias, _snapshot))
+        return self._derived(explicit(structural_clone(module, _alias, _snapshot)))
 
     def reselect(self, select: Selector, example: Any = None) -> Network:
         """The same clone with another selection."""

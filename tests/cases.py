@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.attention_networks import AttentionTwice, Conv1D, Cross, Decoder, Padded, Places, SummedPlaces, WeightsOnly
 from tests.networks import (
     OUTPUTS,
     Attention,
@@ -122,6 +123,23 @@ def _with_norm(norm: nn.Module, length: int | None = None) -> Callable[[], nn.Mo
     return lambda: nn.Sequential(nn.Conv1d(2, 4, 1), norm, nn.Tanh(), nn.Flatten(), nn.Linear(4 * length, OUTPUTS))
 
 
+def triple(keys: int, values: int) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+    """Three queries, and five keys and values of the given widths."""
+    return lambda g: (real(3, 4)(g), real(5, keys)(g), real(5, values)(g))
+
+
+def _rows(*names: str) -> dict[str, str]:
+    return {f"{name}.weight": "rows" for name in names}
+
+
+def _dense(*parameters: str) -> dict[str, str]:
+    return dict.fromkeys(parameters, "dense")
+
+
+def _shift(*parameters: str) -> dict[str, str]:
+    return dict.fromkeys(parameters, "shift")
+
+
 def _scale(*names: str) -> dict[str, str]:
     return {f"{name}.{part}": "scale" for name in names for part in ("weight", "bias")}
 
@@ -173,7 +191,12 @@ CASES = [
         "position_embedding",
         lambda: Tokens(True),
         tokens(5, 7),
-        {"embed.weight": "rows", "place.weight": "dense"},
+        {"embed.weight": "rows", "place.weight": "rows"},
+    ),
+    Case("position_embedding_first_axis", lambda: Places(True), tokens(5, 7), _rows("embed", "place")),
+    Case("position_embedding_twice", lambda: Places(False, True), tokens(5, 7), _rows("embed", "place")),
+    Case(
+        "position_embedding_summed", lambda: SummedPlaces(False), tokens(5, 7), _rows("embed") | _dense("place.weight")
     ),
     Case("tied_embedding", TiedOutput, tokens(4, OUTPUTS), {"embed.weight": "dense"}),
     Case("bare_parameters", Bare, real(4), {"gain": "dense", "shift": "dense"}),
@@ -181,31 +204,77 @@ CASES = [
         "transposed_conv",
         behind(nn.ConvTranspose1d(2, 3, 2, stride=2), features=18),
         real(2, 3),
-        {"0.weight": "dense", "0.bias": "dense"},
+        _shift("0.bias"),
     ),
     Case(
-        "attention",
+        "transposed_conv_output_padding",
+        behind(nn.ConvTranspose1d(4, 6, 2, stride=2, padding=1, output_padding=2, dilation=3, groups=2), features=48),
+        real(4, 3),
+        _shift("0.bias"),
+    ),
+    Case(
+        "transposed_conv2d",
+        behind(nn.ConvTranspose2d(2, 2, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0)), features=48),
+        real(2, 3, 3),
+        _shift("0.bias"),
+    ),
+    Case(
+        "transposed_conv3d",
+        behind(nn.ConvTranspose3d(2, 4, 2, stride=(1, 2, 1), padding=1, groups=2, bias=False), features=32),
+        real(2, 3, 2, 3),
+        {},
+    ),
+    Case(
+        "transposed_conv_bias_only",
+        behind(nn.ConvTranspose2d(2, 3, 2), features=27),
+        real(2, 2, 2),
+        _shift("0.bias"),
+        ["0.bias", "3.weight"],
+    ),
+    Case(
+        "weight_stored_transposed",
+        lambda: nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(OUTPUTS, 5)),
+        real(4),
+        {},
+    ),
+    Case("attention", Attention, real(3, 4), {}),
+    Case("encoder_layer", Encoder, real(3, 4), _scale("layer.norm1", "layer.norm2")),
+    Case(
+        "encoder_padded",
+        Padded,
+        lambda g: (real(4, 4)(g), torch.arange(4)[None] > torch.randint(1, 4, (EXAMPLES, 1), generator=g)),
+        _scale(*(f"encoder.layers.{i}.norm{j}" for i in (0, 1) for j in (1, 2))),
+    ),
+    Case(
+        "decoder_layer",
+        Decoder,
+        lambda g: (real(3, 4)(g), real(5, 4)(g)),
+        _scale("layer.norm1", "layer.norm2", "layer.norm3"),
+    ),
+    Case("attention_across", lambda: Cross(batch_first=True), triple(4, 4), {}),
+    Case(
+        "attention_with_all_options",
+        lambda: Cross(kdim=3, vdim=2, add_bias_kv=True, add_zero_attn=True, dropout=0.5),
+        triple(3, 2),
+        _shift(*(f"attention.{name}" for name in ("in_proj_bias", "bias_k", "bias_v"))),
+    ),
+    Case("attention_without_bias", lambda: Cross(batch_first=True, bias=False), triple(4, 4), {}),
+    Case(
+        "attention_weights_only",
+        WeightsOnly,
+        real(3, 4),
+        {},
+        ["attention.in_proj_weight", "attention.in_proj_bias", "head"],
+    ),
+    Case("attention_twice", AttentionTwice, real(3, 4), {}),
+    Case(
+        "attention_bias_only",
         Attention,
         real(3, 4),
-        {
-            "attention.in_proj_weight": "dense",
-            "attention.in_proj_bias": "dense",
-            "attention.out_proj.weight": "dense",
-            "attention.out_proj.bias": "dense",
-        },
+        _shift("attention.in_proj_bias"),
+        ["attention.in_proj_bias", "attention.out_proj.weight"],
     ),
-    Case(
-        "encoder_layer",
-        Encoder,
-        real(3, 4),
-        {
-            "layer.self_attn.in_proj_weight": "dense",
-            "layer.self_attn.in_proj_bias": "dense",
-            "layer.self_attn.out_proj.weight": "dense",
-            "layer.self_attn.out_proj.bias": "dense",
-            **_scale("layer.norm1", "layer.norm2"),
-        },
-    ),
+    Case("attention_weight_only", Attention, real(3, 4), {}, ["attention.in_proj_weight"]),
     Case(
         "lstm",
         Recurrent,

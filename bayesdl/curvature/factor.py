@@ -6,34 +6,41 @@ over positions (one for a plain linear layer). Six questions are all that anybod
 - `square()`: sum of the squared entries over examples and cotangents (diagonal curvature);
 - `moments()`: second moments of inputs and cotangents (Kronecker factors);
 - `rotate(u_in, u_out)`: the same factor in other coordinates;
-- `quad(weight)`: J diag(weight) J^T for every example (predictive covariance);
+- `quad(weight)`: J diag(weight) J^T for every example (predictive covariance), `quads` for many weights;
 - `dot(matrix)`: J times a direction;
 - `jacobian()`: the rows themselves, for blocks small enough.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# scalars of per-example block gradients held at once: about 64 MiB in float32, which also stays near the caches
-CHUNK = 1 << 24
+# scalars of per-example block gradients held at once: 8 MiB in float32 stay in the caches, and below the size from
+# which the C library asks the system for fresh pages at every call; a GPU wants larger pieces
+CHUNK = 1 << 21
+DEVICE_CHUNK = 1 << 25
 
 
 @dataclass(frozen=True)
 class LinearFactor:
-    """J^T V = sum_t g_t a_t^T for G groups.
+    """J^T V = sum_t g_t a_t^T for G groups, turned by bases that are applied once the sum is formed.
 
     Attributes:
         a: inputs `(G, B, T, in)`.
         g: cotangents `(G, K, B, T, out)`.
+        u_in, u_out: orthonormal `(G, in, in)` and `(G, out, out)`: the block is U_out^T (sum_t g_t a_t^T) U_in.
+            None stands for the identity.
     """
 
     a: Tensor
     g: Tensor
+    u_in: Tensor | None = None
+    u_out: Tensor | None = None
 
     @property
     def positions(self) -> int:
@@ -51,14 +58,26 @@ class LinearFactor:
 
     def moments(self) -> tuple[Tensor, Tensor, int]:
         """`(G, in, in)` sum of a a^T, `(G, out, out)` sum of g g^T over all positions, and the number of rows B T."""
-        a, g = self.a.flatten(1, 2), self.g.flatten(1, 3)
-        return a.mT @ a, g.mT @ g, int(a.shape[1])
+        count = int(self.a.shape[1] * self.a.shape[2])
+        return second_moment(self.a), second_moment(self.g.transpose(1, 2).flatten(1, 2)), count
 
     def rotate(self, u_in: Tensor | None, u_out: Tensor) -> LinearFactor:
-        """a U_in and g U_out; `u_in` `(G, in, in)` (None: identity), `u_out` `(G, out, out)`."""
-        a = self.a if u_in is None else (self.a.flatten(1, 2) @ u_in).view_as(self.a)
-        g = (self.g.reshape(len(self.g), -1, self.g.shape[-1]) @ u_out).view(self.g.shape)
-        return LinearFactor(a, g)
+        """a U_in and g U_out; `u_in` `(G, in, in)` (None: identity), `u_out` `(G, out, out)`.
+
+        Before or after the sum over positions, whichever multiplies less: T vectors a against K out rows, and K T
+        vectors g against K in columns.
+        """
+        positions, (count, out), columns = self.positions, (self.g.shape[1], self.g.shape[-1]), self.a.shape[-1]
+        a, g, after_in, after_out = self.a, self.g, None, None
+        if u_in is not None and (positions == 1 or positions < count * out):
+            a = _turned(a, u_in)
+        else:
+            after_in = u_in
+        if positions == 1 or positions < columns:
+            g = _turned(g.transpose(1, 2).flatten(1, 2), u_out).unflatten(1, (-1, count)).transpose(1, 2)
+        else:
+            after_out = u_out
+        return LinearFactor(a, g, after_in, after_out)
 
     def quad(self, weight: Tensor) -> Tensor:
         """J diag(weight) J^T, `(B, K, K)`, for weights `(G, out, in)`."""
@@ -66,12 +85,30 @@ class LinearFactor:
             spread = self.a.squeeze(2).square() @ weight.mT  # (G, B, out)
             g = self.g.squeeze(3)
             return torch.einsum("gkbo,gbo,glbo->bkl", g, spread, g) if len(g) > 1 else _one_group(g[0], spread[0])
-        root = weight.sqrt()
+        root = weight.sqrt()[:, None, None]
         parts = []
         for part in self._gradients():  # (G, b, K, out, in)
-            rows = (part * root[:, None, None]).permute(1, 2, 0, 3, 4).flatten(2)
+            # in place unless a gradient towards the weight is wanted
+            rows = _rows(part * root if root.requires_grad else part.mul_(root))
             parts.append(rows @ rows.mT)
         return torch.cat(parts)
+
+    def quads(self, values: Tensor, shifts: Tensor) -> Tensor:
+        """`quad(1 / (values + shift))` for every one of R shifts, `(R, B, K, K)`; each gradient is formed once.
+
+        Products of the rows of every pair of cotangents meet all R weights in one matrix product.
+        """
+        if self.positions == 1:
+            square = self.a.squeeze(2).square()
+            spread = torch.stack([square @ (1.0 / (values + s)).mT for s in shifts], -1)  # (G, B, out, R)
+            pairs = _pairs(self.g.squeeze(3).transpose(1, 2))  # (G, B, pairs, out)
+            return _unpaired((pairs @ spread).sum(0), self.g.shape[1])
+        weights = torch.stack([1.0 / (values + s).flatten() for s in shifts], -1)  # (G out in, R)
+        step = max(1, 2 * CHUNK // max(1, self.g.shape[1] ** 2 * len(weights)))
+        parts = []
+        for part in self._gradients():
+            parts += [_pairs(rows) @ weights for rows in _rows(part).split(step)]
+        return _unpaired(torch.cat(parts), self.g.shape[1])
 
     def marginal(self, weight: Tensor) -> Tensor:
         """The diagonal of `quad`, `(B, K)`."""
@@ -82,31 +119,71 @@ class LinearFactor:
 
     def dot(self, matrix: Tensor) -> Tensor:
         """J vec(matrix), `(B, K)`, for a block direction `(G, out, in)`."""
+        matrix = matrix if self.u_in is None else matrix @ self.u_in.mT
+        matrix = matrix if self.u_out is None else self.u_out @ matrix
         moved = (self.a.flatten(1, 2) @ matrix.mT).view(*self.a.shape[:3], -1)
         return torch.einsum("gkbto,gbto->bk", self.g, moved)
 
     def jacobian(self) -> Tensor:
         """The block's rows `(B, K, G out in)`."""
-        return torch.cat([part.permute(1, 2, 0, 3, 4).flatten(2) for part in self._gradients()])
+        return torch.cat([_rows(part) for part in self._gradients()])
 
-    def _gradients(self) -> list[Tensor] | _Chunks:
-        return _Chunks(self.a, self.g)
+    def _gradients(self) -> Iterator[Tensor]:
+        """Per-example block gradients `(G, b, K, out, in)`, a few examples at a time."""
+        groups, count, batch, _, out = self.g.shape
+        columns = self.a.shape[-1]
+        limit = CHUNK if self.g.device.type == "cpu" else DEVICE_CHUNK
+        step = max(1, min(batch, limit // max(1, groups * count * out * columns)))
+        for start in range(0, batch, step):
+            a = self.a[:, start : start + step]
+            g = self.g[:, :, start : start + step].permute(0, 2, 1, 4, 3)  # (G, b, K, out, T)
+            part = g.flatten(2, 3) @ a  # (G, b, K out, in)
+            if self.u_in is not None:
+                part = (part.flatten(1, 2) @ self.u_in).view(part.shape)
+            part = part.unflatten(2, (count, out))
+            yield part if self.u_out is None else self.u_out.mT[:, None, None] @ part
 
 
-class _Chunks:
-    """Per-example block gradients `(G, b, K, out, in)`, a few examples at a time."""
+def second_moment(rows: Tensor) -> Tensor:
+    """sum over B and T of r r^T, `(G, D, D)`, for rows `(G, B, T, D)`; the sums of positions in memory are not moved."""
+    groups, batch, positions, width = rows.shape
+    if positions == 1 or rows.stride(-1) == 1:
+        flat = rows.flatten(1, 2)
+        return flat.mT @ flat
+    if width <= positions:  # the products of all examples take no more memory than the rows
+        flat = rows.flatten(0, 1)
+        return (flat.mT @ flat).view(groups, batch, width, width).sum(1)
+    if groups == 1:
+        return torch.addbmm(rows.new_zeros(width, width), rows[0].mT, rows[0]).unsqueeze(0)
+    flat = rows.flatten(1, 2)
+    return flat.mT @ flat
 
-    def __init__(self, a: Tensor, g: Tensor) -> None:
-        self.a, self.g = a, g
-        per_example = g.shape[0] * g.shape[1] * g.shape[-1] * a.shape[-1]
-        self.step = max(1, min(a.shape[1], CHUNK // max(1, per_example)))
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        for start in range(0, self.a.shape[1], self.step):
-            a = self.a[:, start : start + self.step]
-            g = self.g[:, :, start : start + self.step].permute(0, 2, 1, 4, 3)  # (G, b, K, out, T)
-            shape = (*g.shape[:4], a.shape[-1])
-            yield (g.flatten(2, 3) @ a).view(shape)
+def _turned(rows: Tensor, basis: Tensor) -> Tensor:
+    """`(G, B, T, D)` times `(G, D, D)`, in the memory layout that the rows have."""
+    if rows.shape[2] > 1 and rows.stride(-1) != 1:
+        return (basis.mT.unsqueeze(1) @ rows.mT).mT
+    return (rows.flatten(1, 2) @ basis).view(rows.shape)
+
+
+def _rows(part: Tensor) -> Tensor:
+    """`(G, b, K, out, in)` -> `(b, K, G out in)`; a view for one group."""
+    return part[0].flatten(2) if len(part) == 1 else part.permute(1, 2, 0, 3, 4).flatten(2)
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    """Products of every two of K rows `(..., K, P)`, k <= l: `(..., K (K + 1) / 2, P)`."""
+    return torch.cat([rows[..., k : k + 1, :] * rows[..., k:, :] for k in range(rows.shape[-2])], -2)
+
+
+def _unpaired(values: Tensor, count: int) -> Tensor:
+    """`(B, K (K + 1) / 2, R)` in the order of `_pairs` -> symmetric `(R, B, K, K)`."""
+    first, second = torch.triu_indices(count, count, device=values.device)
+    where = torch.empty(count, count, dtype=torch.long, device=values.device)
+    order = torch.arange(len(first), device=values.device)
+    where[first, second] = order
+    where[second, first] = order
+    return values.permute(2, 0, 1)[..., where.flatten()].unflatten(-1, (count, count))
 
 
 @dataclass(frozen=True)
@@ -159,6 +236,10 @@ class RowFactor:
         """J diag(weight) J^T, `(B, K, K)`, for weights `(1, D, V)`."""
         spread = weight[0].T[self._safe]  # (B, T, D)
         return torch.einsum("kbtd,btd,lbtd->bkl", self._merged, spread, self._merged)
+
+    def quads(self, values: Tensor, shifts: Tensor) -> Tensor:
+        """`quad(1 / (values + shift))` for every one of R shifts, `(R, B, K, K)`."""
+        return torch.stack([self.quad(1.0 / (values + s)) for s in shifts])
 
     def marginal(self, weight: Tensor) -> Tensor:
         """The diagonal of `quad`, `(B, K)`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bayesdl.batch import flatten_tensors
+from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.curvature.backward import backward, parameter_rows
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layers import Use, empty_factor, factor_of
-from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.layout import REPEATED, Layout
 from bayesdl.network import Network
 
 Cotangents = Callable[[Tensor], Tensor]
@@ -49,7 +49,7 @@ def layer_factors(
 
     Cost: one forward, one backward of activations for K cotangents. No gradient of a weight is formed.
     """
-    hooked = {module for block in layout.blocks if block.kind != "dense" for module in block.modules}
+    hooked = {module: block.axis for block in layout.blocks if block.kind != "dense" for module in block.modules}
     with torch.inference_mode(False), torch.enable_grad():
         call = _normal(network.prepare(inputs))
         output, taps = tapped_forward(network, call, hooked)
@@ -72,13 +72,20 @@ def layer_factors(
     return output.detach(), factors
 
 
-def tapped_forward(network: Network, call: Any, hooked: set[str]) -> tuple[Tensor, list[Tap]]:
+def tapped_forward(network: Network, call: Any, hooked: Mapping[str, int]) -> tuple[Tensor, list[Tap]]:
     """Forward pass of this thread's clone with the named layers' outputs turned into nodes of the graph.
 
     The layer's consumers get a clone of the tap, so that in-place operations behind the layer (residual sums,
-    activations) cannot overwrite it.
+    activations) cannot overwrite it. A layer that runs once for all examples (a position embedding) gets a batch axis
+    here, because the cotangents of its output would otherwise arrive summed over the examples.
+
+    Args:
+        network: the network.
+        call: prepared inputs.
+        hooked: `Block.axis` by name of the layer.
     """
     module = network.module()
+    size = batch_size(call) if any(axis <= REPEATED for axis in hooked.values()) else 0
     taps: list[Tap] = []
     handles: list[RemovableHandle] = []
 
@@ -87,6 +94,9 @@ def tapped_forward(network: Network, call: Any, hooked: set[str]) -> tuple[Tenso
             value = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(output, Tensor) or not isinstance(value, Tensor):
                 return None
+            axis = hooked[name]
+            if axis <= REPEATED:
+                value, output = _repeat(value, size, axis), _repeat(output, size, axis)
             node = output if output.requires_grad else output.detach().requires_grad_()
             taps.append(Tap(name, layer, value.detach(), node))
             return node.clone()
@@ -101,6 +111,11 @@ def tapped_forward(network: Network, call: Any, hooked: set[str]) -> tuple[Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _repeat(tensor: Tensor, size: int, axis: int) -> Tensor:
+    rest = tensor.shape[1:] if axis == REPEATED else tensor.shape
+    return tensor.expand(size, *rest)
 
 
 def _normal(call: Any) -> Any:

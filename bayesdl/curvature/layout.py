@@ -14,6 +14,8 @@ from torch import Tensor
 from bayesdl.errors import ArgumentError, ShapeError
 
 KINDS = ("linear", "rows", "scale", "shift", "dense")
+# values of `Block.axis` of a layer that runs once for all examples, on a constant such as position numbers
+REPEATED, MISSING = -2, -3
 
 
 def cast(value: Tensor | float, like: Tensor) -> Tensor:
@@ -34,8 +36,10 @@ class Block:
         shapes: their shapes.
         modules: names of the modules that use them; several where weights are tied.
         groups, rows, columns: the block as G matrices of rows x columns (out x in, bias column included).
-        axis: batch axis of the layer's input and output; -1 where batch and positions share the first axis.
+        axis: batch axis of the layer's input and output; -1 where batch and positions share the first axis;
+            `REPEATED` where there is a first axis of one entry, `MISSING` where there is none.
         padding: row of an embedding that is a constant by convention; -1 for none.
+        transposed: whether the weight's memory holds columns x rows (in x out).
     """
 
     name: str
@@ -48,6 +52,7 @@ class Block:
     columns: int
     axis: int = 0
     padding: int = -1
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -64,7 +69,10 @@ class Block:
         parts = [values[name] for name in self.parameters]
         lead = parts[0].shape[: parts[0].dim() - len(self.shapes[0])]
         if self.kind == "linear":
-            flat = [part.reshape(*lead, self.groups, self.rows, -1) for part in parts]
+            weight = parts[0]
+            if self.transposed:
+                weight = weight.reshape(*lead, self.groups, self.columns - self.has_bias, self.rows).mT
+            flat = [part.reshape(*lead, self.groups, self.rows, -1) for part in (weight, *parts[1:])]
             return torch.cat(flat, -1) if len(flat) > 1 else flat[0]
         if self.kind == "rows":
             return parts[0].mT.unsqueeze(-3)
@@ -76,6 +84,7 @@ class Block:
         lead = matrix.shape[:-3]
         if self.kind == "linear":
             weight = matrix[..., :-1] if self.has_bias else matrix
+            weight = weight.mT if self.transposed else weight
             values = {self.parameters[0]: weight.reshape(*lead, *self.shapes[0])}
             if self.has_bias:
                 values[self.parameters[1]] = matrix[..., -1].reshape(*lead, *self.shapes[1])
@@ -202,6 +211,7 @@ class Layout:
                 columns=int(b["columns"]),
                 axis=int(b["axis"]),
                 padding=int(b["padding"]),
+                transposed=bool(b.get("transposed", False)),  # absent from older files
             )
             for b in data["blocks"]
         )

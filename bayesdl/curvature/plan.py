@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesdl.attention import ExplicitAttention
 from bayesdl.batch import batch_size, index_batch
 from bayesdl.curvature.backward import backward, tolerance
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Tap, layer_factors, tapped_forward
-from bayesdl.curvature.layers import CHANNEL_WISE, block_of
-from bayesdl.curvature.layout import Block, Layout
+from bayesdl.curvature.layers import CHANNEL_WISE, block_of, joins_bias
+from bayesdl.curvature.layout import MISSING, REPEATED, Block, Layout
+from bayesdl.curvature.projections import attention_blocks
 from bayesdl.data import check_inputs, in_batch
-from bayesdl.errors import ArgumentError, UnreachedParameterError, check_finite
+from bayesdl.errors import ArgumentError, ShapeError, UnreachedParameterError, check_finite
 from bayesdl.network import Network
+
+_Owned = tuple[tuple[str, str | None], ...]  # a layer's own parameter names and their full names
 
 
 def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
@@ -40,7 +44,7 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
     if bias not in ("joint", "separate"):
         raise ArgumentError(f"bias={bias!r}; choose 'joint' or 'separate'")
     blocks = _candidates(network, bias)
-    hooked = {module for block in blocks for module in block.modules}
+    hooked = {module: 0 for block in blocks for module in block.modules}
     with in_batch(0):
         check_inputs(example)
     with torch.inference_mode(False), torch.enable_grad():
@@ -48,8 +52,8 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
         two = tapped_forward(network, pair, hooked)[1]
         three = tapped_forward(network, _rows(network, example, 3), hooked)[1]
         truth = _true_gradients(network, pair)
-    blocks = [_placed(block, two, three) for block in blocks]
     outputs = int(truth[0].shape[-1])
+    blocks = [_repeated(network, block, two, three, truth, pair) or _placed(block, two, three) for block in blocks]
     checked = [block for block in blocks if block.kind != "dense"]
     while checked:
         layout = _layout(network, checked, two, outputs)
@@ -84,26 +88,31 @@ def _rows(network: Network, example: Any, count: int) -> Any:
 def _candidates(network: Network, bias: str) -> list[Block]:
     """Blocks of the layers that own selected parameters and share them with no layer of another kind."""
     names = {id(p): name for name, p in network.parameters.items()}
-    users: dict[tuple[str | None, str | None], list[tuple[str, nn.Module]]] = defaultdict(list)
-    uses: dict[str, set[tuple[str | None, str | None]]] = defaultdict(set)
+    users: dict[_Owned, list[tuple[str, nn.Module]]] = defaultdict(list)
+    uses: dict[str, set[_Owned]] = defaultdict(set)
     for path, module in network.module().named_modules():
         own = {key: names.get(id(p)) for key, p in module._parameters.items() if p is not None}
-        if not any(own.values()) or not set(own) <= {"weight", "bias"}:
+        known = isinstance(module, ExplicitAttention) or set(own) <= {"weight", "bias"}
+        if not any(own.values()) or not known:
             continue
-        key = (own.get("weight"), own.get("bias"))
+        key = tuple(sorted(own.items()))
         users[key].append((path, module))
-        for name in key:
+        for name in own.values():
             if name is not None:
                 uses[name].add(key)
-    blocks = []
-    for (weight, shift), owners in users.items():
+    blocks: list[Block] = []
+    for key, owners in users.items():
         kinds = {(type(module), getattr(module, "padding_idx", None)) for _, module in owners}
-        shared_elsewhere = any(len(uses[name]) > 1 for name in (weight, shift) if name is not None)
+        shared_elsewhere = any(len(uses[name]) > 1 for _, name in key if name is not None)
         if len(kinds) != 1 or shared_elsewhere:
             continue
-        module, paths = owners[0][1], tuple(path for path, _ in owners)
+        module, paths, own = owners[0][1], tuple(path for path, _ in owners), dict(key)
+        if isinstance(module, ExplicitAttention):
+            blocks += attention_blocks(module, own, paths, bias)
+            continue
+        weight, shift = own.get("weight"), own.get("bias")
         pairs = [(weight, shift)]
-        if bias == "separate" and weight is not None and shift is not None:
+        if weight is not None and shift is not None and not (bias == "joint" and joins_bias(module)):
             pairs = [(weight, None), (None, shift)]
         found = [block_of(module, w, b, paths) for w, b in pairs]
         labels = [paths[0] or "network"] if len(pairs) == 1 else [str(weight), str(shift)]
@@ -130,6 +139,28 @@ def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
     if len(axes) != 1 or None in axes or (fixed and axes - {0, -1}):
         return replace(block, kind="dense")
     return replace(block, axis=axes.pop() or 0)
+
+
+def _repeated(
+    network: Network, block: Block, two: list[Tap], three: list[Tap], truth: tuple[Tensor, dict[str, Tensor]], pair: Any
+) -> Block | None:
+    """An embedding looked up once for all examples, if the network stays the same with its rows repeated for each."""
+    mine = [tap.output.shape for taps in (two, three) for tap in taps if tap.layer in block.modules]
+    if block.kind != "rows" or len(set(mine)) != 1:
+        return None
+    with torch.no_grad():
+        plain = network.forward(network.module(), pair)
+    close = tolerance(plain.dtype) * float(1.0 + plain.abs().max())
+    for axis in (REPEATED, MISSING) if mine[0][0] == 1 else (MISSING,):
+        found = replace(block, axis=axis)
+        layout = _layout(network, [found], two, plain.shape[1])
+        try:
+            output = layer_factors(network, layout, pair, lambda f: truth[0], torch.float32)[0]
+            if torch.allclose(output, plain, rtol=0.0, atol=close) and not _disagreeing(network, layout, pair, truth):
+                return found
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ShapeError):
+            continue  # whoever reads the rows wants them without a batch axis
+    return None
 
 
 def _true_gradients(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:

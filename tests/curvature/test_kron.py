@@ -94,7 +94,9 @@ def test_exact_for_a_linear_model_of_constant_curvature() -> None:
         ("batch_norm_2d", ["1"]),
         ("bare_parameters", ["gain"]),
         ("biases_only", ["2.bias"]),
-        ("attention", ["attention.in_proj_weight"]),
+        ("lstm", ["cell.weight_hh_l0"]),
+        ("attention_bias_only", ["attention.in_proj_bias"]),
+        ("transposed_conv2d", ["0.bias"]),
     ],
 )
 def test_blocks_without_a_kronecker_form_are_exact(name: str, select: list[str]) -> None:
