@@ -35,12 +35,14 @@ class LinearFactor:
         g: cotangents `(G, K, B, T, out)`.
         u_in, u_out: orthonormal `(G, in, in)` and `(G, out, out)`: the block is U_out^T (sum_t g_t a_t^T) U_in.
             None stands for the identity.
+        lengths: positions of each group where they differ (attention over another sequence); the rest are zeros.
     """
 
     a: Tensor
     g: Tensor
     u_in: Tensor | None = None
     u_out: Tensor | None = None
+    lengths: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:
@@ -57,9 +59,15 @@ class LinearFactor:
         return total
 
     def moments(self) -> tuple[Tensor, Tensor, int]:
-        """`(G, in, in)` sum of a a^T, `(G, out, out)` sum of g g^T over all positions, and the number of rows B T."""
+        """`(G, in, in)` sum of a a^T, `(G, out, out)` sum of g g^T over all positions, and the number of rows B T.
+
+        Groups of fewer positions count as if repeated up to T, so that the first divided by B T is their own mean.
+        """
         count = int(self.a.shape[1] * self.a.shape[2])
-        return second_moment(self.a), second_moment(self.g.transpose(1, 2).flatten(1, 2)), count
+        inner = second_moment(self.a)
+        if self.lengths:
+            inner = inner * inner.new_tensor([self.positions / max(1, n) for n in self.lengths])[:, None, None]
+        return inner, second_moment(self.g.transpose(1, 2).flatten(1, 2)), count
 
     def rotate(self, u_in: Tensor | None, u_out: Tensor) -> LinearFactor:
         """a U_in and g U_out; `u_in` `(G, in, in)` (None: identity), `u_out` `(G, out, out)`.
@@ -77,7 +85,7 @@ class LinearFactor:
             g = _turned(g.transpose(1, 2).flatten(1, 2), u_out).unflatten(1, (-1, count)).transpose(1, 2)
         else:
             after_out = u_out
-        return LinearFactor(a, g, after_in, after_out)
+        return LinearFactor(a, g, after_in, after_out, self.lengths)
 
     def quad(self, weight: Tensor) -> Tensor:
         """J diag(weight) J^T, `(B, K, K)`, for weights `(G, out, in)`."""
@@ -145,7 +153,7 @@ class LinearFactor:
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """sum over B and T of r r^T, `(G, D, D)`, for rows `(G, B, T, D)`; the sums of positions in memory are not moved."""
+    """sum over B and T of r r^T, `(G, D, D)`, for rows `(G, B, T, D)`; sums of positions in memory are not moved."""
     groups, batch, positions, width = rows.shape
     if positions == 1 or rows.stride(-1) == 1:
         flat = rows.flatten(1, 2)

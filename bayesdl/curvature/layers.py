@@ -144,7 +144,7 @@ def _packed(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -
     longest = max(lengths)
     a = torch.cat([F.pad(p.a, (0, 0, 0, longest - n)) for p, n in zip(parts, lengths, strict=True)])
     g = torch.cat([F.pad(p.g, (0, 0, 0, longest - n)) for p, n in zip(parts, lengths, strict=True)])
-    return LinearFactor(a, g, lengths if len(set(lengths)) > 1 else ())
+    return LinearFactor(a, g, lengths=lengths if len(set(lengths)) > 1 else ())
 
 
 def _rows(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
@@ -196,7 +196,7 @@ def _scale(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) ->
 def _summed(gradient: Tensor, other: Tensor | None, channels: bool, batch: int, size: int) -> Tensor:
     """Gradients `(K, B, ...)`, times `other` `(B, ...)` where given, summed over positions: `(K, B, size)`."""
     if other is None and channels and gradient.dim() > 3:
-        return gradient.flatten(3).sum(-1)
+        return gradient.flatten(3).sum(-1).reshape(len(gradient), batch, -1, size).sum(2)
     rows = []
     # a few cotangents at a time: their product with `other` is then gone before it has left the cache
     for part in gradient.split(max(1, CHUNK // max(1, gradient[0].numel()))):
