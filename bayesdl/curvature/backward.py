@@ -46,7 +46,7 @@ def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor, keep: bool = 
     if len(vectors) == 1:
         single = torch.autograd.grad(output, nodes, vectors[0], allow_unused=True, retain_graph=keep)
         return [None if g is None else _strided(g).unsqueeze(0) for g in single]
-    slow = UNBATCHED
+    slow: tuple[str, ...] = UNBATCHED
     if output.device.type == "cpu" and sum(node.numel() for node in nodes) >= WORTH_LOOPING:
         slow += LOOPED
     if not _contains(output, slow):
