@@ -52,7 +52,7 @@ class EKFAC(Rotated):
         return cls(layout, values, nothing, nothing)
 
     @classmethod
-    def first(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
+    def first(cls, layout: Layout, dtype: torch.dtype, device: torch.device, rank: int | None = None) -> Structure:
         return Kron.empty(layout, dtype, device)
 
     @classmethod

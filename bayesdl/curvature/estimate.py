@@ -73,6 +73,7 @@ def estimate(
     memory: int | None = None,
     allow_partial: bool = False,
     progress: bool = True,
+    rank: int | None = None,
 ) -> Structure:
     """Curvature H = sum_n J_n^T Lambda_n J_n, a SUM over the data.
 
@@ -80,7 +81,7 @@ def estimate(
         model: trained network; never written to.
         data: loader of batches.
         likelihood: name or object.
-        structure: "full", "diag", "kron", or "ekfac" (which takes a second pass over the data); or a dictionary
+        structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary
             from layer patterns to these, e.g. `{"head": "full", "*": "kron"}`; see `bayesdl.curvature.mixed.Mixed`.
         kind: "ggn" (exact), "mc" (Fisher from sampled targets), "empirical" (from the true targets).
         select: which parameters; see `bayesdl.select.resolve`.
@@ -91,6 +92,8 @@ def estimate(
         dtype: of the curvature; default float32, or float64 for a float64 network.
         memory: bytes that one chunk of examples may take.
         allow_partial: accept a loader that skips part of its data set (drop_last).
+        progress: whether to show progress bars.
+        rank: of structure "lowrank"; default 32.
 
     Raises:
         NonFiniteError, ShapeError, LabelError: bad data; the message names the batch.
@@ -115,6 +118,7 @@ def estimate(
         memory=memory,
         allow_partial=allow_partial,
         progress=progress,
+        rank=rank,
     ).curvature
 
 
@@ -132,13 +136,14 @@ def fit_curvature(
     memory: int | None = None,
     allow_partial: bool = False,
     progress: bool = True,
+    rank: int | None = None,
 ) -> Fit:
     """`estimate` with its side results; arguments as there.
 
     Raises:
         ArgumentError: the structure takes several passes and the loader does not yield the same data in each.
     """
-    check_recipe(structure)
+    check_recipe(structure, rank)
     dtype = dtype or torch.promote_types(network.dtype or torch.float32, torch.float32)
     start = None if generator is None else generator.get_state()
 
@@ -150,7 +155,7 @@ def fit_curvature(
         _check(fit.curvature)
         return fit, absolute
 
-    fit, _ = one_pass(first(structure, layout, dtype, network.device))
+    fit, _ = one_pass(first(structure, layout, dtype, network.device, rank))
     while (into := following(structure, fit.curvature)) is not None:
         before, (fit, absolute) = fit, one_pass(into)
         _check_same_data(before, fit, absolute, network.dtype or torch.float32)

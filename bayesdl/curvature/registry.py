@@ -11,23 +11,36 @@ from bayesdl.curvature.ekfac import EKFAC
 from bayesdl.curvature.full import Full
 from bayesdl.curvature.kron import Kron
 from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.lowrank import LowRank
 from bayesdl.curvature.mixed import Mixed
 from bayesdl.curvature.structure import Structure, Uniform
 from bayesdl.errors import ArgumentError, UnknownNameError
 
-STRUCTURES: dict[str, type[Uniform]] = {"full": Full, "diag": Diag, "kron": Kron, "ekfac": EKFAC}
+STRUCTURES: dict[str, type[Uniform]] = {
+    "full": Full,
+    "diag": Diag,
+    "kron": Kron,
+    "ekfac": EKFAC,
+    "lowrank": LowRank,
+}
 
 # a name, or names by layer pattern
 Recipe = str | Mapping[str, str]
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, rank: int | None = None) -> None:
     """Raise unless a recipe is a known name, or a dictionary from patterns to known names.
 
     Raises:
         UnknownNameError: no such structure.
-        ArgumentError: an empty dictionary, or another type.
+        ArgumentError: an empty dictionary, another type, or a rank that is no positive integer or has no use.
     """
+    if rank is not None:
+        names = recipe.values() if isinstance(recipe, Mapping) else [recipe]
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ArgumentError(f"rank={rank!r}; expected a positive integer")
+        if "lowrank" not in names:
+            raise ArgumentError(f'rank={rank} was given with structure={recipe!r}; it belongs to structure="lowrank"')
     if isinstance(recipe, Mapping):
         if not recipe or not all(isinstance(pattern, str) for pattern in recipe):
             raise ArgumentError(
@@ -47,11 +60,13 @@ def empty(recipe: Recipe, layout: Layout, dtype: torch.dtype, device: torch.devi
     return STRUCTURES[recipe].empty(layout, dtype, device)
 
 
-def first(recipe: Recipe, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
+def first(
+    recipe: Recipe, layout: Layout, dtype: torch.dtype, device: torch.device, rank: int | None = None
+) -> Structure:
     """What the first pass over the data fills."""
     if isinstance(recipe, Mapping):
-        return Mixed.of(layout, recipe, lambda name, part: STRUCTURES[name].first(part, dtype, device))
-    return STRUCTURES[recipe].first(layout, dtype, device)
+        return Mixed.of(layout, recipe, lambda name, part: STRUCTURES[name].first(part, dtype, device, rank))
+    return STRUCTURES[recipe].first(layout, dtype, device, rank)
 
 
 def following(recipe: Recipe, fitted: Structure) -> Structure | None:

@@ -142,8 +142,12 @@ class Uniform(Structure):
         """Zero curvature, ready for `update`."""
 
     @classmethod
-    def first(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
-        """What the first pass over the data fills; another kind where that pass only prepares a second one."""
+    def first(cls, layout: Layout, dtype: torch.dtype, device: torch.device, rank: int | None = None) -> Structure:
+        """What the first pass over the data fills; another kind where that pass only prepares a second one.
+
+        Structures that are not truncated ignore `rank`.
+        """
+        del rank
         return cls.empty(layout, dtype, device)
 
     @classmethod

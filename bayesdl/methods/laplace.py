@@ -29,8 +29,8 @@ class Laplace(Method):
 
     Args:
         select: Bayesian parameters: "all", "last_layer", names, a pattern, a predicate.
-        structure: "full", "diag", "kron" or "ekfac" (a second pass over the data); or a dictionary from layer patterns
-            to these, e.g. `{"head": "full", "*": "kron"}`.
+        structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary from
+            layer patterns to these, e.g. `{"head": "full", "*": "kron"}`.
         kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
         bias: "joint" (weight and bias of a layer share one block) or "separate".
         predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).
@@ -39,6 +39,7 @@ class Laplace(Method):
         dtype: of the curvature; default at least float32.
         memory: bytes that one chunk of examples may take while fitting.
         allow_partial: accept a loader that skips part of its data (drop_last).
+        rank: of structure "lowrank"; default 32.
     """
 
     select: Selector | None = "all"
@@ -51,6 +52,7 @@ class Laplace(Method):
     dtype: torch.dtype | None = None
     memory: int | None = None
     allow_partial: bool = False
+    rank: int | None = None
 
     name: ClassVar[str] = "laplace"
     trains: ClassVar[bool] = True
@@ -72,6 +74,7 @@ class Laplace(Method):
             dtype=self.dtype,
             memory=self.memory,
             allow_partial=self.allow_partial,
+            rank=self.rank,
             progress=task.progress,
         )
         posterior = self._posterior(fit, task, prior)
@@ -85,7 +88,7 @@ class Laplace(Method):
         return Fitted(posterior, likelihood, findings)
 
     def _check(self) -> None:
-        check_recipe(self.structure)
+        check_recipe(self.structure, self.rank)
         if self.kind not in CURVATURE_KINDS:
             raise UnknownNameError(f"kind {self.kind!r} is not known; choose one of {CURVATURE_KINDS}")
         if self.predictive not in ("linearized", "samples"):
