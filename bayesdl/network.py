@@ -154,7 +154,7 @@ class Network:
             raise ShapeError("the batch is empty; expected at least one example")
         kwargs = dict(call.kwargs or {})
         if tensors:
-            raw = torch.func.functional_call(module, dict(tensors), call.args, kwargs)
+            raw = torch.func.functional_call(module, _everywhere(module, tensors), call.args, kwargs, tie_weights=False)
         else:
             raw = module(*call.args, **kwargs)
         return two_dimensional(extract_output(raw), size)
@@ -259,6 +259,22 @@ def first_inputs(data: Iterable[Any] | None, adapter: BatchAdapter) -> Any:
     for batch in data:
         return adapter(batch)[0]
     raise ArgumentError("the data loader yields no batch")
+
+
+def _everywhere(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The given tensors under one name for every module that holds them.
+
+    torch's own treatment of ties swaps a module that has two names twice, and then puts the second swap's leftovers
+    back: such a module would keep the given tensors for good.
+    """
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    given = {id(named[name]): value for name, value in tensors.items() if name in named}
+    return {
+        f"{path}.{key}" if path else key: given[id(held)]
+        for path, part in module.named_modules()
+        for key, held in (*part._parameters.items(), *part._buffers.items())
+        if held is not None and id(held) in given
+    }
 
 
 def _alias(tensor: Tensor) -> Tensor:

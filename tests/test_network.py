@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError
 from bayesdl.network import Network, extract_output, first_inputs
+from tests.networks import SharedModule, TiedLayers
 from tests.test_clone import X, mlp, reference
 from tests.untouched import untouched
 
@@ -302,3 +303,19 @@ def test_first_inputs() -> None:
     assert first_inputs([(1, 2), (3, 4)], lambda b: b) == 1
     with pytest.raises(ArgumentError, match="no batch"):
         first_inputs([], lambda b: b)
+
+
+@pytest.mark.parametrize("build", [SharedModule, TiedLayers])
+def test_other_tensors_reach_every_holder_and_leave_no_trace(build: Callable[[], nn.Module]) -> None:
+    # a module under two names, and two modules over one tensor
+    net = build().eval()
+    network, x = Network(net), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    before, weight = network(x), torch.full((4, 4), 0.3)
+    other = build().eval()
+    other.load_state_dict(net.state_dict() | {"first.weight": weight, "second.weight": weight})
+    for _ in range(2):
+        torch.testing.assert_close(network(x, {"first.weight": weight}), other(x))
+        assert torch.equal(network(x), before)
+    with pytest.raises(RuntimeError):
+        network(x, {"first.weight": torch.ones(2, 4, 4)})
+    assert torch.equal(network(x), before)
