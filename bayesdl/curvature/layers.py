@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesdl.attention import PROJECTIONS, Projection
-from bayesdl.curvature.factor import CHUNK, Factor, LinearFactor, RowFactor, dense_factor
+from bayesdl.curvature.factor import Factor, LinearFactor, RowFactor, dense_factor
 from bayesdl.curvature.layout import REPEATED, Block
+
+
+# scalars of a temporary that should not leave the innermost caches: 1 MiB in float32
+CACHED = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def _summed(gradient: Tensor, other: Tensor | None, channels: bool, batch: int, 
         return gradient.flatten(3).sum(-1).reshape(len(gradient), batch, -1, size).sum(2)
     rows = []
     # a few cotangents at a time: their product with `other` is then gone before it has left the cache
-    for part in gradient.split(max(1, CHUNK // max(1, gradient[0].numel()))):
+    for part in gradient.split(max(1, CACHED // max(1, gradient[0].numel()))):
         product = part if other is None else part * other
         if channels and product.dim() > 3:
             product = product.flatten(3).sum(-1)
