@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.attention_networks import AttentionTwice, Conv1D, Cross, Decoder, Padded, Places, SummedPlaces, WeightsOnly
+from tests.attention_networks import (
+    AttentionTwice,
+    Conv1D,
+    Cross,
+    Decoder,
+    Padded,
+    Patches,
+    Places,
+    SummedPlaces,
+    WeightsOnly,
+)
 from tests.networks import (
     OUTPUTS,
     Attention,
@@ -193,6 +203,7 @@ CASES = [
         tokens(5, 7),
         {"embed.weight": "rows", "place.weight": "rows"},
     ),
+    Case("bare_positions", Patches, real(3, 4), _dense("token", "places", "table", "gain")),
     Case("position_embedding_first_axis", lambda: Places(True), tokens(5, 7), _rows("embed", "place")),
     Case("position_embedding_twice", lambda: Places(False, True), tokens(5, 7), _rows("embed", "place")),
     Case(

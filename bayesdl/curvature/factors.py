@@ -15,7 +15,7 @@ from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.curvature.backward import backward, parameter_rows
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layers import Use, empty_factor, factor_of
-from bayesdl.curvature.layout import REPEATED, Layout
+from bayesdl.curvature.layout import MISSING, REPEATED, Layout
 from bayesdl.network import Network
 
 Cotangents = Callable[[Tensor], Tensor]
@@ -52,14 +52,18 @@ def layer_factors(
     hooked = {module: block.axis for block in layout.blocks if block.kind != "dense" for module in block.modules}
     with torch.inference_mode(False), torch.enable_grad():
         call = _normal(network.prepare(inputs))
-        output, taps = tapped_forward(network, call, hooked)
+        copies = _copies(network, layout, call)
+        output, taps = tapped_forward(network, call, hooked, copies)
         vectors = cotangents(output.detach())
         vectors = vectors.to(output.dtype)
-        gradients = backward(output, [tap.output for tap in taps], vectors)
-        whole = [name for block in layout.blocks if block.kind == "dense" for name in block.parameters]
+        gradients = backward(output, [*(tap.output for tap in taps), *copies.values()], vectors)
+        dense = [name for block in layout.blocks if block.kind == "dense" for name in block.parameters]
+        whole = [name for name in dense if name not in copies]
         rows = parameter_rows(network, whole, call, vectors, output.detach()) if whole else {}
+    for (name, copy), gradient in zip(copies.items(), gradients[len(taps) :], strict=True):
+        rows[name] = copy.new_zeros(len(vectors), *copy.shape) if gradient is None else gradient
     uses: dict[str, list[Use]] = defaultdict(list)
-    for tap, gradient in zip(taps, gradients, strict=True):
+    for tap, gradient in zip(taps, gradients[: len(taps)], strict=True):
         if gradient is not None:
             uses[tap.layer].append(Use(tap.module, tap.value, gradient))
     factors: list[Factor] = []
@@ -72,7 +76,9 @@ def layer_factors(
     return output.detach(), factors
 
 
-def tapped_forward(network: Network, call: Any, hooked: Mapping[str, int]) -> tuple[Tensor, list[Tap]]:
+def tapped_forward(
+    network: Network, call: Any, hooked: Mapping[str, int], tensors: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, list[Tap]]:
     """Forward pass of this thread's clone with the named layers' outputs turned into nodes of the graph.
 
     The layer's consumers get a clone of the tap, so that in-place operations behind the layer (residual sums,
@@ -83,6 +89,7 @@ def tapped_forward(network: Network, call: Any, hooked: Mapping[str, int]) -> tu
         network: the network.
         call: prepared inputs.
         hooked: `Block.axis` by name of the layer.
+        tensors: stand in for parameters, by name.
     """
     module = network.module()
     size = batch_size(call) if any(axis <= REPEATED for axis in hooked.values()) else 0
@@ -107,15 +114,25 @@ def tapped_forward(network: Network, call: Any, hooked: Mapping[str, int]) -> tu
         for name, layer in module.named_modules():
             if name in hooked:
                 handles.append(layer.register_forward_hook(hook(name), with_kwargs=True))
-        return network.forward(module, call), taps
+        return network.forward(module, call, tensors), taps
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _repeat(tensor: Tensor, size: int, axis: int) -> Tensor:
-    rest = tensor.shape[1:] if axis == REPEATED else tensor.shape
-    return tensor.expand(size, *rest)
+    if axis == REPEATED:
+        return tensor.expand(size, *tensor.shape[1:])
+    return tensor.reshape((1,) * (MISSING - axis) + tensor.shape).expand(size, *(1,) * (MISSING - axis), *tensor.shape)
+
+
+def _copies(network: Network, layout: Layout, call: Any) -> dict[str, Tensor]:
+    """A copy for every example, as leaves of the graph, of the parameters that allow it: one pass serves them too."""
+    axes = {b.parameters[0]: b.axis for b in layout.blocks if b.kind == "dense" and b.axis <= REPEATED}
+    if not axes:
+        return {}
+    values, size = network.parameters, batch_size(call)
+    return {name: _repeat(values[name].detach(), size, axis).requires_grad_() for name, axis in axes.items()}
 
 
 def _normal(call: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bayesdl.errors import ArgumentError, ShapeError
 
 KINDS = ("linear", "rows", "scale", "shift", "dense")
-# values of `Block.axis` of a layer that runs once for all examples, on a constant such as position numbers
+# values of `Block.axis` of what is the same for all examples, such as position embeddings
 REPEATED, MISSING = -2, -3
 
 
@@ -37,7 +37,9 @@ class Block:
         modules: names of the modules that use them; several where weights are tied.
         groups, rows, columns: the block as G matrices of rows x columns (out x in, bias column included).
         axis: batch axis of the layer's input and output; -1 where batch and positions share the first axis;
-            `REPEATED` where there is a first axis of one entry, `MISSING` where there is none.
+            `REPEATED` where there is a first axis of one entry, `MISSING` where there is none. The same for a
+            "dense" parameter that may be repeated for every example, `MISSING - n` with n axes of one behind the
+            batch axis; 0 where it needs a pass of its own.
         padding: row of an embedding that is a constant by convention; -1 for none.
         transposed: whether the weight's memory holds columns x rows (in x out).
     """

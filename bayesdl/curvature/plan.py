@@ -8,7 +8,8 @@ back to exact per-example gradients.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from bayesdl.curvature.layers import CHANNEL_WISE, block_of, joins_bias
 from bayesdl.curvature.layout import MISSING, REPEATED, Block, Layout
 from bayesdl.curvature.projections import attention_blocks
 from bayesdl.data import check_inputs, in_batch
-from bayesdl.errors import ArgumentError, ShapeError, UnreachedParameterError, check_finite
+from bayesdl.errors import ArgumentError, BayesDLError, UnreachedParameterError, check_finite
 from bayesdl.network import Network
 
 _Owned = tuple[tuple[str, str | None], ...]  # a layer's own parameter names and their full names
@@ -53,7 +54,8 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
         three = tapped_forward(network, _rows(network, example, 3), hooked)[1]
         truth = _true_gradients(network, pair)
     outputs = int(truth[0].shape[-1])
-    blocks = [_repeated(network, block, two, three, truth, pair) or _placed(block, two, three) for block in blocks]
+    proof = _Proof(network, pair, truth, two)
+    blocks = [_repeated(block, two, three, proof) or _placed(block, two, three) for block in blocks]
     checked = [block for block in blocks if block.kind != "dense"]
     while checked:
         layout = _layout(network, checked, two, outputs)
@@ -64,6 +66,10 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
     covered = {name for block in checked for name in block.parameters}
     values = network.parameters
     dense = [_dense(name, values[name]) for name in network.names if name not in covered]
+    bare = _bare(network)
+    copied = [_copied(block, proof) if block.name in bare else block for block in dense]
+    if copied != dense and proof.holds([*checked, *copied]):  # all at once, too
+        dense = copied
     return _layout(network, [*checked, *dense], two, outputs)
 
 
@@ -141,26 +147,62 @@ def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
     return replace(block, axis=axes.pop() or 0)
 
 
-def _repeated(
-    network: Network, block: Block, two: list[Tap], three: list[Tap], truth: tuple[Tensor, dict[str, Tensor]], pair: Any
-) -> Block | None:
-    """An embedding looked up once for all examples, if the network stays the same with its rows repeated for each."""
-    mine = [tap.output.shape for taps in (two, three) for tap in taps if tap.layer in block.modules]
-    if block.kind != "rows" or len(set(mine)) != 1:
-        return None
-    with torch.no_grad():
-        plain = network.forward(network.module(), pair)
-    close = tolerance(plain.dtype) * float(1.0 + plain.abs().max())
-    for axis in (REPEATED, MISSING) if mine[0][0] == 1 else (MISSING,):
-        found = replace(block, axis=axis)
-        layout = _layout(network, [found], two, plain.shape[1])
+@dataclass(frozen=True)
+class _Proof:
+    """Trials: whether the network computes the same with a batch axis where it has none."""
+
+    network: Network
+    pair: Any
+    truth: tuple[Tensor, dict[str, Tensor]]
+    taps: list[Tap]
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """Outputs `(2, C)` of the network as it is."""
+        with torch.no_grad():
+            return self.network.forward(self.network.module(), self.pair)
+
+    def holds(self, blocks: list[Block]) -> bool:
+        """Whether outputs and gradients are right; not where whoever reads the values wants them as they are."""
+        layout = _layout(self.network, blocks, self.taps, self.plain.shape[1])
+        close = tolerance(self.plain.dtype) * float(1.0 + self.plain.abs().max())
         try:
-            output = layer_factors(network, layout, pair, lambda f: truth[0], torch.float32)[0]
-            if torch.allclose(output, plain, rtol=0.0, atol=close) and not _disagreeing(network, layout, pair, truth):
-                return found
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ShapeError):
-            continue  # whoever reads the rows wants them without a batch axis
-    return None
+            output = layer_factors(self.network, layout, self.pair, lambda f: self.truth[0], torch.float32)[0]
+            same = output.shape == self.plain.shape and torch.allclose(output, self.plain, rtol=0.0, atol=close)
+            return same and not _disagreeing(self.network, layout, self.pair, self.truth)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, BayesDLError):
+            return False
+
+
+def _repeated(block: Block, two: list[Tap], three: list[Tap], proof: _Proof) -> Block | None:
+    """An embedding looked up once for all examples, if its rows may be repeated for each."""
+    shapes = {tap.output.shape for taps in (two, three) for tap in taps if tap.layer in block.modules}
+    if block.kind != "rows" or len(shapes) != 1:
+        return None
+    leading = shapes.pop()[0] == 1
+    trials = [replace(block, axis=axis) for axis in ((REPEATED, MISSING) if leading else (MISSING,))]
+    return next((trial for trial in trials if proof.holds([trial])), None)
+
+
+def _bare(network: Network) -> set[str]:
+    """Selected parameters that no layer of torch holds, whose kernels take their shapes on trust."""
+    module = network.module()
+    kernels = {id(p) for part in module.modules() if _is_torchs(part) for p in part._parameters.values()}
+    return {name for name, p in network.parameters.items() if id(p) not in kernels}
+
+
+def _is_torchs(part: nn.Module) -> bool:
+    own = (base for base in type(part).__mro__ if base is not nn.Module)
+    return any(base.__module__.startswith("torch.nn.modules.") for base in own)
+
+
+def _copied(block: Block, proof: _Proof) -> Block:
+    """A bare parameter (position table, class token, gain) with a copy for each example, if the network allows it."""
+    axes = [MISSING, MISSING - 1, MISSING - 2, MISSING - 3]
+    if block.shapes[0][:1] == (1,):
+        axes.insert(0, REPEATED)
+    trials = (replace(block, axis=axis) for axis in axes)
+    return next((trial for trial in trials if proof.holds([trial])), block)
 
 
 def _true_gradients(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:

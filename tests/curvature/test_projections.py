@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.curvature import estimate
+from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.kron import Kron
+from bayesdl.curvature.layout import MISSING, REPEATED, Block, Layout
 from bayesdl.curvature.plan import plan
 from bayesdl.network import Network
 from tests import oracles
@@ -119,3 +122,32 @@ def test_layout_survives_its_json_form() -> None:
         assert type(layout).from_json(layout.to_json()) == layout
         flat = torch.randn(2, layout.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         assert torch.equal(layout.join(layout.split(flat)), flat)
+
+
+def test_bare_parameters_need_no_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a copy for every example, with an axis for the positions where the parameter has none
+    case = BY_NAME["bare_positions"]
+    net, x = case.network(), case.data()
+    network = Network(net)
+    layout = plan(network, x)
+    axes = {block.name: block.axis for block in layout.blocks if block.kind == "dense"}
+    assert axes == {"token": REPEATED, "places": REPEATED, "table": MISSING, "gain": MISSING - 1}
+
+    def refused(*args: object) -> None:
+        raise AssertionError("a second pass over the network")
+
+    monkeypatch.setattr("bayesdl.curvature.factors.parameter_rows", refused)
+    _, factors = layer_factors(network, layout, x, identity_cotangents, torch.float64)
+    found = layout.join([f.jacobian().view(8, 3, b.groups, b.rows, b.columns) for b, f in _pairs(layout, factors)])
+    torch.testing.assert_close(found, oracles.jacobian(net, x, layout.names), rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_of_torchs_own_kernels_are_never_copied() -> None:
+    # a recurrent kernel would read a bias of another shape as it pleases
+    case = BY_NAME["lstm"]
+    layout = plan(Network(case.network()), case.data())
+    assert {block.axis for block in layout.blocks if block.kind == "dense"} == {0}
+
+
+def _pairs(layout: Layout, factors: list[Factor]) -> list[tuple[Block, Factor]]:
+    return list(zip(layout.blocks, factors, strict=True))
