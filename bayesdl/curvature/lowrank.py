@@ -11,14 +11,13 @@ from torch import Tensor
 
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layout import Layout, cast
+from bayesdl.curvature.products import times, transposed_times
 from bayesdl.curvature.structure import Shift, Structure, Uniform, check_noise
 from bayesdl.linalg import eigh
 
 DEFAULT_RANK = 32
 # columns beyond the rank while the span is looked for (Halko, Martinsson and Tropp 2011, section 4.2)
 OVERSAMPLING = 10
-# directions multiplied at once
-CHUNK = 16
 
 
 @final
@@ -90,11 +89,8 @@ class LowRank(Uniform):
         self.core.addmm_(rows, rows.T)
         if self.image is None:
             return
-        pulled = []
-        for block, factor in zip(self.layout.blocks, factors, strict=True):
-            zero = self.basis.new_zeros(block.groups, block.rows, block.columns)
-            pull = torch.func.vjp(factor.dot, zero)[1]
-            pulled.append(torch.func.vmap(lambda u, pull=pull: pull(u)[0], chunk_size=CHUNK)(products))
+        pairs = zip(factors, self.layout.blocks, strict=True)
+        pulled = [transposed_times(factor, products, block) for factor, block in pairs]
         self.image.add_(self.layout.join(pulled).T)
 
     def per_block(self) -> Sequence[Tensor]:
@@ -180,7 +176,7 @@ class LowRank(Uniform):
     def _products(self, factors: Sequence[Factor], directions: Tensor) -> Tensor:
         """J times directions `(P, r)`: `(r, B, K)`."""
         pieces = zip(factors, self.layout.split(directions.T), strict=True)
-        return torch.stack([torch.func.vmap(f.dot, chunk_size=CHUNK)(d) for f, d in pieces]).sum(0)
+        return torch.stack([times(f, d) for f, d in pieces]).sum(0)
 
     def _inner(self, factors: Sequence[Factor], shift: Shift) -> Tensor:
         """J D^-1 U `(B, K, r)`."""
