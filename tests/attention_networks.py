@@ -92,6 +92,13 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
+class ChannelsFirst(nn.LayerNorm):
+    """A layer norm over the second axis, as in convolutional networks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class Patches(nn.Module):
     """Bare parameters as vision transformers have them: class token, positions with and without a first axis, gain."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.attention_networks import (
     AttentionTwice,
+    ChannelsFirst,
     Conv1D,
     Cross,
     Decoder,
@@ -178,6 +179,12 @@ CASES = [
     ),
     Case("layer_norm", _with_norm(nn.LayerNorm(4)), real(4), _scale("1")),
     Case("layer_norm_2d", _with_norm(nn.LayerNorm([4, 3]), 3), real(2, 3), _scale("1")),
+    Case(
+        "layer_norm_subclass",
+        behind(nn.Conv2d(1, 3, 2), ChannelsFirst(3), features=12),
+        real(1, 3, 3),
+        _dense("1.weight", "1.bias"),
+    ),
     Case("rms_norm", _with_norm(nn.RMSNorm(4, eps=0.1)), real(4), _scale("1")),
     Case("group_norm", _with_norm(nn.GroupNorm(2, 4, eps=0.1), 3), real(2, 3), _scale("1")),
     Case("batch_norm", _with_norm(nn.BatchNorm1d(4)), real(4), _scale("1")),
