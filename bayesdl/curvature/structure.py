@@ -84,7 +84,10 @@ class Structure(ABC):
 
     @abstractmethod
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
-        """P^-1/2 noise for base noise `(S, P)`: draws of N(0, P^-1). The symmetric root is used."""
+        """P^-1/2 noise for base noise `(S, P)`: draws of N(0, P^-1).
+
+        The symmetric root is used, but by `LowRank` with a shift that is no scalar, whose root is another.
+        """
 
     @abstractmethod
     def eigenvalues(self) -> Tensor:
