@@ -9,7 +9,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.factor import Factor, add_quads
 from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 
@@ -57,6 +57,9 @@ class Diag(Uniform):
     def quad(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)
         return torch.stack([f.quad(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
+
+    def quads_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        return add_quads(factors, [cast(scale, d) * d for d in self.diagonal], shifts)
 
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)

@@ -13,7 +13,7 @@ over positions (one for a plain linear layer). Six questions are all that anybod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -267,6 +267,15 @@ class RowFactor:
 
 
 Factor = LinearFactor | RowFactor
+
+
+def add_quads(factors: Sequence[Factor], values: Sequence[Tensor], shifts: Tensor) -> Tensor:
+    """sum over blocks of J diag(1 / (values + shift)) J^T for R shifts, `(R, B, K, K)`."""
+    first, *rest = zip(factors, values, strict=True)
+    total = first[0].quads(first[1], shifts.to(first[1]))
+    for factor, value in rest:
+        total += factor.quads(value, shifts.to(value))
+    return total
 
 
 def dense_factor(rows: Tensor) -> LinearFactor:

@@ -14,7 +14,6 @@ from bayesdl.attention import PROJECTIONS, Projection
 from bayesdl.curvature.factor import Factor, LinearFactor, RowFactor, dense_factor
 from bayesdl.curvature.layout import REPEATED, Block
 
-
 # scalars of a temporary that should not leave the innermost caches: 1 MiB in float32
 CACHED = 1 << 18
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.factor import Factor, add_quads
 from bayesdl.curvature.layout import cast
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 from bayesdl.errors import UnsupportedError
@@ -64,6 +64,10 @@ class Rotated(Uniform):
     def quad_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)
         return torch.stack([f.quad(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
+
+    def quads_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        values = [cast(scale, e.values) * e.values for e in self.eigen]
+        return add_quads(factors, values, shifts)
 
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         return self.marginal_prepared(self.prepared(factors), scale, shift)

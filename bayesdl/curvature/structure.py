@@ -130,6 +130,10 @@ class Structure(ABC):
         """`quad` from `prepared` factors."""
         return self.quad(factors, scale, shift)
 
+    def quads_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        """`quad_prepared` for every one of R scalar shifts `(R,)`: `(R, B, K, K)`."""
+        return torch.stack([self.quad_prepared(factors, scale, shift) for shift in shifts])
+
     def marginal_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         """`marginal` from `prepared` factors."""
         return self.marginal(factors, scale, shift)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self, final
@@ -26,6 +26,8 @@ from bayesdl.posteriors.base import Function, Posterior, frozen, standard_normal
 # beyond this many outputs only marginal variances are computed, unless asked for
 JOINT_OUTPUTS = 128
 DEFAULT_SAMPLES = 32
+# scalars of all covariances of one batch that a grid of priors holds at once
+COVARIANCES = 1 << 25
 
 
 @final
@@ -127,10 +129,23 @@ class GaussianPosterior(Posterior):
             variance = self.structure.marginal_prepared(prepared, scale, shift)
             check_finite(variance, "the posterior variances of the outputs")
             return GaussianLatent(mean, variance)
-        covariance = self.structure.quad_prepared(prepared, scale, shift)
-        variance = covariance.diagonal(dim1=-2, dim2=-1)
-        check_finite(variance, "the posterior variances of the outputs")
-        return GaussianLatent(mean, variance, covariance)
+        return _belief(mean, self.structure.quad_prepared(prepared, scale, shift))
+
+    def latents(
+        self, mean: Tensor, prepared: Sequence[Factor], scale: Tensor, shifts: Tensor
+    ) -> Iterator[GaussianLatent]:
+        """`latent` for every one of R scalar shifts in turn, for less than R times its cost."""
+        if mean.shape[-1] > JOINT_OUTPUTS:
+            yield from (self.latent(mean, prepared, scale, shift) for shift in shifts)
+            return
+        for covariance in self.covariances(prepared, scale, shifts):
+            yield _belief(mean, covariance)
+
+    def covariances(self, prepared: Sequence[Factor], scale: Tensor, shifts: Tensor) -> Iterator[Tensor]:
+        """J P^-1 J^T `(B, K, K)` for every one of R scalar shifts in turn, as many at once as memory allows."""
+        count, batch = prepared[0].g.shape[1:3]
+        for some in shifts.split(max(1, COVARIANCES // (batch * count**2))):
+            yield from self.structure.quads_prepared(prepared, scale, some)
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         """Functions of weights drawn from the posterior: linearised at the mode, or the network itself."""
@@ -261,6 +276,12 @@ def _forward_mode(network: Network, delta: Mapping[str, Tensor], inputs: Any) ->
     with muted(".*torch.jit.script.*", DeprecationWarning):
         pair = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
     return pair[0] + pair[1]
+
+
+def _belief(mean: Tensor, covariance: Tensor) -> GaussianLatent:
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    check_finite(variance, "the posterior variances of the outputs")
+    return GaussianLatent(mean, variance, covariance)
 
 
 def _sum(parts: tuple[Structure, ...]) -> Structure:

@@ -82,26 +82,25 @@ def choose(
     model: BayesianModel,
     posterior: GaussianPosterior,
     candidates: Tensor,
-    scores: Tensor,
+    best: int,
     factors: Tensor | None,
     how: str,
 ) -> BayesianModel:
-    """The model at the candidate of the lowest score.
+    """The model at one of the candidates.
 
     Args:
         model: to be tuned.
         posterior: its posterior.
         candidates: prior precisions; with `factors` relative to the noise, s^p * prior precision.
-        scores: mean negative log-likelihood of each.
+        best: which of them.
         factors: common factor s of the noise scales at each; None where the noise is not open.
         how: end of the finding's sentence.
     """
-    best = int(scores.argmin())
     precision = candidates[best].to(posterior.precision.device)
     likelihood, noise = model.likelihood, None
     found = []
     if factors is not None and posterior.noise is not None and isinstance(likelihood, Gaussian):
-        noise = (factors[best] * relative_noise(posterior)).expand(len(posterior.noise)).clone()
+        noise = factors[best] * relative_noise(posterior) * torch.ones_like(posterior.noise)
         precision = precision / factors[best] ** posterior.noise_power
         likelihood = likelihood.with_noise(noise)
         values = ", ".join(f"{float(v):.4g}" for v in noise[:8])

@@ -94,10 +94,10 @@ def _tune_prior(
     candidates = grid_of(grid)
     rows = passes(model, posterior, data, "held-out", progress)
     if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
-        scores, factors = _profiled_scores(posterior, candidates, rows)
+        scores, factors = profiled_scores(posterior, candidates, rows)
     else:
         scores, factors = _scores(model, posterior, candidates, rows), None
-    return choose(model, posterior, candidates, scores, factors, "on held-out data")
+    return choose(model, posterior, candidates, int(scores.argmin()), factors, "on held-out data")
 
 
 def _scores(
@@ -109,14 +109,14 @@ def _scores(
     """Mean NLL of every candidate prior precision; nothing is kept from one chunk to the next."""
     totals, count = candidates.new_zeros(len(candidates)), 0
     for mean, target, turned in rows:
-        for i, value in enumerate(candidates):
-            latent = posterior.latent(mean, turned, posterior.scale, value / posterior.temperature)
+        latents = posterior.latents(mean, turned, posterior.scale, candidates / posterior.temperature)
+        for i, latent in enumerate(latents):
             totals[i] += predictive_nll(model.likelihood, latent, target).cpu() * len(mean)
         count += len(mean)
     return totals / count
 
 
-def _profiled_scores(
+def profiled_scores(
     posterior: GaussianPosterior,
     candidates: Tensor,
     rows: Passes,
@@ -133,9 +133,8 @@ def _profiled_scores(
     for mean, target, turned in rows:
         level = relative.expand(mean.shape[-1])
         residual = (target - mean).double() / level
-        for i, value in enumerate(candidates):
-            covariance = posterior.structure.quad_prepared(turned, heat, value * heat).double()
-            values, basis = eigh(covariance / level.unsqueeze(-1) / level, "covariance of the outputs")
+        for i, covariance in enumerate(posterior.covariances(turned, heat, candidates / posterior.temperature)):
+            values, basis = eigh(covariance.double() / level.unsqueeze(-1) / level, "covariance of the outputs")
             spreads[i].append(values)
             squares[i].append(torch.einsum("bij,bi->bj", basis, residual).square())
     scores, factors = [], []

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import Factor
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.latent import GaussianLatent
 from bayesdl.likelihoods import Gaussian, Likelihood
@@ -70,7 +69,7 @@ def tune_loo(
         scores, factors = _profiled(posterior, candidates, rows)
     else:
         scores, factors = _scores(model.likelihood, posterior, candidates, rows), None
-    return choose(model, posterior, candidates, scores, factors, "by leave-one-out")
+    return choose(model, posterior, candidates, int(scores.argmin()), factors, "by leave-one-out")
 
 
 def cavity(mean: Tensor, covariance: Tensor, root: Tensor, score: Tensor, temperature: float = 1.0) -> GaussianLatent:
@@ -101,9 +100,8 @@ def _scores(likelihood: Likelihood, posterior: GaussianPosterior, candidates: Te
         exact = mean.double()
         goal = target.double() if target.dtype.is_floating_point else target
         root, score = likelihood.hessian_root(exact), likelihood.score(exact, goal)
-        for i, value in enumerate(candidates):
-            covariance = _covariance(posterior, turned, heat * posterior.scale, value)
-            latent = cavity(exact, covariance, root, score, heat)
+        for i, covariance in enumerate(posterior.covariances(turned, heat * posterior.scale, candidates)):
+            latent = cavity(exact, covariance.double(), root, score, heat)
             totals[i] += predictive_nll(likelihood, latent, goal).cpu() * len(mean)
         count += len(mean)
     return totals / count
@@ -122,9 +120,8 @@ def _profiled(posterior: GaussianPosterior, candidates: Tensor, rows: Passes) ->
     for mean, target, turned in rows:
         level = relative.expand(mean.shape[-1])
         residual = (target - mean).double() / level
-        for i, value in enumerate(candidates):
-            covariance = _covariance(posterior, turned, one, value)
-            values, basis = eigh(covariance / level.unsqueeze(-1) / level, "leverages")
+        for i, covariance in enumerate(posterior.covariances(turned, one, candidates)):
+            values, basis = eigh(covariance.double() / level.unsqueeze(-1) / level, "leverages")
             left[i].append(1.0 - values.clamp(max=MAX_LEVERAGE))
             squares[i].append(torch.einsum("bij,bi->bj", basis, residual).square())
     scores, factors = [], []
@@ -136,7 +133,3 @@ def _profiled(posterior: GaussianPosterior, candidates: Tensor, rows: Passes) ->
         scores.append(0.5 * (2.0 * factor.log() + variance.log() + error / variance / factor.square()).sum(-1).mean())
         factors.append(factor)
     return torch.stack(scores).cpu(), torch.stack(factors)
-
-
-def _covariance(posterior: GaussianPosterior, turned: Sequence[Factor], scale: Tensor, value: Tensor) -> Tensor:
-    return posterior.structure.quad_prepared(turned, scale, value).double()

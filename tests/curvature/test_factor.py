@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import LinearFactor, RowFactor, dense_factor
+from bayesdl.curvature.factor import LinearFactor, RowFactor, add_quads, dense_factor
 
 SHAPES = [(1, 1), (1, 4), (3, 1), (3, 2)]  # groups, positions
 BATCH, COTANGENTS, INPUTS, OUTPUTS = 5, 3, 4, 2
@@ -70,6 +72,51 @@ def test_every_question(
     torch.testing.assert_close(factor.marginal(weight), quad.diagonal(dim1=1, dim2=2))
     direction = normal(*rows.shape[2:], seed=6)
     torch.testing.assert_close(factor.dot(direction), torch.einsum("bkgoi,goi->bk", rows, direction))
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+def test_many_weights_at_once(
+    pair: tuple[LinearFactor | RowFactor, Tensor], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bayesdl.curvature.factor.CHUNK", chunk)
+    factor, rows = pair
+    values, shifts = normal(*rows.shape[2:], seed=5).abs(), torch.tensor([0.1, 1.0, 30.0, 2.0], dtype=torch.float64)
+    weights = 1.0 / (values + shifts[:, None, None, None])
+    truth = torch.einsum("bkgoi,rgoi,blgoi->rbkl", rows, weights, rows)
+    torch.testing.assert_close(factor.quads(values, shifts), truth)
+    torch.testing.assert_close(add_quads([factor, factor], [values, values], shifts), 2.0 * truth)
+
+
+def patches(groups: int, positions: int) -> tuple[LinearFactor, Tensor]:
+    """The same factor in the memory layout of a convolution's patches and gradients: positions last."""
+    factor, rows = linear(groups, positions)
+    a = factor.a.mT.contiguous().mT
+    g = factor.g.permute(0, 2, 1, 4, 3).contiguous().permute(0, 2, 1, 4, 3)
+    return LinearFactor(a, g), rows
+
+
+# one position; fewer and more positions than it takes for turning after the sum to be cheaper, on either side
+@pytest.mark.parametrize("positions", [1, 3, 5, 40])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("make", [linear, patches])
+def test_a_turned_factor_answers_every_question(
+    make: Callable[[int, int], tuple[LinearFactor, Tensor]], groups: int, positions: int
+) -> None:
+    factor, rows = make(groups, positions)
+    inner = torch.linalg.qr(normal(groups, INPUTS, INPUTS, seed=7))[0]
+    outer = torch.linalg.qr(normal(groups, OUTPUTS, OUTPUTS, seed=8))[0]
+    turned, rows = factor.rotate(inner, outer), torch.einsum("bkgoi,gij,gop->bkgpj", rows, inner, outer)
+    torch.testing.assert_close(turned.jacobian(), rows.flatten(2))
+    torch.testing.assert_close(turned.square(), rows.square().sum((0, 1)))
+    weight, direction = 0.1 + normal(*rows.shape[2:], seed=5).abs(), normal(*rows.shape[2:], seed=6)
+    quad = torch.einsum("bkgoi,goi,blgoi->bkl", rows, weight, rows)
+    torch.testing.assert_close(turned.quad(weight), quad)
+    torch.testing.assert_close(turned.quad(weight.requires_grad_()), quad)
+    torch.testing.assert_close(turned.marginal(weight), quad.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(turned.dot(direction), torch.einsum("bkgoi,goi->bk", rows, direction))
+    ours, (truth, _) = factor.moments(), linear(groups, positions)
+    torch.testing.assert_close(ours[0], torch.einsum("gbti,gbtj->gij", truth.a, truth.a))
+    torch.testing.assert_close(ours[1], torch.einsum("gkbto,gkbtp->gop", truth.g, truth.g))
 
 
 @pytest.mark.parametrize(("groups", "positions"), SHAPES)
