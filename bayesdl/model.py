@@ -156,7 +156,8 @@ class BayesianModel(nn.Module):
         """A new model with hyper-parameters chosen by a rule; nothing is refitted and this one stays as it is.
 
         Args:
-            rule: "evidence" (marginal likelihood; Laplace) or "heldout" (NLL on `data`; any method).
+            rule: "evidence" (marginal likelihood; Laplace), "heldout" (NLL on `data`; any method), "training" (the
+                training data alone, so that it does no harm; Laplace) or "loo" (leave-one-out around fixed weights).
             data: held-out loader, for "heldout".
             options: see `bayesdl.tuning`.
         """

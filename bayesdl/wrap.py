@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.clone import unwrap
 from bayesdl.data import check_loader
-from bayesdl.errors import ArgumentError, StaleModelError
+from bayesdl.diagnose import Finding
+from bayesdl.errors import ArgumentError, SelectionError, StaleModelError, UnreachedParameterError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
 from bayesdl.methods import Method, Task
@@ -47,8 +49,8 @@ def wrap(
             "temperature", optional for the others (it chooses an open Gaussian noise).
         likelihood: "categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson" or an object.
         validation: held-out loader. What was left open (Laplace's prior precision, a Gaussian noise, the temperature of
-            "temperature") is then chosen by its NLL. Safer than the evidence of the training data, above all for
-            networks trained without weight decay or overfitted ones.
+            "temperature") is then chosen by its NLL. Without it Laplace uses the training data alone
+            (`tune("training")`).
         prior: `bdl.GaussianPrior(precision=...)` is kept as given; None lets the method choose.
         select: which parameters are Bayesian; overrides the method's own selection.
         batch: "auto", "huggingface" or a callable `batch -> (inputs, target)`.
@@ -75,11 +77,8 @@ def wrap(
             f'{len(models)} networks were given; method "{chosen.name}" takes one (only "ensemble" takes a list)'
         )
     selection = select if select is not None else chosen.select
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    # iterating a shuffling loader would move the user's global state; a fit needs derivatives in any mode of the user's
-    with torch.random.fork_rng(devices=cuda), torch.inference_mode(False):
-        if generator is not None:
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+    # a fit needs derivatives in any mode of the user's
+    with _private_randomness(generator), torch.inference_mode(False):
         example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
         network = Network(models[0], select="all" if selection is None else selection, batch=batch, example=example)
         start = time.perf_counter()
@@ -95,18 +94,48 @@ def wrap(
     )
     record = Record(chosen.name, cost, fitted.findings)
     bayes = BayesianModel(result, fitted.posterior, fitted.likelihood, record=record, fit_data=data)
-    return bayes if validation is None else _tuned(bayes, family, prior, validation, progress)
+    return _tuned(bayes, family, prior, validation, generator, progress)
 
 
 def _tuned(
-    bayes: BayesianModel, family: Likelihood, prior: Prior | None, validation: Iterable[Any], progress: bool
+    bayes: BayesianModel,
+    family: Likelihood,
+    prior: Prior | None,
+    validation: Iterable[Any] | None,
+    generator: torch.Generator | None,
+    progress: bool,
 ) -> BayesianModel:
-    """Choose on held-out data what the user left open; what was given explicitly stays as given."""
+    """Choose what the user left open, on held-out data if there are any; what was given explicitly stays as given."""
     over_prior = isinstance(bayes.posterior, GaussianPosterior) and bayes.posterior.predictive == "linearized"
     open_noise = isinstance(family, Gaussian) and family.noise is None
+    if validation is None:
+        return _on_training_data(bayes, generator, progress) if over_prior and prior is None else bayes
     if (over_prior and prior is None) or (open_noise and not over_prior):
         return bayes.tune("heldout", validation, progress=progress)
     return bayes
+
+
+def _on_training_data(bayes: BayesianModel, generator: torch.Generator | None, progress: bool) -> BayesianModel:
+    with _private_randomness(generator):
+        try:
+            return bayes.tune("training", progress=progress)
+        except (UnsupportedError, UnreachedParameterError, SelectionError) as error:  # by what is not selected
+            found = Finding(
+                "warning",
+                f"the prior precision and the noise are those of the evidence, which often misleads: {error}",
+                "pass validation=...",
+            )
+            return bayes.replaced(findings=(found,))
+
+
+@contextmanager
+def _private_randomness(generator: torch.Generator | None) -> Iterator[None]:
+    """Iterating a shuffling loader would move the user's global state."""
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cuda):
+        if generator is not None:
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+        yield
 
 
 def _check_rereadable(name: str, data: Iterable[Any] | None) -> None:

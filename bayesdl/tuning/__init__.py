@@ -9,6 +9,7 @@ from bayesdl.errors import UnknownNameError
 from bayesdl.tuning.evidence import tune_evidence
 from bayesdl.tuning.heldout import tune_heldout
 from bayesdl.tuning.loo import tune_loo
+from bayesdl.tuning.training import tune_training
 
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
@@ -17,6 +18,7 @@ RULES: dict[str, Callable[..., BayesianModel]] = {
     "evidence": tune_evidence,
     "heldout": tune_heldout,
     "loo": tune_loo,
+    "training": tune_training,
 }
 
 

@@ -1,0 +1,173 @@
+"""Tuning on the training data alone, so that it does no harm: neither held-out data nor the evidence is needed.
+
+Open Gaussian noise: the residuals that the network would have without each point (`leftout`) stand for held-out data,
+and prior precision and noise minimise their NLL together. Anything else: the widest posterior that costs the training
+points next to nothing against the plain network, because a trained classifier's own probabilities are the best that its
+training data can say, and the posterior adds what it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bayesdl.batch import batch_size, index_batch
+from bayesdl.curvature.estimate import chunk_size, chunks
+from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.factors import identity_cotangents, layer_factors
+from bayesdl.curvature.gram import gram, joined
+from bayesdl.curvature.plan import plan
+from bayesdl.data import batches, check_loader, in_batch
+from bayesdl.errors import ArgumentError, UnsupportedError
+from bayesdl.likelihoods import Gaussian
+from bayesdl.network import first_inputs
+from bayesdl.posteriors import GaussianPosterior
+from bayesdl.tuning.grid import Passes, choose, grid_of, passes, relative_noise
+from bayesdl.tuning.heldout import profiled_scores
+from bayesdl.tuning.leftout import left_out
+from bayesdl.tuning.temperature import predictive_nll
+
+if TYPE_CHECKING:
+    from bayesdl.model import BayesianModel
+
+# nats per training example that the posterior may cost; chosen with benchmarks/defaults.py
+HARM = 0.002
+# training examples times outputs: the kernel of the linear model is decomposed whole
+LIMIT = 1500
+
+
+def tune_training(
+    model: BayesianModel,
+    data: Iterable[Any] | None = None,
+    *,
+    grid: Sequence[float] | None = None,
+    limit: int = LIMIT,
+    harm: float = HARM,
+    progress: bool = False,
+) -> BayesianModel:
+    """Choose the scalar prior precision, and an open Gaussian noise, from the training data.
+
+    Args:
+        model: with a linearised Gaussian posterior.
+        data: the training loader; default the one that the model was fitted on in this process.
+        grid: prior precisions to try; default 41 values from 1e-4 to 1e6, evenly spaced in logarithm.
+        limit: training examples (times outputs, for open noise) to use, the first of the loader.
+        harm: mean nats per training example that the posterior may cost; not used for open noise.
+
+    Raises:
+        ArgumentError: no data, fewer than two examples, or a limit or harm that is not positive.
+        UnsupportedError: another kind of posterior.
+    """
+    posterior = model.posterior
+    if not isinstance(posterior, GaussianPosterior) or posterior.predictive != "linearized":
+        raise UnsupportedError('tune("training") needs a linearised Laplace posterior; use tune("heldout", val_loader)')
+    source = model.fit_data if data is None else data
+    if source is None:
+        raise ArgumentError(
+            'this model does not know its training data (was it loaded from a file?): tune("training", loader)'
+        )
+    if limit < 2 or not harm > 0:
+        raise ArgumentError(f"limit={limit} and harm={harm} were given; expected at least 2, and a positive number")
+    candidates = grid_of(grid).sort().values
+    if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
+        count = max(2, limit // posterior.layout.outputs)
+        kept = _first(model, source, count)
+        residual = left_out_residuals(model, posterior, kept, count)
+        scores, factors = profiled_scores(posterior, candidates, _as_held_out(model, posterior, kept, residual))
+        how = "by residuals of left-out training points"
+        return choose(model, posterior, candidates, int(scores.argmin()), factors, how)
+    rows = passes(model, posterior, source, "training", progress, limit)
+    best = _widest(_cost(model, posterior, candidates, rows), harm)
+    return choose(model, posterior, candidates, best, None, f"so as to cost the training data at most {harm:g} nats")
+
+
+def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data: Iterable[Any], count: int) -> Tensor:
+    """Residuals y - f of the first `count` examples, each without itself, `(N, C)` float64.
+
+    All layers of the network take part, whatever is Bayesian: the last layer alone would be fitted to features that
+    have seen the point.
+
+    Raises:
+        UnsupportedError: a layer without Jacobian, or a prior mean that names the selected parameters only.
+    """
+    network = model.network.reselect("all")
+    layout = plan(network, first_inputs(data, network.batch))
+    mean = posterior.prior_mean
+    if mean.dim() and len(mean) != layout.numel:
+        raise UnsupportedError(
+            "left-out residuals need a prior mean that is a number, or one for all of the network's parameters"
+        )
+    kind = torch.promote_types(network.dtype or torch.float32, torch.float32)
+    flat = layout.flatten({name: value.detach() for name, value in network.parameters.items()}).double()
+    offset = layout.split((flat - mean.to(flat)).to(kind))
+    step = chunk_size(layout, "kron", kind)
+    outputs, goals, slopes = [], [], []
+    parts: list[list[Factor]] = [[] for _ in layout.blocks]
+    seen = 0
+    for number, inputs, target in batches(network, data, progress=False):
+        for rows, labels in chunks(inputs, target, step):
+            left = count - seen
+            if left <= 0:
+                break
+            size = len(labels)
+            if size > left:
+                rows, labels = index_batch(rows, slice(0, left)), labels[:left]
+            with in_batch(number):
+                output, factors = layer_factors(network, layout, rows, identity_cotangents, kind)
+                goals.append(model.likelihood.check_targets(output, torch.as_tensor(labels)))
+            outputs.append(output)
+            slopes.append(torch.stack([f.dot(d) for f, d in zip(factors, offset, strict=True)]).sum(0))
+            for kept, factor in zip(parts, factors, strict=True):
+                kept.append(factor)
+            seen += len(output)
+    if seen < 2:
+        raise ArgumentError("one training example was given; leaving one out needs at least 2")
+    level = relative_noise(posterior).expand(layout.outputs)
+    residual = (torch.cat(goals) - torch.cat(outputs)).double() / level
+    every = level.repeat(seen)
+    kernel = gram([joined(kept) for kept in parts]) / every / every.unsqueeze(-1)
+    return level * left_out(kernel, residual, torch.cat(slopes).double() / level)
+
+
+def _first(model: BayesianModel, source: Iterable[Any], count: int) -> list[Any]:
+    """The batches with the first examples, to be read again: a shuffling loader gives others every time."""
+    check_loader(source)
+    kept, seen = [], 0
+    for number, batch in enumerate(source):
+        kept.append(batch)
+        with in_batch(number):
+            seen += batch_size(model.network.batch(batch)[0])
+        if seen >= count:
+            break
+    return kept
+
+
+def _as_held_out(
+    model: BayesianModel, posterior: GaussianPosterior, data: Iterable[Any], residual: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Sequence[Factor]]]:
+    """The network's outputs with targets at their left-out distance."""
+    start = 0
+    for mean, _, turned in passes(model, posterior, data, "left out", False, len(residual)):
+        yield mean, mean + residual[start : start + len(mean)], turned
+        start += len(mean)
+
+
+def _cost(model: BayesianModel, posterior: GaussianPosterior, candidates: Tensor, rows: Passes) -> Tensor:
+    """Mean NLL of every candidate on the training points, less that of the plain network."""
+    totals, count = candidates.new_zeros(len(candidates)), 0
+    for mean, target, turned in rows:
+        plain = -model.likelihood.log_prob(mean, target).double().sum().cpu()
+        for i, value in enumerate(candidates):
+            latent = posterior.latent(mean, turned, posterior.scale, value / posterior.temperature)
+            totals[i] += predictive_nll(model.likelihood, latent, target).cpu() * len(mean) - plain
+        count += len(mean)
+    return totals / count
+
+
+def _widest(cost: Tensor, harm: float) -> int:
+    """The first of the candidates from which on none costs more than `harm`; the last where there is none."""
+    bad = (~(cost <= harm)).nonzero()
+    return min(int(bad[-1]) + 1 if len(bad) else 0, len(cost) - 1)
