@@ -49,6 +49,11 @@ class LinearFactor:
         """T."""
         return int(self.a.shape[2])
 
+    @property
+    def shared(self) -> bool:
+        """Whether all examples have the same cotangents, held once: the outputs themselves, at the last layer."""
+        return self.positions == 1 and self.g.shape[2] > 1 and self.g.stride(2) == 0
+
     def square(self) -> Tensor:
         """sum over b, k of the squared block gradients, `(G, out, in)`."""
         if self.positions == 1:
@@ -76,7 +81,7 @@ class LinearFactor:
         vectors g against K in columns.
         """
         positions, (count, out), columns = self.positions, (self.g.shape[1], self.g.shape[-1]), self.a.shape[-1]
-        a, g, after_in, after_out = self.a, self.g, None, None
+        a, g, after_in, after_out = self.a, self.g[:, :, :1] if self.shared else self.g, None, None
         if u_in is not None and (positions == 1 or positions < count * out):
             a = _turned(a, u_in)
         else:
@@ -85,7 +90,7 @@ class LinearFactor:
             g = _turned(g.transpose(1, 2).flatten(1, 2), u_out).unflatten(1, (-1, count)).transpose(1, 2)
         else:
             after_out = u_out
-        return LinearFactor(a, g, after_in, after_out, self.lengths)
+        return LinearFactor(a, g.expand(self.g.shape), after_in, after_out, self.lengths)
 
     def quad(self, weight: Tensor) -> Tensor:
         """J diag(weight) J^T, `(B, K, K)`, for weights `(G, out, in)`."""
@@ -109,7 +114,8 @@ class LinearFactor:
         if self.positions == 1:
             square = self.a.squeeze(2).square()
             spread = torch.stack([square @ (1.0 / (values + s)).mT for s in shifts], -1)  # (G, B, out, R)
-            pairs = _pairs(self.g.squeeze(3).transpose(1, 2))  # (G, B, pairs, out)
+            g = self.g[:, :, :1] if self.shared else self.g
+            pairs = _pairs(g.squeeze(3).transpose(1, 2))  # (G, B, pairs, out)
             return _unpaired((pairs @ spread).sum(0), self.g.shape[1])
         weights = torch.stack([1.0 / (values + s).flatten() for s in shifts], -1)  # (G out in, R)
         step = max(1, 2 * CHUNK // max(1, self.g.shape[1] ** 2 * len(weights)))
@@ -122,6 +128,8 @@ class LinearFactor:
         """The diagonal of `quad`, `(B, K)`."""
         if self.positions == 1:
             spread = self.a.squeeze(2).square() @ weight.mT
+            if self.shared:
+                return (spread @ self.g[:, :, 0, 0].square().mT).sum(0)
             return torch.einsum("gkbo,gbo->bk", self.g.squeeze(3).square(), spread)
         return torch.cat([torch.einsum("gbkoi,goi->bk", part.square(), weight) for part in self._gradients()])
 

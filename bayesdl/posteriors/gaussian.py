@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.batch import batch_size, flatten_tensors
+from bayesdl.batch import batch_size, flatten_tensors, index_batch
 from bayesdl.curvature.backward import muted
-from bayesdl.curvature.estimate import chunk_size, chunks
-from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.estimate import chunk_size
+from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.registry import empty
@@ -109,7 +109,7 @@ class GaussianPosterior(Posterior):
             call = network.prepare(inputs)
             outputs = torch.stack([network(call, weights) for weights in state])
             return SampleLatent(outputs, outputs.new_full((len(outputs),), 1.0 / len(outputs)))
-        pieces = [self._linearized(network, piece) for piece in self._pieces(network, inputs)]
+        pieces = list(self._linearized(network, inputs))
         return GaussianLatent.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def linearize(self, network: Network, inputs: Any) -> tuple[Tensor, list[Factor]]:
@@ -118,10 +118,20 @@ class GaussianPosterior(Posterior):
         output, factors = layer_factors(network, self.layout, inputs, identity_cotangents, self._dtype)
         return output.to(self._dtype), factors
 
-    def _linearized(self, network: Network, inputs: Any) -> GaussianLatent:
-        mean, factors = self.linearize(network, inputs)
-        with torch.no_grad():
-            return self.latent(mean, self.structure.prepared(factors), self.scale, self.shift)
+    def _linearized(self, network: Network, inputs: Any) -> Iterator[GaussianLatent]:
+        """Beliefs over the outputs, a few examples at a time."""
+        call = network.prepare(inputs)
+        tensors, _ = flatten_tensors(call)
+        size = batch_size(call) if tensors else 1
+        start, step = 0, chunk_size(self.layout, self.curvature, self._dtype)
+        while start < size:
+            piece = index_batch(call, slice(start, min(start + step, size))) if start or step < size else call
+            start += step
+            mean, factors = self.linearize(network, piece)
+            with torch.no_grad():
+                yield self.latent(mean, self.structure.prepared(factors), self.scale, self.shift)
+            if mean.shape[-1] > JOINT_OUTPUTS and all(isinstance(f, LinearFactor) and f.shared for f in factors):
+                step = chunk_size(self.layout, self.curvature, self._dtype, width=1)
 
     def latent(self, mean: Tensor, prepared: Sequence[Factor], scale: Tensor, shift: Tensor) -> GaussianLatent:
         """Belief over outputs `(B, C)` from `structure.prepared` factors of their Jacobian."""
@@ -244,14 +254,6 @@ class GaussianPosterior(Posterior):
     @property
     def _dtype(self) -> torch.dtype:
         return next(v.dtype for k, v in self.curvature.tensors().items() if not k.startswith("rows"))
-
-    def _pieces(self, network: Network, inputs: Any) -> list[Any]:
-        call = network.prepare(inputs)
-        tensors, _ = flatten_tensors(call)
-        if not tensors:
-            return [call]
-        step = chunk_size(self.layout, self.curvature, self._dtype)
-        return [piece for piece, _ in chunks(call, None, step)] if batch_size(call) > step else [call]
 
     def _offsets(self, n: int, generator: torch.Generator | None) -> Tensor:
         if n < 1:

@@ -178,3 +178,18 @@ def test_factors_are_never_multiplied_out(monkeypatch: pytest.MonkeyPatch) -> No
         factor.marginal(torch.ones(1, 40, 50, dtype=torch.float64))
         factor.moments()
     assert max(sizes) <= 16 * 8 * 40  # B K out; the rows are B K out in = 256,000
+
+
+def test_cotangents_shared_by_all_examples_answer_the_same() -> None:
+    a, g = normal(2, BATCH, 1, INPUTS), normal(2, COTANGENTS, 1, 1, OUTPUTS, seed=1).expand(-1, -1, BATCH, -1, -1)
+    inner, outer = normal(2, INPUTS, INPUTS, seed=7), normal(2, OUTPUTS, OUTPUTS, seed=8)
+    held, copied = LinearFactor(a, g).rotate(inner, outer), LinearFactor(a, g.contiguous()).rotate(inner, outer)
+    assert held.shared and not copied.shared
+    weight, shifts = 0.1 + normal(2, OUTPUTS, INPUTS, seed=5).abs(), torch.tensor([0.5, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(held.jacobian(), copied.jacobian())
+    torch.testing.assert_close(held.square(), copied.square())
+    torch.testing.assert_close(held.quad(weight), copied.quad(weight))
+    torch.testing.assert_close(held.quads(weight, shifts), copied.quads(weight, shifts))
+    torch.testing.assert_close(held.marginal(weight), copied.marginal(weight))
+    for ours, theirs in zip(held.moments(), copied.moments(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs))

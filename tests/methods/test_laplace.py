@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesdl as bdl
+from bayesdl.batch import batch_size
 from bayesdl.curvature.estimate import CURVATURE_KINDS, STRUCTURES
 from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
 from bayesdl.model import BayesianModel
@@ -372,3 +373,27 @@ def test_an_explicit_prior_and_noise_are_kept_and_said() -> None:
     text = str(tuned.diagnose())
     assert "prior precision" in text
     assert "noise" in text
+
+
+def test_many_classes_at_the_last_layer_need_no_cotangent_per_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 9)).double()
+    x, y = torch.randn(40, 3, dtype=torch.float64), torch.randint(0, 9, (40,))
+    model = bdl.wrap(net, bdl.Laplace(select="last_layer"), [(x, y)], likelihood="categorical", progress=False)
+    joint = model(x).latent
+    monkeypatch.setattr("bayesdl.posteriors.gaussian.JOINT_OUTPUTS", 2)
+    # the first piece is small, the rest runs at once
+    monkeypatch.setattr(sys.modules["bayesdl.curvature.estimate"], "DEFAULT_MEMORY", 7 * 8 * 3 * 9 * 9)
+    sizes: list[int] = []
+    linearize = GaussianPosterior.linearize
+
+    def counted(self: GaussianPosterior, network: Any, inputs: Tensor) -> Any:
+        sizes.append(batch_size(inputs))
+        return linearize(self, network, inputs)
+
+    monkeypatch.setattr(GaussianPosterior, "linearize", counted)
+    latent = model(x).latent
+    assert sizes == [7, 33]
+    assert latent.covariance is None
+    torch.testing.assert_close(latent.variance, joint.variance)
+    torch.testing.assert_close(latent.mean, joint.mean)
