@@ -86,7 +86,9 @@ class LinearFactor:
             a = _turned(a, u_in)
         else:
             after_in = u_in
-        if positions == 1 or positions < columns:
+        if self.shared and _is_identity(g[:, :, 0, 0]):
+            g = u_out[:, :, None, None]
+        elif positions == 1 or positions < columns:
             g = _turned(g.transpose(1, 2).flatten(1, 2), u_out).unflatten(1, (-1, count)).transpose(1, 2)
         else:
             after_out = u_out
@@ -180,6 +182,11 @@ def _turned(rows: Tensor, basis: Tensor) -> Tensor:
     if rows.shape[2] > 1 and rows.stride(-1) != 1:
         return (basis.mT.unsqueeze(1) @ rows.mT).mT
     return (rows.flatten(1, 2) @ basis).view(rows.shape)
+
+
+def _is_identity(matrices: Tensor) -> bool:
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return matrices.shape[-2] == matrices.shape[-1] and bool((matrices == eye).all())
 
 
 def _rows(part: Tensor) -> Tensor:

@@ -180,8 +180,10 @@ def test_factors_are_never_multiplied_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert max(sizes) <= 16 * 8 * 40  # B K out; the rows are B K out in = 256,000
 
 
-def test_cotangents_shared_by_all_examples_answer_the_same() -> None:
-    a, g = normal(2, BATCH, 1, INPUTS), normal(2, COTANGENTS, 1, 1, OUTPUTS, seed=1).expand(-1, -1, BATCH, -1, -1)
+@pytest.mark.parametrize("identity", [False, True])
+def test_cotangents_shared_by_all_examples_answer_the_same(identity: bool) -> None:
+    one = torch.eye(OUTPUTS).double().expand(2, -1, -1) if identity else normal(2, COTANGENTS, OUTPUTS, seed=1)
+    a, g = normal(2, BATCH, 1, INPUTS), one[:, :, None, None].expand(-1, -1, BATCH, -1, -1)
     inner, outer = normal(2, INPUTS, INPUTS, seed=7), normal(2, OUTPUTS, OUTPUTS, seed=8)
     held, copied = LinearFactor(a, g).rotate(inner, outer), LinearFactor(a, g.contiguous()).rotate(inner, outer)
     assert held.shared and not copied.shared
