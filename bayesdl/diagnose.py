@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """One observation: severity "info" or "warning", what it is, what to do."""
+    """One observation: severity "info" or "warning", what it is, what to do.
+
+    A later finding on the same `topic` ("prior", "noise", "temperature") takes the place of earlier ones.
+    """
 
     severity: str
     text: str
     action: str = ""
+    topic: str = ""
 
     def __str__(self) -> str:
         return f"[{self.severity}] {self.text}" + (f" -> {self.action}" if self.action else "")

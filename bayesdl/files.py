@@ -43,7 +43,7 @@ def save(model: BayesianModel, path: str | Path) -> None:
         "format": FORMAT,
         "method": model.record.method,
         "cost": list(model.record.cost),
-        "findings": [[f.severity, f.text, f.action] for f in model.record.findings],
+        "findings": [[f.severity, f.text, f.action, f.topic] for f in model.record.findings],
         "posterior": model.posterior.kind,
         "config": model.posterior.config(),
         "likelihood": model.likelihood.name,

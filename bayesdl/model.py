@@ -215,8 +215,10 @@ class BayesianModel(nn.Module):
         likelihood: Likelihood | None = None,
         findings: tuple[Finding, ...] = (),
     ) -> BayesianModel:
-        """A copy with parts exchanged and findings added."""
-        record = Record(self.record.method, self.record.cost, self.record.findings + findings)
+        """A copy with parts exchanged and findings added; they supersede earlier ones on their topics."""
+        settled = {finding.topic for finding in findings if finding.topic}
+        kept = tuple(finding for finding in self.record.findings if finding.topic not in settled)
+        record = Record(self.record.method, self.record.cost, kept + findings)
         return BayesianModel(
             self.network,
             posterior or self.posterior,

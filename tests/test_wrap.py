@@ -94,3 +94,12 @@ def test_a_copy_of_the_model_shares_the_loader(net: nn.Module) -> None:
     bayes = bdl.wrap(net, "laplace", TRAIN, likelihood="gaussian", progress=False)
     assert bayes.fit_data is TRAIN
     assert copy.deepcopy(bayes).fit_data is TRAIN
+
+
+def test_a_later_choice_supersedes_the_finding_of_an_earlier_one(net: nn.Module) -> None:
+    bayes = bdl.wrap(net, "laplace", TRAIN, likelihood="gaussian", progress=False)
+    for model in (bayes, bayes.tune("evidence"), bayes.tune("evidence").tune("heldout", HELD_OUT)):
+        found = model.diagnose().findings
+        assert sum("prior precision" in f.text and f.severity == "info" for f in found) == 1
+        assert sum("noise" in f.text and f.severity == "info" for f in found) == 1
+    assert "evidence" in str(bayes.tune("evidence").diagnose())

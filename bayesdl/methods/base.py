@@ -107,6 +107,7 @@ def with_residual_noise(task: Task, posterior: Posterior) -> tuple[Likelihood, t
         "info",
         f"noise {text} is the residual on the data given",
         'tune("heldout", val_loader) if those were training data',
+        "noise",
     )
     return likelihood.with_noise(noise), (found,)
 

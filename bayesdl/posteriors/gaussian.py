@@ -122,7 +122,7 @@ class GaussianPosterior(Posterior):
         """Beliefs over the outputs, a few examples at a time."""
         call = network.prepare(inputs)
         tensors, _ = flatten_tensors(call)
-        size = batch_size(call) if tensors else 1
+        size = max(1, batch_size(call)) if tensors else 1  # an empty batch goes on, to the network's own error
         start, step = 0, chunk_size(self.layout, self.curvature, self._dtype)
         while start < size:
             piece = index_batch(call, slice(start, min(start + step, size))) if start or step < size else call

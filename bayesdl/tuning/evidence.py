@@ -208,16 +208,17 @@ def _report(
     if prior != "keep":
         values = ", ".join(f"{float(v):.4g}" for v in posterior.precision.reshape(-1)[:8])
         more = ", ..." if posterior.precision.numel() > 8 else ""
-        findings.append(Finding("info", f"prior precision {values}{more} ({prior}) chosen by evidence"))
+        findings.append(Finding("info", f"prior precision {values}{more} ({prior}) chosen by evidence", topic="prior"))
         if bool((log_precision.abs() >= LOG_BOUND - 1e-3).any()):
             findings.append(
                 Finding(
                     "warning",
                     "the prior precision ran to its bound: the evidence has no interior maximum on this network",
                     'use tune("heldout", val_loader), or pass prior=bdl.GaussianPrior(precision=...)',
+                    topic="prior",
                 )
             )
     if log_noise is not None and posterior.noise is not None:
         values = ", ".join(f"{float(v):.4g}" for v in posterior.noise.reshape(-1)[:8])
-        findings.append(Finding("info", f"noise (standard deviation) {values} chosen by evidence"))
+        findings.append(Finding("info", f"noise (standard deviation) {values} chosen by evidence", topic="noise"))
     return tuple(findings)

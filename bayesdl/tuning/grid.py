@@ -104,11 +104,13 @@ def choose(
         precision = precision / factors[best] ** posterior.noise_power
         likelihood = likelihood.with_noise(noise)
         values = ", ".join(f"{float(v):.4g}" for v in noise[:8])
-        found.append(Finding("info", f"noise (standard deviation) {values} chosen {how}"))
-    found.insert(0, Finding("info", f"prior precision {float(precision):.4g} (scalar) chosen {how}"))
+        found.append(Finding("info", f"noise (standard deviation) {values} chosen {how}", topic="noise"))
+    found.insert(0, Finding("info", f"prior precision {float(precision):.4g} (scalar) chosen {how}", topic="prior"))
     if best in (0, len(candidates) - 1):
         found.append(
-            Finding("warning", "the prior precision lies at the end of the grid", "pass a wider grid= to tune()")
+            Finding(
+                "warning", "the prior precision lies at the end of the grid", "pass a wider grid= to tune()", "prior"
+            )
         )
     tuned = posterior.with_prior(precision, noise)
     return model.replaced(posterior=tuned, likelihood=likelihood, findings=tuple(found))

@@ -51,7 +51,7 @@ def tune_heldout(
     latent, targets = _latents(model, data, progress)
     if isinstance(model.likelihood, Gaussian):
         noise = _best_noise(model.likelihood, latent, targets)
-        found = Finding("info", f"noise {[round(float(v), 4) for v in noise]} chosen on held-out data")
+        found = Finding("info", f"noise {[round(float(v), 4) for v in noise]} chosen on held-out data", topic="noise")
         return model.replaced(likelihood=model.likelihood.with_noise(noise), findings=(found,))
     if model.likelihood.task not in ("classification", "multilabel"):
         raise UnsupportedError(

@@ -39,13 +39,14 @@ def fit_temperature(likelihood: Likelihood, latent: Latent, targets: Tensor) -> 
         return predictive_nll(likelihood, scale_latent(exact, log_t.exp()), goal)
 
     log_t = minimise(loss, latent.mean.device)
-    findings = [Finding("info", f"temperature {math.exp(log_t):.4f} chosen on held-out data")]
+    findings = [Finding("info", f"temperature {math.exp(log_t):.4f} chosen on held-out data", topic="temperature")]
     if abs(log_t) > BOUND - GRID_STEP:  # an NLL that is flat there has its least value anywhere in the last cell
         findings.append(
             Finding(
                 "warning",
                 f"the temperature {math.exp(log_t):.3g} lies at its search bound",
                 "check the held-out labels",
+                "temperature",
             )
         )
     return torch.tensor(math.exp(log_t), dtype=torch.float64, device=latent.mean.device), tuple(findings)
