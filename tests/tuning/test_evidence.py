@@ -187,7 +187,7 @@ def test_an_evidence_without_a_maximum_is_said() -> None:
         for parameter in net.parameters():
             parameter.zero_()
     bayes = bdl.wrap(net, "laplace", [data("categorical")], likelihood="categorical", progress=False)
-    assert any("bound" in finding.text for finding in bayes.diagnose().warnings)
+    assert any("bound" in finding.text for finding in bayes.tune("evidence").diagnose().warnings)
 
 
 def test_refusals() -> None:
