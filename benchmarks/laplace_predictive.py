@@ -119,6 +119,7 @@ def main() -> None:
     def fit(structure: str) -> Any:
         return fit_curvature(view, layout, data, likelihood, structure=structure, kind="ggn", progress=False).curvature
 
+    rival = None if options.no_peer else equal_peer(net, x, y, device)
     bayes = bdl.wrap(net, bdl.Laplace(), data, likelihood=likelihood, prior=prior, progress=False)
     posterior = bayes.posterior
 
@@ -143,41 +144,48 @@ def main() -> None:
     figures["ratio to forward"] = {name: round(seconds[name] / seconds["forward"], 1) for name in floors}
     figures["eigendecomposition / fit kron"] = round(seconds["eigen"] / seconds["fit kron"], 2)
 
-    if not options.no_peer:
-        figures["laplace-torch"] = against_peer(net, x, y, seconds["predict kron"], predict, options)
+    if rival is not None:
+        figures["laplace-torch"] = against_peer(*rival, x, seconds["predict kron"], predict, options)
     finish(figures, options)
 
 
-def against_peer(net: nn.Sequential, x: Tensor, y: Tensor, ours: float, predict: Any, options: Any) -> dict[str, Any]:
-    """Equality first, then CPU time and peak memory per point, the peer at the batch size that suits it best."""
+def equal_peer(net: nn.Sequential, x: Tensor, y: Tensor, device: str) -> tuple[Any, float]:
+    """The fitted peer, and the largest relative difference between its covariances and ours, which must be small.
+
+    The peer keeps weight and bias in separate blocks, so equality is checked with separate blocks here too.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fitted = peer(network(options.device), x, y)
+        fitted = peer(network(device), x, y)
+        mean, covariance = fitted._glm_predictive_distribution(x[: PEER_BATCHES[-1]])
+    same = bdl.wrap(
+        net,
+        bdl.Laplace(bias="separate"),
+        [(x, y)],
+        likelihood="categorical",
+        prior=bdl.GaussianPrior(precision=1.0),
+        progress=False,
+    )
+    latent = same(x[: PEER_BATCHES[-1]]).latent
+    difference = float((latent.covariance - covariance).abs().max() / covariance.abs().max())
+    assert difference < TOLERANCE, f"covariances differ by {difference:.2e} relative"
+    assert torch.allclose(latent.mean, mean, atol=1e-4)
+    return fitted, difference
 
-        def theirs(batch: int) -> tuple[Tensor, Tensor]:
-            return fitted._glm_predictive_distribution(x[:batch])
 
-        # the peer keeps weight and bias in separate blocks, so equality is checked with separate blocks here too
-        same = bdl.wrap(
-            net,
-            bdl.Laplace(bias="separate"),
-            [(x, y)],
-            likelihood="categorical",
-            prior=bdl.GaussianPrior(precision=1.0),
-            progress=False,
-        )
-        mean, covariance = theirs(PEER_BATCHES[-1])
-        latent = same(x[: PEER_BATCHES[-1]]).latent
-        difference = float((latent.covariance - covariance).abs().max() / covariance.abs().max())
-        assert difference < TOLERANCE, f"covariances differ by {difference:.2e} relative"
-        assert torch.allclose(latent.mean, mean, atol=1e-4)
-        per_point, memory = {}, {}
+def against_peer(fitted: Any, difference: float, x: Tensor, ours: float, predict: Any, options: Any) -> dict[str, Any]:
+    """CPU time and peak memory per point, the peer at the batch size that suits it best."""
+    per_point, memory = {}, {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for batch in PEER_BATCHES:
+
+            def theirs(batch: int = batch) -> Any:
+                return fitted._glm_predictive_distribution(x[:batch])
+
             repeats = max(3, options.repeats // 3)
-            once = alternate({"peer": lambda batch=batch: theirs(batch)}, repeats, options.device)
-            per_point[batch] = once["peer"] / batch
-            peaks = [peak_bytes(lambda batch=batch: theirs(batch), options.device) for _ in range(3)]
-            memory[batch] = statistics.median(peaks) / batch
+            per_point[batch] = alternate({"peer": theirs}, repeats, options.device)["peer"] / batch
+            memory[batch] = statistics.median([peak_bytes(theirs, options.device) for _ in range(3)]) / batch
     own_memory = statistics.median([peak_bytes(predict, options.device) for _ in range(3)]) / len(x)
     return {
         "covariance difference, relative": difference,

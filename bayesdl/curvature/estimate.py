@@ -34,8 +34,10 @@ __all__ = [
 
 CURVATURE_KINDS = ("ggn", "mc", "empirical")
 
-# bytes of activations and gradients alive at once on a CPU; larger chunks leave the caches and gain nothing
+# bytes of activations and gradients alive at once
 DEFAULT_MEMORY = 512 << 20
+# on a CPU smaller chunks stay near the caches (a quarter faster on an MLP), down to a batch that convolutions need
+NEAR_CACHE, FEWEST = 32 << 20, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +185,7 @@ def _pass(
     count, squared = 0, None
     log_likelihood, absolute = torch.zeros(2, dtype=torch.float64, device=network.device).unbind()
     width = {"mc": samples, "empirical": 1}.get(kind)
-    step = chunk_size(layout, curvature, dtype, width=width, memory=memory)
+    step = chunk_size(layout, curvature, dtype, width=width, memory=memory, device=network.device)
     for number, inputs, target in data:
         for rows, labels in chunks(inputs, target, step):
             seen: dict[str, Tensor] = {}
@@ -254,6 +256,7 @@ def chunk_size(
     *,
     width: int | None = None,
     memory: int | None = None,
+    device: torch.device | None = None,
 ) -> int:
     """Examples per chunk so that what lives at once stays within `memory` bytes.
 
@@ -262,12 +265,17 @@ def chunk_size(
         structure: "full" forms whole Jacobian rows; other structures say for which blocks they do.
         dtype: of the factors.
         width: cotangents K; default one per output.
-        memory: bytes; default `DEFAULT_MEMORY`.
+        memory: bytes; default `DEFAULT_MEMORY`, and on a CPU less where that is faster.
+        device: where it all happens; default a CPU.
     """
     names = structure.whole_blocks() if isinstance(structure, Structure) else frozenset()
     whole = [b.numel for b in layout.blocks if structure == "full" or b.kind == "dense" or b.name in names]
     scalars = (3 * layout.activations + 2 * sum(whole)) * (width or layout.outputs)
-    return max(1, (memory or DEFAULT_MEMORY) // (max(1, scalars) * torch.finfo(dtype).bits // 8))
+    example = max(1, scalars) * torch.finfo(dtype).bits // 8
+    most = max(1, (memory or DEFAULT_MEMORY) // example)
+    if memory is not None or (device is not None and device.type != "cpu"):
+        return most
+    return min(most, max(FEWEST, NEAR_CACHE // example))
 
 
 def chunks(inputs: Any, target: Any, step: int) -> Iterator[tuple[Any, Any]]:

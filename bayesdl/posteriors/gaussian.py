@@ -123,7 +123,7 @@ class GaussianPosterior(Posterior):
         call = network.prepare(inputs)
         tensors, _ = flatten_tensors(call)
         size = max(1, batch_size(call)) if tensors else 1  # an empty batch goes on, to the network's own error
-        start, step = 0, chunk_size(self.layout, self.curvature, self._dtype)
+        start, step = 0, chunk_size(self.layout, self.curvature, self._dtype, device=network.device)
         while start < size:
             piece = index_batch(call, slice(start, min(start + step, size))) if start or step < size else call
             start += step
@@ -131,7 +131,7 @@ class GaussianPosterior(Posterior):
             with torch.no_grad():
                 yield self.latent(mean, self.structure.prepared(factors), self.scale, self.shift)
             if mean.shape[-1] > JOINT_OUTPUTS and all(isinstance(f, LinearFactor) and f.shared for f in factors):
-                step = chunk_size(self.layout, self.curvature, self._dtype, width=1)
+                step = chunk_size(self.layout, self.curvature, self._dtype, width=1, device=network.device)
 
     def latent(self, mean: Tensor, prepared: Sequence[Factor], scale: Tensor, shift: Tensor) -> GaussianLatent:
         """Belief over outputs `(B, C)` from `structure.prepared` factors of their Jacobian."""

@@ -55,7 +55,7 @@ def passes(
         progress: whether to show it.
         limit: stop after so many examples.
     """
-    step = chunk_size(posterior.layout, posterior.curvature, torch.float32)
+    step = chunk_size(posterior.layout, posterior.curvature, torch.float32, device=model.device)
     seen = 0
     for number, inputs, target in batches(model.network, data, progress=progress, describe=describe):
         for rows, labels in chunks(inputs, target, step):

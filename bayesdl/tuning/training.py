@@ -103,7 +103,7 @@ def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data:
     kind = torch.promote_types(network.dtype or torch.float32, torch.float32)
     flat = layout.flatten({name: value.detach() for name, value in network.parameters.items()}).double()
     offset = layout.split((flat - mean.to(flat)).to(kind))
-    step = chunk_size(layout, "kron", kind)
+    step = chunk_size(layout, "kron", kind, device=network.device)
     outputs, goals, slopes = [], [], []
     parts: list[list[Factor]] = [[] for _ in layout.blocks]
     seen = 0

@@ -209,6 +209,13 @@ def test_chunks_grow_with_memory_and_shrink_with_outputs_and_per_example_gradien
     assert chunk_size(_layout(1000, 10, 100_000), "kron", torch.float32, memory=1 << 24) == 2
     assert chunk_size(_layout(1000, 10, 1), "kron", torch.float32, width=1, memory=1 << 24) >= 10 * base
     assert chunk_size(_layout(1000, 10, 1), "kron", torch.float32, memory=1) == 1
+    # by default: near the caches on a CPU, but not fewer examples than convolutions need, and within the budget
+    per_example = 3 * 4 * 10 * 100
+    assert chunk_size(_layout(100, 10, 0), "kron", torch.float32) == pytest.approx((32 << 20) / per_example, rel=0.01)
+    assert chunk_size(_layout(10_000, 10, 0), "kron", torch.float32) == 256
+    assert chunk_size(_layout(1_000_000, 10, 0), "kron", torch.float32) == (512 << 20) // (per_example * 10_000)
+    elsewhere = chunk_size(_layout(100, 10, 0), "kron", torch.float32, device=torch.device("meta"))
+    assert elsewhere == pytest.approx((512 << 20) / per_example, rel=0.01)
 
 
 def test_full_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
