@@ -13,7 +13,7 @@ from bayesdl.curvature.estimate import chunk_size, chunks
 from bayesdl.curvature.factor import Factor
 from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Finding
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.likelihoods import Gaussian
 from bayesdl.posteriors import GaussianPosterior
 
@@ -69,6 +69,26 @@ def passes(
             seen += len(mean)
             if limit is not None and seen >= limit:
                 return
+
+
+def training_source(
+    model: BayesianModel, data: Iterable[Any] | None, rule: str
+) -> tuple[GaussianPosterior, Iterable[Any]]:
+    """What a rule on the training data works with: the posterior, and the loader given or the one of the fit.
+
+    Raises:
+        ArgumentError: no data is known.
+        UnsupportedError: not a linearised Gaussian posterior.
+    """
+    posterior = model.posterior
+    if not isinstance(posterior, GaussianPosterior) or posterior.predictive != "linearized":
+        raise UnsupportedError(f'tune("{rule}") needs a linearised Laplace posterior; use tune("heldout", val_loader)')
+    source = model.fit_data if data is None else data
+    if source is None:
+        raise ArgumentError(
+            f'this model does not know its training data (was it loaded from a file?): tune("{rule}", loader)'
+        )
+    return posterior, source
 
 
 def relative_noise(posterior: GaussianPosterior) -> Tensor:

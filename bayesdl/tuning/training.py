@@ -25,7 +25,7 @@ from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.likelihoods import Gaussian
 from bayesdl.network import first_inputs
 from bayesdl.posteriors import GaussianPosterior
-from bayesdl.tuning.grid import Passes, choose, grid_of, passes, relative_noise
+from bayesdl.tuning.grid import Passes, choose, grid_of, passes, relative_noise, training_source
 from bayesdl.tuning.heldout import profiled_scores
 from bayesdl.tuning.leftout import left_out
 from bayesdl.tuning.temperature import predictive_nll
@@ -61,14 +61,7 @@ def tune_training(
         ArgumentError: no data, fewer than two examples, or a limit or harm that is not positive.
         UnsupportedError: another kind of posterior.
     """
-    posterior = model.posterior
-    if not isinstance(posterior, GaussianPosterior) or posterior.predictive != "linearized":
-        raise UnsupportedError('tune("training") needs a linearised Laplace posterior; use tune("heldout", val_loader)')
-    source = model.fit_data if data is None else data
-    if source is None:
-        raise ArgumentError(
-            'this model does not know its training data (was it loaded from a file?): tune("training", loader)'
-        )
+    posterior, source = training_source(model, data, "training")
     if limit < 2 or not harm > 0:
         raise ArgumentError(f"limit={limit} and harm={harm} were given; expected at least 2, and a positive number")
     candidates = grid_of(grid).sort().values
