@@ -8,7 +8,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.estimate import CURVATURE_KINDS, Fit, fit_curvature
+from bayesdl.curvature.cotangents import CURVATURE_KINDS
+from bayesdl.curvature.estimate import fit_curvature
+from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
 from bayesdl.curvature.registry import Recipe, check_recipe
 from bayesdl.diagnose import Finding

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesdl.batch import batch_size, flatten_tensors, index_batch
 from bayesdl.curvature.backward import muted
-from bayesdl.curvature.estimate import chunk_size
+from bayesdl.curvature.chunking import chunk_size
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.batch import index_batch
-from bayesdl.curvature.estimate import chunk_size, chunks
+from bayesdl.curvature.chunking import chunk_size, chunks
 from bayesdl.curvature.factor import Factor
 from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Finding

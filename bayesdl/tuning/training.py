@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.batch import batch_size, index_batch
-from bayesdl.curvature.estimate import chunk_size, chunks
+from bayesdl.curvature.chunking import chunk_size, chunks
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.gram import gram, joined

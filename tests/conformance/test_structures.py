@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayesdl.curvature.estimate import CURVATURE_KINDS, STRUCTURES, fit_curvature
+from bayesdl.curvature.cotangents import CURVATURE_KINDS
+from bayesdl.curvature.estimate import fit_curvature
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.plan import plan
-from bayesdl.curvature.registry import Recipe, empty
+from bayesdl.curvature.registry import STRUCTURES, Recipe, empty
 from bayesdl.curvature.structure import Structure, weighted_curvature
 from bayesdl.errors import ArgumentError, NumericalError, UnsupportedError
 from bayesdl.likelihoods import resolve

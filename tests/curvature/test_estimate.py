@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.curvature import estimate
-from bayesdl.curvature.estimate import STRUCTURES, chunk_size, cotangent_rule, fit_curvature
+from bayesdl.curvature.chunking import chunk_size
+from bayesdl.curvature.cotangents import cotangent_rule
+from bayesdl.curvature.estimate import fit_curvature
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.plan import plan
+from bayesdl.curvature.registry import STRUCTURES
 from bayesdl.errors import (
     UnsupportedError,
 )

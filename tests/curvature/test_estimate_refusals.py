@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bayesdl.curvature import estimate
-from bayesdl.curvature.estimate import STRUCTURES
+from bayesdl.curvature.registry import STRUCTURES
 from bayesdl.errors import (
     ArgumentError,
     LabelError,

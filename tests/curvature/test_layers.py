@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.estimate import CURVATURE_KINDS, fit_curvature
+from bayesdl.curvature.cotangents import CURVATURE_KINDS
+from bayesdl.curvature.estimate import fit_curvature
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.plan import plan

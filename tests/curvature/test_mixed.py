@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import bayesdl as bdl
 from bayesdl.curvature import estimate
-from bayesdl.curvature.estimate import chunk_size, fit_curvature
+from bayesdl.curvature.chunking import chunk_size
+from bayesdl.curvature.estimate import fit_curvature
 from bayesdl.curvature.mixed import Mixed
 from bayesdl.curvature.plan import plan
 from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import bayesdl as bdl
 from bayesdl.batch import batch_size
-from bayesdl.curvature.estimate import CURVATURE_KINDS, STRUCTURES
+from bayesdl.curvature.cotangents import CURVATURE_KINDS
+from bayesdl.curvature.registry import STRUCTURES
 from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
 from bayesdl.model import BayesianModel
 from bayesdl.posteriors import GaussianPosterior

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesdl as bdl
-from bayesdl.curvature.estimate import STRUCTURES
+from bayesdl.curvature.registry import STRUCTURES
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.evidence import effective_parameters, log_evidence
 from bayesdl.model import BayesianModel

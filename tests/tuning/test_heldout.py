@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bayesdl as bdl
-from bayesdl.curvature.estimate import STRUCTURES
+from bayesdl.curvature.registry import STRUCTURES
 from bayesdl.errors import ArgumentError
 from bayesdl.model import BayesianModel
 from tests.tuning.test_evidence import data, fitted, gaussian

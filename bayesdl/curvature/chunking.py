@@ -1,0 +1,60 @@
+"""How many examples go through the network at once: memory budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bayesdl.batch import batch_size, flatten_tensors, index_batch
+from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.structure import Structure
+
+__all__ = ["chunk_size", "chunks"]
+
+# bytes of activations and gradients alive at once
+DEFAULT_MEMORY = 512 << 20
+# on a CPU smaller chunks stay near the caches (a quarter faster on an MLP), down to a batch that convolutions need
+NEAR_CACHE, FEWEST = 32 << 20, 256
+
+
+def chunk_size(
+    layout: Layout,
+    structure: str | Structure,
+    dtype: torch.dtype,
+    *,
+    width: int | None = None,
+    memory: int | None = None,
+    device: torch.device | None = None,
+) -> int:
+    """Examples per chunk so that what lives at once stays within `memory` bytes.
+
+    Args:
+        layout: counts activations, outputs and parameters without a closed form.
+        structure: "full" forms whole Jacobian rows; other structures say for which blocks they do.
+        dtype: of the factors.
+        width: cotangents K; default one per output.
+        memory: bytes; default `DEFAULT_MEMORY`, and on a CPU less where that is faster.
+        device: where it all happens; default a CPU.
+    """
+    names = structure.whole_blocks() if isinstance(structure, Structure) else frozenset()
+    whole = [b.numel for b in layout.blocks if structure == "full" or b.kind == "dense" or b.name in names]
+    scalars = (3 * layout.activations + 2 * sum(whole)) * (width or layout.outputs)
+    example = max(1, scalars) * torch.finfo(dtype).bits // 8
+    most = max(1, (memory or DEFAULT_MEMORY) // example)
+    if memory is not None or (device is not None and device.type != "cpu"):
+        return most
+    return min(most, max(FEWEST, NEAR_CACHE // example))
+
+
+def chunks(inputs: Any, target: Any, step: int) -> Iterator[tuple[Any, Any]]:
+    """A batch in pieces of at most `step` examples."""
+    tensors, _ = flatten_tensors(inputs)
+    if not tensors or batch_size(inputs) <= step:
+        yield inputs, target
+        return
+    size = batch_size(inputs)
+    for start in range(0, size, step):
+        piece = slice(start, min(start + step, size))
+        yield index_batch(inputs, piece), None if target is None else target[piece]
