@@ -55,6 +55,10 @@ class NumericalError(BayesDLError, RuntimeError):
     """A decomposition failed although its input was finite."""
 
 
+class DistributedError(BayesDLError, RuntimeError):
+    """Another process of the group failed, so that this one cannot go on."""
+
+
 class NotFittedError(BayesDLError, RuntimeError):
     """Something was asked of a method before it was fitted."""
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.clone import unwrap
-from bayesdl.data import check_loader
+from bayesdl.data import check_rereadable
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, SelectionError, StaleModelError, UnreachedParameterError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
@@ -67,7 +67,7 @@ def wrap(
     family = resolve_likelihood(likelihood)
     models = _models(model)
     for name, given in (("data", data), ("validation", validation)):
-        _check_rereadable(name, given)
+        check_rereadable(name, given)
     if validation is not None and not chosen.trains:
         data = validation  # such methods use data only to choose an open noise or a temperature
     if prior is not None and not isinstance(prior, Prior):
@@ -136,17 +136,6 @@ def _private_randomness(generator: torch.Generator | None) -> Iterator[None]:
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
         yield
-
-
-def _check_rereadable(name: str, data: Iterable[Any] | None) -> None:
-    if data is None:
-        return
-    check_loader(data)
-    if isinstance(data, Iterator):
-        raise ArgumentError(
-            f"{name} is a {type(data).__name__} that can be read once; pass a DataLoader or a list, which methods read "
-            "several times"
-        )
 
 
 def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:

@@ -138,6 +138,9 @@ class Mixed(Structure):
             dense[index.unsqueeze(1), index] = block
         return dense
 
+    def sums(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": value for i, part in enumerate(self.parts) for name, value in part.sums().items()}
+
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": value for i, part in enumerate(self.parts) for name, value in part.tensors().items()}
 

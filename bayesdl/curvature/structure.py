@@ -105,6 +105,10 @@ class Structure(ABC):
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         """The same structure over other tensors (moves, files)."""
 
+    def sums(self) -> dict[str, Tensor]:
+        """Those of `tensors` that add up over the data; whatever else there is was settled before the pass."""
+        return self.tensors()
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply `function` to every tensor."""
         return self.with_tensors({name: function(value) for name, value in self.tensors().items()})
@@ -138,10 +142,16 @@ class Structure(ABC):
         """`marginal` from `prepared` factors."""
         return self.marginal(factors, scale, shift)
 
+    def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        """`marginal_prepared` for every one of R scalar shifts `(R,)`: `(R, B, K)`."""
+        return torch.stack([self.marginal_prepared(factors, scale, shift) for shift in shifts])
+
 
 @dataclass(frozen=True, eq=False)
 class Uniform(Structure):
     """A structure of one kind over all blocks: its name alone says how to fit it."""
+
+    num_passes: ClassVar[int] = 1
 
     @classmethod
     @abstractmethod
