@@ -113,22 +113,27 @@ class GaussianPosterior(Posterior):
         return GaussianLatent.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def linearize(self, network: Network, inputs: Any) -> tuple[Tensor, list[Factor]]:
-        """Outputs `(B, C)` and the Jacobian's factors, in at least float32; nothing that a prior changes."""
+        """Outputs `(B, C)` and the Jacobian's factors, in at least float32; nothing that a prior changes.
+
+        Both are differentiable in inputs that require it.
+        """
         network.check_fresh()
-        output, factors = layer_factors(network, self.layout, inputs, identity_cotangents, self._dtype)
+        graph = wants_gradient(inputs)
+        output, factors = layer_factors(network, self.layout, inputs, identity_cotangents, self._dtype, graph)
         return output.to(self._dtype), factors
 
     def _linearized(self, network: Network, inputs: Any) -> Iterator[GaussianLatent]:
         """Beliefs over the outputs, a few examples at a time."""
         call = network.prepare(inputs)
         tensors, _ = flatten_tensors(call)
+        graph = wants_gradient(call)
         size = max(1, batch_size(call)) if tensors else 1  # an empty batch goes on, to the network's own error
         start, step = 0, chunk_size(self.layout, self.curvature, self._dtype, device=network.device)
         while start < size:
             piece = index_batch(call, slice(start, min(start + step, size))) if start or step < size else call
             start += step
             mean, factors = self.linearize(network, piece)
-            with torch.no_grad():
+            with torch.set_grad_enabled(graph):
                 yield self.latent(mean, self.structure.prepared(factors), self.scale, self.shift)
             if mean.shape[-1] > JOINT_OUTPUTS and all(isinstance(f, LinearFactor) and f.shared for f in factors):
                 step = chunk_size(self.layout, self.curvature, self._dtype, width=1, device=network.device)
@@ -278,6 +283,11 @@ def _forward_mode(network: Network, delta: Mapping[str, Tensor], inputs: Any) ->
     with muted(".*torch.jit.script.*", DeprecationWarning):
         pair = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
     return pair[0] + pair[1]
+
+
+def wants_gradient(inputs: Any) -> bool:
+    """Whether derivatives towards the inputs are recorded."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flatten_tensors(inputs)[0])
 
 
 def _belief(mean: Tensor, covariance: Tensor) -> GaussianLatent:
