@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bayesdl.attention import explicit
 from bayesdl.batch import BatchAdapter, as_call, flatten_tensors, resolve_adapter, to_device
 from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
+from bayesdl.explicit import explicit
 from bayesdl.select import Selector, describe, resolve
+
+OutputAxis = int | Literal["auto"] | None
 
 PROBES = 16  # values of each parameter that are compared to notice a write without a trace
 
@@ -27,6 +29,8 @@ class Network:
         select: which parameters are Bayesian; see `bayesdl.select.resolve`.
         batch: "auto", "huggingface", or a callable `batch -> (inputs, target)`.
         example: one batch of inputs; needed where `select="last_layer"`.
+        output_axis: axis of the raw outputs that holds the C numbers of one observation, the others being positions;
+            "auto": the last of three axes, the second of more. None: outputs are `(B, C)`.
 
     The clone aliases the memory of the model's parameters and owns copies of its buffers. It is always in
     eval mode. Writing to the model's parameters after this (training on) makes every later call raise
@@ -40,7 +44,9 @@ class Network:
         select: Selector = "all",
         batch: str | BatchAdapter | None = None,
         example: Any = None,
+        output_axis: OutputAxis = None,
     ) -> None:
+        self.output_axis = output_axis
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"a torch.nn.Module is expected, got {type(model).__name__}")
         source = unwrap(model)
@@ -110,6 +116,14 @@ class Network:
         other.names = resolve(select, other._template, self.requires_grad, lambda: other._find_last_layer(example))
         return other
 
+    def reading(self, output_axis: OutputAxis) -> Network:
+        """The same clone with another meaning of the outputs' axes."""
+        if output_axis == self.output_axis:
+            return self
+        other = self._derived(self._template)
+        other.output_axis = output_axis
+        return other
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
         """A network whose tensors went through `function` (device and dtype moves)."""
 
@@ -127,6 +141,7 @@ class Network:
         other = object.__new__(Network)
         other._setup(template, self.batch)
         other.requires_grad, other.select, other.names = self.requires_grad, self.select, self.names
+        other.output_axis = self.output_axis
         return other
 
     def prepare(self, inputs: Any) -> Any:
@@ -134,14 +149,14 @@ class Network:
         return to_device(as_call(self._template, inputs), self.device, self.dtype)
 
     def __call__(self, inputs: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Outputs `(B, C)` for a batch of inputs.
+        """Outputs `(B, C)` for a batch of inputs; `(B, T, C)`, `(B, H, W, C)` where `output_axis` allows positions.
 
         Args:
             inputs: what the network takes.
             tensors: parameters or buffers by name that replace the network's own in this call.
 
         Raises:
-            ShapeError: the outputs are not one tensor of shape `(B, C)` or `(B,)`.
+            ShapeError: the outputs are not one tensor of shape `(B, C)` or `(B,)`, or with positions.
             StaleModelError: the user's model was trained on after it was wrapped.
         """
         self.check_fresh()
@@ -157,7 +172,7 @@ class Network:
             raw = torch.func.functional_call(module, _everywhere(module, tensors), call.args, kwargs, tie_weights=False)
         else:
             raw = module(*call.args, **kwargs)
-        return two_dimensional(extract_output(raw), size)
+        return outputs_last(extract_output(raw), size, self.output_axis)
 
     def check_fresh(self) -> None:
         """Raise `StaleModelError` if a parameter was written to since this network was made."""
@@ -241,9 +256,25 @@ def two_dimensional(output: Tensor, size: int | None = None) -> Tensor:
     if output.dim() != 2:
         raise ShapeError(
             f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). Flatten positions "
-            "into the batch, or pool them, in a module around the network"
+            "into the batch, or pool them, in a module around the network (the categorical likelihood takes positions)"
         )
     return output
+
+
+def outputs_last(output: Tensor, size: int | None, axis: OutputAxis) -> Tensor:
+    """Raw outputs with the numbers of one observation on the last axis: `(B, C)`, or `(B, positions..., C)`.
+
+    Args:
+        output: raw outputs.
+        size: B where it is known.
+        axis: `Likelihood.output_axis`; "auto" is the last of three axes `(B, T, C)`, the second of more `(B, C, H, W)`.
+    """
+    if axis is None or output.dim() < 3:
+        return two_dimensional(output, size)
+    place = (-1 if output.dim() == 3 else 1) if axis == "auto" else axis
+    if not -output.dim() < place < output.dim():
+        raise ShapeError(f"the network's output has shape {tuple(output.shape)}, and class_axis={place} is none of it")
+    return output.movedim(place, -1)
 
 
 def known_batch_size(call: Any) -> int | None:

@@ -40,6 +40,11 @@ def jacobian(net: nn.Module, x: Any, names: Sequence[str]) -> Tensor:
         f = functional_call(module, dict(values), x if isinstance(x, tuple) else (x,))
         return f.unsqueeze(1) if f.dim() == 1 else f
 
+    if any(isinstance(part, nn.RNNBase) for part in module.modules()):  # packed sequences know no torch.func
+        leaves = {name: value.clone().requires_grad_() for name, value in chosen.items()}
+        f = call(leaves)
+        rows = [torch.autograd.grad(v, list(leaves.values()), retain_graph=True) for v in f.flatten()]
+        return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).unflatten(0, f.shape)
     blocks = jacrev(call, chunk_size=1)(chosen)  # a loop, no batching rule needed
     return torch.cat([blocks[name].detach().reshape(*blocks[name].shape[:2], -1) for name in names], -1)
 

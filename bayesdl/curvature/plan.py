@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesdl.attention import ExplicitAttention
 from bayesdl.batch import batch_size, index_batch
 from bayesdl.curvature.backward import backward, tolerance
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Tap, layer_factors, tapped_forward
 from bayesdl.curvature.layers import CHANNEL_WISE, block_of, joins_bias
 from bayesdl.curvature.layout import MISSING, REPEATED, Block, Layout
-from bayesdl.curvature.projections import attention_blocks
+from bayesdl.curvature.projections import composite_blocks, is_composite
 from bayesdl.data import check_inputs, in_batch
 from bayesdl.errors import ArgumentError, BayesDLError, UnreachedParameterError, check_finite
 from bayesdl.network import Network
@@ -105,7 +104,7 @@ def _candidates(network: Network, bias: str) -> list[Block]:
     uses: dict[str, set[_Owned]] = defaultdict(set)
     for path, module in network.module().named_modules():
         own = {key: names.get(id(p)) for key, p in module._parameters.items() if p is not None}
-        known = isinstance(module, ExplicitAttention) or set(own) <= {"weight", "bias"}
+        known = is_composite(module) or set(own) <= {"weight", "bias"}
         if not any(own.values()) or not known:
             continue
         key = tuple(sorted(own.items()))
@@ -120,8 +119,8 @@ def _candidates(network: Network, bias: str) -> list[Block]:
         if len(kinds) != 1 or shared_elsewhere:
             continue
         module, paths, own = owners[0][1], tuple(path for path, _ in owners), dict(key)
-        if isinstance(module, ExplicitAttention):
-            blocks += attention_blocks(module, own, paths, bias)
+        if is_composite(module):
+            blocks += composite_blocks(module, own, paths, bias)
             continue
         weight, shift = own.get("weight"), own.get("bias")
         pairs = [(weight, shift)]
