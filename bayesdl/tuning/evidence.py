@@ -126,7 +126,7 @@ def _fixed_point(
         slope, slope_noise = _slopes(surface, log_precision, log_noise)
         if slope is not None:
             gamma = (surface.sizes - slope).clamp(min=1e-12)  # d log|P| / d log(shift) = size - gamma
-            target = heat * gamma / surface.squares.clamp(min=1e-12)
+            target = heat * gamma / surface.squares.clamp(min=1e-30)
             log_precision = 0.5 * (log_precision + target.log().clamp(-LOG_BOUND, LOG_BOUND))
         if log_noise is not None and slope_noise is not None:
             log_noise = 0.5 * (log_noise + _noise_update(surface, slope_noise, log_noise))
