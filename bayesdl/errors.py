@@ -67,6 +67,14 @@ class StaleModelError(BayesDLError, RuntimeError):
     """The wrapped network's parameters were written to after the fit."""
 
 
+class StepSizeError(BayesDLError, ValueError):
+    """A step is too large for the scheme; the message holds the largest admissible learning rate."""
+
+
+class LossScaleError(BayesDLError, ValueError):
+    """A loss is summed over the batch where its mean is needed."""
+
+
 class FileFormatError(BayesDLError, ValueError):
     """A file is not what the library wrote, or belongs to another network."""
 
