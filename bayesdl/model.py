@@ -15,6 +15,7 @@ from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Diagnosis, Finding, diagnose
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.evidence import log_evidence
+from bayesdl.joint import Joint
 from bayesdl.latent import Latent
 from bayesdl.likelihoods import Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
@@ -172,6 +173,26 @@ class BayesianModel(nn.Module):
             raise ArgumentError(f"{n} draws were asked for; expected at least 1")
         self.network.check_values()
         return self.posterior.draw(self.network, n, generator)
+
+    def joint(self, x: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None) -> Joint:
+        """The outputs at all B inputs of a batch together: their covariance is `(B, C, B, C)`.
+
+        Args:
+            x: whatever the network takes, a batch of B inputs.
+            num_samples, generator: as in a call, for posteriors of samples, whose joint is the empirical one.
+
+        Returns:
+            A `Joint`: `.distribution` over targets with noise, `.latent` over outputs, `.marginal`, `.sample`.
+        """
+        state = self._prepare(num_samples, generator)
+        return Joint(self.likelihood, *self.posterior.covariance(self.network, x, None, state))
+
+    def covariance(
+        self, first: Any, second: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Covariance `(B, C, B', C)` between the outputs at two batches of inputs; without observation noise."""
+        state = self._prepare(num_samples, generator)
+        return self.posterior.covariance(self.network, first, second, state)[1]
 
     def save(self, path: str | Path) -> None:
         """Write everything but the base network to a safetensors file, atomically. See `bdl.load`."""

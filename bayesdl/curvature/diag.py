@@ -9,6 +9,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
+from bayesdl.curvature.cross import cross
 from bayesdl.curvature.factor import Factor, add_quads
 from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
@@ -64,6 +65,10 @@ class Diag(Uniform):
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)
         return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
+
+    def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        weights = self._precision(scale, shift)
+        return torch.stack([cross(a, b, 1.0 / p) for a, b, p in zip(first, second, weights, strict=True)]).sum(0)
 
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
         check_noise(noise, self.layout.numel)

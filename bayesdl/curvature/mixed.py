@@ -107,6 +107,10 @@ class Mixed(Structure):
         pairs = zip(self._own(factors), self._shifts(shift), strict=True)
         return torch.stack([part.quad(own, scale, s) for (part, own), s in pairs]).sum(0)
 
+    def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        groups = zip(self._own(first), self._own(second), self._shifts(shift), strict=True)
+        return torch.stack([part.cross(mine, other, scale, s) for (part, mine), (_, other), s in groups]).sum(0)
+
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         pairs = zip(self._own(factors), self._shifts(shift), strict=True)
         return torch.stack([part.marginal(own, scale, s) for (part, own), s in pairs]).sum(0)

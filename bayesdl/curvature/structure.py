@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from bayesdl.curvature.cross import through_solve
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.layout import Layout
 from bayesdl.errors import ArgumentError, NonFiniteError
@@ -81,6 +82,10 @@ class Structure(ABC):
     @abstractmethod
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         """The diagonal of `quad`, `(B, K)`."""
+
+    def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        """J P^-1 J'^T between the examples of two batches, `(B, K, B', K')`."""
+        return through_solve(self.layout, lambda rows: self.solve(rows, scale, shift), first, second)
 
     @abstractmethod
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:

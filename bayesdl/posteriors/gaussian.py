@@ -21,7 +21,7 @@ from bayesdl.curvature.structure import Structure, weighted_curvature
 from bayesdl.errors import ArgumentError, check_finite
 from bayesdl.latent import GaussianLatent, Latent, SampleLatent
 from bayesdl.network import Network
-from bayesdl.posteriors.base import Function, Posterior, frozen, standard_normal
+from bayesdl.posteriors.base import Function, Posterior, check_positions, frozen, standard_normal
 
 # beyond this many outputs only marginal variances are computed, unless asked for
 JOINT_OUTPUTS = 128
@@ -121,6 +121,37 @@ class GaussianPosterior(Posterior):
         graph = wants_gradient(inputs)
         output, factors = layer_factors(network, self.layout, inputs, identity_cotangents, self._dtype, graph)
         return output.to(self._dtype), factors
+
+    def covariance(self, network: Network, first: Any, second: Any, state: Any) -> tuple[Tensor, Tensor]:
+        """J P^-1 J'^T between all examples, in pieces: no Jacobian of a whole batch is formed."""
+        if self.predictive == "samples":
+            return super().covariance(network, first, second, state)
+        rows = self._pieces(network, first)
+        columns = rows if second is None else self._pieces(network, second)
+        with torch.set_grad_enabled(any(wants_gradient(piece) for piece in (*rows, *columns))):
+            means, strips = [], []
+            for i, piece in enumerate(rows):
+                mean, factors = self.linearize(network, piece)
+                check_positions(mean)
+                means.append(mean)
+                strip = []
+                for j, other in enumerate(columns[: i + 1] if second is None else columns):
+                    # factors of other pieces are had again: together they would not fit
+                    theirs = factors if second is None and i == j else self.linearize(network, other)[1]
+                    strip.append(self.structure.cross(factors, theirs, self.scale, self.shift))
+                strips.append(strip)
+            found = _symmetric(strips) if second is None else torch.cat([torch.cat(s, 2) for s in strips])
+        check_finite(found, "the posterior covariances of the outputs")
+        return torch.cat(means), found
+
+    def _pieces(self, network: Network, inputs: Any) -> list[Any]:
+        """Prepared inputs, few enough at a time for their factors to fit."""
+        call = network.prepare(inputs)
+        size = max(1, batch_size(call)) if flatten_tensors(call)[0] else 1
+        step = chunk_size(self.layout, self.curvature, self._dtype, device=network.device)
+        if step >= size:
+            return [call]
+        return [index_batch(call, slice(start, min(start + step, size))) for start in range(0, size, step)]
 
     def _linearized(self, network: Network, inputs: Any) -> Iterator[GaussianLatent]:
         """Beliefs over the outputs, a few examples at a time."""
@@ -288,6 +319,16 @@ def _forward_mode(network: Network, delta: Mapping[str, Tensor], inputs: Any) ->
 def wants_gradient(inputs: Any) -> bool:
     """Whether derivatives towards the inputs are recorded."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flatten_tensors(inputs)[0])
+
+
+def _symmetric(strips: Sequence[Sequence[Tensor]]) -> Tensor:
+    """A symmetric `(B, C, B, C)` from the blocks of its lower triangle."""
+    full = [
+        [strips[i][j] if j <= i else strips[j][i].permute(2, 3, 0, 1) for j in range(len(strips))]
+        for i in range(len(strips))
+    ]
+    whole = torch.cat([torch.cat(row, 2) for row in full])
+    return 0.5 * (whole + whole.permute(2, 3, 0, 1))
 
 
 def _belief(mean: Tensor, covariance: Tensor) -> GaussianLatent:
