@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from bayesdl.agreement import first_decides
 from bayesdl.batch import BatchAdapter
 from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Diagnosis, Finding, diagnose
+from bayesdl.distributed import resolve_group
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.evidence import log_evidence
 from bayesdl.joint import Joint
@@ -22,7 +24,10 @@ from bayesdl.likelihoods import resolve as resolve_likelihood
 from bayesdl.network import Network
 from bayesdl.posteriors import GaussianPosterior, Posterior
 from bayesdl.posteriors.base import Function, standard_normal
-from bayesdl.predictive import Predictive
+from bayesdl.predictive import Predictive, cat_targets
+
+if TYPE_CHECKING:
+    from bayesdl.distributed import Processes
 
 DEFAULT_DRAWS = 64
 HALF = (torch.float16, torch.bfloat16)
@@ -153,7 +158,14 @@ class BayesianModel(nn.Module):
         """
         return log_evidence(self._gaussian("log_evidence"), self.network)
 
-    def tune(self, rule: str = "evidence", data: Iterable[Any] | None = None, **options: Any) -> BayesianModel:
+    def tune(
+        self,
+        rule: str = "evidence",
+        data: Iterable[Any] | None = None,
+        *,
+        distributed: Processes = None,
+        **options: Any,
+    ) -> BayesianModel:
         """A new model with hyper-parameters chosen by a rule; nothing is refitted and this one stays as it is.
 
         Args:
@@ -165,7 +177,9 @@ class BayesianModel(nn.Module):
         from bayesdl.tuning import tune
 
         with torch.inference_mode(False):
-            return tune(self, rule, data, **options)
+            return first_decides(resolve_group(distributed), self, lambda: tune(self, rule, data, **options))
+            distributed: True, or a process group, of which every process must make this call: the first one tunes on
+                its own data and the others take what it chose. Not needed for "evidence", which reads no data.
 
     def draw(self, n: int, *, generator: torch.Generator | None = None) -> list[Function]:
         """`n` functions from the posterior: callables `x -> outputs (B, C)` that answer the same at every call."""

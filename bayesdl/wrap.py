@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from bayesdl.agreement import first_decides
 from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.clone import unwrap
 from bayesdl.data import check_rereadable
 from bayesdl.diagnose import Finding
+from bayesdl.distributed import resolve_group, same_network, together
 from bayesdl.errors import ArgumentError, SelectionError, StaleModelError, UnreachedParameterError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
@@ -24,6 +26,9 @@ from bayesdl.network import Network, first_inputs
 from bayesdl.posteriors import GaussianPosterior
 from bayesdl.priors import Prior
 from bayesdl.select import Selector
+
+if TYPE_CHECKING:
+    from bayesdl.distributed import Processes
 
 
 def wrap(
@@ -38,6 +43,7 @@ def wrap(
     batch: str | BatchAdapter | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
+    distributed: Processes = None,
 ) -> BayesianModel:
     """Make a trained network Bayesian.
 
@@ -56,6 +62,10 @@ def wrap(
         batch: "auto", "huggingface" or a callable `batch -> (inputs, target)`.
         generator: source of all randomness.
         progress: show progress bars.
+        distributed: for "laplace" on several processes: True, or a process group of torch. Every process then calls
+            `wrap` with its own share of the data and gets the posterior of the whole; the first process's data choose
+            what was left open. Processes never wait for each other unaskedly: by default a loader that visibly holds a
+            share (a DistributedSampler) is an error; False takes the share for the whole.
 
     Returns:
         A `BayesianModel`; `diagnose()` says what was chosen.
@@ -76,13 +86,22 @@ def wrap(
         raise ArgumentError(
             f'{len(models)} networks were given; method "{chosen.name}" takes one (only "ensemble" takes a list)'
         )
+    if distributed and not chosen.distributed:
+        raise ArgumentError(
+            f'method "{chosen.name}" was given distributed=...; several processes together fit "laplace" only. Fit on '
+            "one process, and load the saved model on the others"
+        )
+    group = resolve_group(distributed)
     selection = select if select is not None else chosen.select
     # a fit needs derivatives in any mode of the user's
     with _private_randomness(generator), torch.inference_mode(False):
-        example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
-        network = Network(models[0], select="all" if selection is None else selection, batch=batch, example=example)
+        with together(group):
+            example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
+            network = Network(models[0], select="all" if selection is None else selection, batch=batch, example=example)
+        if group is not None:
+            same_network(group, network)
         start = time.perf_counter()
-        fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress))
+        fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress, distributed))
         seconds = time.perf_counter() - start
     result = fitted.network or network
     _unchanged(network)
@@ -94,7 +113,7 @@ def wrap(
     )
     record = Record(chosen.name, cost, fitted.findings)
     bayes = BayesianModel(result, fitted.posterior, fitted.likelihood, record=record, fit_data=data)
-    return _tuned(bayes, family, prior, validation, generator, progress)
+    return first_decides(group, bayes, lambda: _tuned(bayes, family, prior, validation, generator, progress))
 
 
 def _tuned(

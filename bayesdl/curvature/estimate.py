@@ -145,9 +145,8 @@ def fit_curvature(
         if generator is not None and start is not None:
             generator.set_state(start)  # every pass draws the same targets
         tally = Tally(network, into, likelihood, kind, samples, generator, dtype, memory)
-        source = batches(
-            network, data, progress=progress, describe="curvature", allow_partial=allow_partial, example=example
-        )
+        partial = allow_partial or share.total is not None  # a share is counted with all the others
+        source = batches(network, data, progress=progress, describe="curvature", allow_partial=partial, example=example)
         with together(group):
             for batch in share.cut(source):
                 tally.add(*batch)

@@ -14,6 +14,7 @@ from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
 from bayesdl.curvature.registry import Recipe, check_recipe
 from bayesdl.diagnose import Finding
+from bayesdl.distributed import resolve_group, together
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.methods.base import Fitted, Method, Task
@@ -58,12 +59,15 @@ class Laplace(Method):
 
     name: ClassVar[str] = "laplace"
     trains: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         self._check()
         data = task.need_data(self.name)
         prior = task.gaussian_prior()
-        layout = plan(task.network, first_inputs(data, task.network.batch), self.bias)
+        with together(resolve_group(task.distributed)):
+            example = first_inputs(data, task.network.batch)
+            layout = plan(task.network, example, self.bias)
         fit = fit_curvature(
             task.network,
             layout,
@@ -78,6 +82,8 @@ class Laplace(Method):
             allow_partial=self.allow_partial,
             rank=self.rank,
             progress=task.progress,
+            distributed=task.distributed,
+            example=example,
         )
         posterior = self._posterior(fit, task, prior)
         rule = "scalar" if prior is None else "keep"
