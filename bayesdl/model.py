@@ -24,7 +24,7 @@ from bayesdl.likelihoods import resolve as resolve_likelihood
 from bayesdl.network import Network
 from bayesdl.posteriors import GaussianPosterior, Posterior
 from bayesdl.posteriors.base import Function, standard_normal
-from bayesdl.predictive import Predictive, cat_targets
+from bayesdl.predictive import Predictive
 
 if TYPE_CHECKING:
     from bayesdl.distributed import Processes
