@@ -179,13 +179,14 @@ def test_full_and_diagonal_curvature_equal_the_oracle(name: str) -> None:
 
 
 def test_no_class_with_parameters_is_missing() -> None:
-    def source(cls: type[nn.Module]) -> str:
-        bases = [b for b in cls.__mro__ if b is not nn.Module and b.__module__.startswith("torch.nn.modules")]
-        return "".join(inspect.getsource(base) for base in bases)
+    def makes_parameters(cls: type[nn.Module]) -> bool:
+        bases = [b for b in cls.__mro__ if b is not nn.Module and "__init__" in vars(b)]
+        return any("Parameter" in base.__init__.__code__.co_names for base in bases if base is not object)  # type: ignore[misc]
 
     classes = {name: getattr(nn, name) for name in dir(nn) if inspect.isclass(getattr(nn, name))}
     modules = {name: cls for name, cls in classes.items() if issubclass(cls, nn.Module) and cls is not nn.Module}
-    holding = {name for name, cls in modules.items() if "Parameter(" in source(cls)} - ABSTRACT - set(LAZY)
+    holding = {name for name, cls in modules.items() if makes_parameters(cls)} - ABSTRACT - set(LAZY)
+    assert len(holding) > 20
     assert holding <= set(LAYERS), sorted(holding - set(LAYERS))
 
 
@@ -212,7 +213,7 @@ def test_layers_that_are_losses_are_refused() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.loss(x, torch.zeros(len(x), dtype=torch.long))
 
-    with pytest.raises(ShapeError, match="returned ASMoutput"):
+    with pytest.raises(ShapeError, match="returned _ASMoutput"):
         estimate(Loss(), [(torch.randn(EXAMPLES, 4), targets("categorical"))], "categorical", progress=False)
 
 
