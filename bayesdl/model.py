@@ -172,14 +172,14 @@ class BayesianModel(nn.Module):
             rule: "evidence" (marginal likelihood; Laplace), "heldout" (NLL on `data`; any method), "training" (the
                 training data alone, so that it does no harm; Laplace) or "loo" (leave-one-out around fixed weights).
             data: held-out loader, for "heldout".
+            distributed: True, or a process group, of which every process must make this call: the first one tunes on
+                its own data and the others take what it chose. Not needed for "evidence", which reads no data.
             options: see `bayesdl.tuning`.
         """
         from bayesdl.tuning import tune
 
         with torch.inference_mode(False):
             return first_decides(resolve_group(distributed), self, lambda: tune(self, rule, data, **options))
-            distributed: True, or a process group, of which every process must make this call: the first one tunes on
-                its own data and the others take what it chose. Not needed for "evidence", which reads no data.
 
     def draw(self, n: int, *, generator: torch.Generator | None = None) -> list[Function]:
         """`n` functions from the posterior: callables `x -> outputs (B, C)` that answer the same at every call."""
