@@ -29,6 +29,7 @@ _PUBLIC = {
     "Report": "bayesdl.evaluation.report",
     "SWAG": "bayesdl.methods",
     "Temperature": "bayesdl.methods",
+    "as_module": "bayesdl.functions",
     "compare": "bayesdl.evaluation.compare",
     "evaluate": "bayesdl.evaluation.compare",
     "load": "bayesdl.files",
@@ -54,6 +55,7 @@ __all__ = [
     "Report",
     "Temperature",
     "__version__",
+    "as_module",
     "compare",
     "evaluate",
     "load",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from bayesdl.evaluation.compare import compare, evaluate
     from bayesdl.evaluation.report import Report
     from bayesdl.files import load
+    from bayesdl.functions import as_module
     from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, Poisson
     from bayesdl.methods import MAP, SWAG, Ensemble, Laplace, MCDropout, Temperature
     from bayesdl.model import BayesianModel
