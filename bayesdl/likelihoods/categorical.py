@@ -16,7 +16,7 @@ from bayesdl.latent import GaussianLatent, Latent
 from bayesdl.likelihoods.base import Likelihood, entropy_split, first_bad, scaled_mean
 from bayesdl.predictive import Split
 
-LINKS = ("probit", "bridge", "mc")
+LINKS = ("probit", "mean_field", "bridge", "mc")
 
 
 @final
@@ -25,8 +25,10 @@ class Categorical(Likelihood):
     """y is one of C classes, f are logits `(B, C)`, targets are integers `(B,)`.
 
     Args:
-        link: how a Gaussian latent becomes class probabilities: "probit" (mean-field, MacKay 1992), "bridge"
-            (Laplace bridge to a Dirichlet, Hobbhahn et al. 2022) or "mc" (draws with common base noise).
+        link: how a Gaussian latent becomes class probabilities: "probit" (each logit shrunk by its own variance, MacKay
+            1992), "mean_field" (each difference of two logits by its variance, Lu, Ie and Sha 2020, second order; knows
+            covariances, at the cost of C^2 numbers an input), "bridge" (Laplace bridge to a Dirichlet, Hobbhahn et al.
+            2022) or "mc" (draws with common base noise).
         normalize: before the bridge, shrink latents whose mean variance exceeds sqrt(C/2) to it, the widest that
             the bridge maps well (its normalised variant).
     """
@@ -95,6 +97,8 @@ class Categorical(Likelihood):
             return self.mixture(*latent.draws(noise))
         if self.link == "probit":
             return TorchCategorical(logits=scaled_mean(latent))
+        if self.link == "mean_field":
+            return TorchCategorical(logits=_pairwise(latent))
         return TorchCategorical(logits=self._log_concentration(latent))
 
     def mixture(self, weights: Tensor, draws: Tensor) -> Distribution:
@@ -140,6 +144,15 @@ class Categorical(Likelihood):
 def entropy(probs: Tensor) -> Tensor:
     """Entropy in nats over the last axis, with 0 log 0 = 0."""
     return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+def _pairwise(latent: GaussianLatent) -> Tensor:
+    """Logits `(B, C)` of 1 / sum_i exp(-(f_k - f_i) / sqrt(1 + pi/8 var(f_k - f_i))), still to be normalised."""
+    spread = latent.variance.unsqueeze(-1) + latent.variance.unsqueeze(-2)
+    if latent.covariance is not None:
+        spread = spread - 2.0 * latent.covariance
+    gaps = latent.mean.unsqueeze(-1) - latent.mean.unsqueeze(-2)
+    return -torch.logsumexp(-gaps / torch.sqrt(1.0 + torch.pi / 8.0 * spread.clamp(min=0)), -1)
 
 
 def _zero_sum(latent: GaussianLatent) -> tuple[Tensor, Tensor]:

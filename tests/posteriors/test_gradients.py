@@ -57,7 +57,7 @@ def test_mean_and_covariance_of_the_outputs(structure: str, conv: bool) -> None:
     check(lambda x: (bayes(x).latent.mean, bayes(x).latent.covariance), points(conv, 2))
 
 
-@pytest.mark.parametrize("link", ["probit", "bridge", "mc"])
+@pytest.mark.parametrize("link", ["probit", "mean_field", "bridge", "mc"])
 def test_everything_a_classification_predictive_says(link: str) -> None:
     bayes = wrapped(True, "laplace", bdl.Categorical(link=link))
     check(lambda x: (bayes(x).mean, bayes(x).variance, bayes(x).entropy), points(True, 2))
