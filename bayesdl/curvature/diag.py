@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.cross import cross
-from bayesdl.curvature.factor import Factor, add_quads
+from bayesdl.curvature.factor import Factor, add_marginals, add_quads
 from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 
@@ -27,6 +27,7 @@ class Diag(Uniform):
     diagonal: tuple[Tensor, ...]
 
     name: ClassVar[str] = "diag"
+    separates_outputs: ClassVar[bool] = True
 
     @classmethod
     def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
@@ -65,6 +66,9 @@ class Diag(Uniform):
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)
         return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
+
+    def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        return add_marginals(factors, [cast(scale, d) * d for d in self.diagonal], shifts)
 
     def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.cross import cross
-from bayesdl.curvature.factor import Factor, add_quads
+from bayesdl.curvature.factor import Factor, add_marginals, add_quads
 from bayesdl.curvature.layout import cast
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 from bayesdl.errors import UnsupportedError
@@ -76,6 +76,10 @@ class Rotated(Uniform):
     def marginal_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)
         return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
+
+    def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        values = [cast(scale, e.values) * e.values for e in self.eigen]
+        return add_marginals(factors, values, shifts)
 
     def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         mine = self.prepared(first)

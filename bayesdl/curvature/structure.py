@@ -30,6 +30,8 @@ class Structure(ABC):
     layout: Layout
 
     name: ClassVar[str]
+    # whether nothing is kept between the outputs of a last layer, so that the diagonal of Lambda says all
+    separates_outputs: ClassVar[bool] = False
 
     @property
     def recipe(self) -> str | dict[str, str]:
