@@ -34,7 +34,7 @@ _PUBLIC = {
     "evaluate": "bayesdl.evaluation.compare",
     "load": "bayesdl.files",
 }
-_MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors")
+_MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors", "select")
 
 __all__ = [
     "MAP",

@@ -14,7 +14,7 @@ from bayesdl.batch import BatchAdapter, as_call, flatten_tensors, resolve_adapte
 from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
 from bayesdl.explicit import explicit
-from bayesdl.select import Selector, describe, resolve
+from bayesdl.select import Selector, Subnetwork, describe, resolve
 
 OutputAxis = int | Literal["auto"] | None
 
@@ -33,7 +33,8 @@ class Network:
             "auto": the last of three axes, the second of more. None: outputs are `(B, C)`.
 
     The clone aliases the memory of the model's parameters and owns copies of its buffers. It is always in
-    eval mode. Writing to the model's parameters after this (training on) makes every later call raise
+    eval mode. `names` are the selected parameters; `elements` marks the selected entries of each (None: all of them).
+    Writing to the model's parameters after this (training on) makes every later call raise
     `StaleModelError`, because a posterior belongs to the weights it was computed at.
     """
 
@@ -57,8 +58,7 @@ class Network:
         # names of a clone: those of the source hold "_orig_mod" where a sub-module is compiled
         plain = structural_clone(source, _same, _same)
         self.requires_grad = {name: p.requires_grad for name, p in plain.named_parameters()}
-        self.select = describe(select)
-        self.names = resolve(select, self._template, self.requires_grad, lambda: self._find_last_layer(example))
+        self._choose(select, example)
 
     def _setup(self, template: nn.Module, adapter: BatchAdapter) -> None:
         self._template = template
@@ -87,6 +87,8 @@ class Network:
     @property
     def num_parameters(self) -> int:
         """Number of selected scalars, P."""
+        if self.elements is not None:
+            return sum(int(mask.sum()) for mask in self.elements.values())
         return sum(p.numel() for p in self.parameters.values())
 
     @property
@@ -113,9 +115,17 @@ class Network:
     def reselect(self, select: Selector, example: Any = None) -> Network:
         """The same clone with another selection."""
         other = self._derived(self._template)
-        other.select = describe(select)
-        other.names = resolve(select, other._template, self.requires_grad, lambda: other._find_last_layer(example))
+        other._choose(select, example)
         return other
+
+    def _choose(self, select: Selector, example: Any) -> None:
+        inside = select.within if isinstance(select, Subnetwork) else select
+        self.select = describe(select)
+        self.elements: dict[str, Tensor] | None = None
+        self.names = resolve(inside, self._template, self.requires_grad, lambda: self._find_last_layer(example))
+        if isinstance(select, Subnetwork):
+            self.elements = select.masks(self.parameters)
+            self.names = tuple(name for name in self.names if name in self.elements)
 
     def reading(self, output_axis: OutputAxis) -> Network:
         """The same clone with another meaning of the outputs' axes."""
@@ -142,6 +152,7 @@ class Network:
         other = object.__new__(Network)
         other._setup(template, self.batch)
         other.requires_grad, other.select, other.names = self.requires_grad, self.select, self.names
+        other.elements = self.elements
         other.output_axis = self.output_axis
         return other
 

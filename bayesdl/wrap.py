@@ -25,7 +25,7 @@ from bayesdl.model import BayesianModel, Record
 from bayesdl.network import Network, first_inputs
 from bayesdl.posteriors import GaussianPosterior
 from bayesdl.priors import Prior
-from bayesdl.select import Selector
+from bayesdl.select import Selector, Subnetwork
 
 if TYPE_CHECKING:
     from bayesdl.distributed import Processes
@@ -93,6 +93,11 @@ def wrap(
         )
     group = resolve_group(distributed)
     selection = select if select is not None else chosen.select
+    if isinstance(selection, Subnetwork) and not chosen.elementwise:
+        raise UnsupportedError(
+            f'method "{chosen.name}" selects whole parameters, not single elements of them; a subnetwork is for '
+            'method "laplace"'
+        )
     # a fit needs derivatives in any mode of the user's
     with _private_randomness(generator), torch.inference_mode(False):
         with together(group):
@@ -167,7 +172,8 @@ def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
 
 
 def _needs_example(selection: Selector | None) -> bool:
-    return isinstance(selection, str) and selection == "last_layer"
+    inside = selection.within if isinstance(selection, Subnetwork) else selection
+    return isinstance(inside, str) and inside == "last_layer"
 
 
 def _unchanged(network: Network) -> None:

@@ -13,6 +13,8 @@ from bayesdl.curvature.structure import Structure
 
 __all__ = ["chunk_size", "chunks"]
 
+# kinds whose Jacobian rows are formed whatever the structure
+UNFACTORED = ("dense", "elements")
 # bytes of activations and gradients alive at once
 DEFAULT_MEMORY = 512 << 20
 # on a CPU smaller chunks stay near the caches (a quarter faster on an MLP), down to a batch that convolutions need
@@ -39,7 +41,7 @@ def chunk_size(
         device: where it all happens; default a CPU.
     """
     names = structure.whole_blocks() if isinstance(structure, Structure) else frozenset()
-    whole = [b.numel for b in layout.blocks if structure == "full" or b.kind == "dense" or b.name in names]
+    whole = [b.numel for b in layout.blocks if structure == "full" or b.kind in UNFACTORED or b.name in names]
     scalars = (3 * layout.activations + 2 * sum(whole)) * (width or layout.outputs)
     example = max(1, scalars) * torch.finfo(dtype).bits // 8
     most = max(1, (memory or DEFAULT_MEMORY) // example)

@@ -95,4 +95,4 @@ class Diag(Uniform):
         like = self.diagonal[0].to(dtype or self.diagonal[0].dtype)
         scaling = cast(scale, like)
         shifts = self.layout.shifts(shift, like)
-        return [scaling * d + s for d, s in zip(self.diagonal, shifts, strict=True)]
+        return [scaling * d.to(like) + s for d, s in zip(self.diagonal, shifts, strict=True)]

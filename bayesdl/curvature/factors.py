@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.curvature.backward import backward, parameter_rows
+from bayesdl.curvature.elements import chosen
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layers import Use, empty_factor, factor_of
 from bayesdl.curvature.layout import MISSING, REPEATED, Layout
@@ -53,6 +54,9 @@ def layer_factors(
 
     Cost: one forward, one backward of activations for K cotangents. No gradient of a weight is formed.
     """
+    if layout.whole is not None:
+        output, whole = layer_factors(network, layout.whole, inputs, cotangents, dtype, graph)
+        return output, [chosen(factor, block) for factor, block in zip(whole, layout.blocks, strict=True)]
     hooked = {module: block.axis for block in layout.blocks if block.kind != "dense" for module in block.modules}
     with torch.inference_mode(False), torch.enable_grad(), _twice_differentiable(graph):
         call = _normal(network.prepare(inputs))
@@ -62,8 +66,8 @@ def layer_factors(
         vectors = vectors.to(output.dtype)
         gradients = backward(output, [*(tap.output for tap in taps), *copies.values()], vectors, graph=graph)
         dense = [name for block in layout.blocks if block.kind == "dense" for name in block.parameters]
-        whole = [name for name in dense if name not in copies]
-        rows = parameter_rows(network, whole, call, vectors, output.detach(), graph) if whole else {}
+        alone = [name for name in dense if name not in copies]
+        rows = parameter_rows(network, alone, call, vectors, output.detach(), graph) if alone else {}
     for (name, copy), gradient in zip(copies.items(), gradients[len(taps) :], strict=True):
         rows[name] = copy.new_zeros(len(vectors), *copy.shape) if gradient is None else gradient
     uses: dict[str, list[Use]] = defaultdict(list)

@@ -178,15 +178,14 @@ class Mixed(Structure):
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         """`(..., P)` -> one flat vector per group."""
-        values, lead = self.layout.to_dict(flat), flat.shape[:-1]
-        return [torch.cat([values[n].reshape(*lead, -1) for n in part.layout.names], -1) for part in self.parts]
+        values = self.layout.to_dict(flat)
+        return [part.layout.flatten(values, flat.dim() - 1) for part in self.parts]
 
     def _join(self, pieces: Sequence[Tensor]) -> Tensor:
         values: dict[str, Tensor] = {}
         for part, piece in zip(self.parts, pieces, strict=True):
             values |= part.layout.to_dict(piece)
-        lead = pieces[0].shape[:-1]
-        return torch.cat([values[name].reshape(*lead, -1) for name in self.layout.names], -1)
+        return self.layout.flatten(values, pieces[0].dim() - 1)
 
 
 def _grouped(layout: Layout, patterns: Mapping[str, str]) -> dict[str, list[Block]]:

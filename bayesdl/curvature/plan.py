@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bayesdl.batch import batch_size, index_batch
 from bayesdl.curvature.backward import backward, tolerance
+from bayesdl.curvature.elements import restricted
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Tap, layer_factors, tapped_forward
 from bayesdl.curvature.layers import CHANNEL_WISE, block_of, joins_bias
@@ -76,7 +77,8 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
     copied = [_copied(block, proof) if block.name in bare else block for block in dense]
     if copied != dense and proof.holds([*checked, *copied]):  # all at once, too
         dense = copied
-    return _layout(network, [*checked, *dense], two, outputs)
+    layout = _layout(network, [*checked, *dense], two, outputs)
+    return layout if network.elements is None else restricted(layout, network.elements)
 
 
 def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: int) -> Layout:

@@ -86,6 +86,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     trains: ClassVar[bool] = False  # whether the data must be what the network was trained on
+    elementwise: ClassVar[bool] = False  # whether it takes a selection of single elements of parameters
     distributed: ClassVar[bool] = False  # whether several processes can fit it together, each with a share of the data
     select: Selector | None = None
 

@@ -31,7 +31,8 @@ class Laplace(Method):
     """N(theta_MAP, P^-1) (MacKay 1992; Daxberger et al. 2021).
 
     Args:
-        select: Bayesian parameters: "all", "last_layer", names, a pattern, a predicate.
+        select: Bayesian parameters: "all", "last_layer", "requires_grad", "lora", names, a pattern, a predicate, or
+            single elements (`bdl.select.largest_magnitude` and its kin).
         structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary from
             layer patterns to these, e.g. `{"head": "full", "*": "kron"}`.
         kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
@@ -59,6 +60,7 @@ class Laplace(Method):
 
     name: ClassVar[str] = "laplace"
     trains: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
