@@ -15,6 +15,7 @@ from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
 from bayesdl.explicit import explicit
 from bayesdl.select import Selector, Subnetwork, describe, resolve
+from bayesdl.sharded import gathered
 
 OutputAxis = int | Literal["auto"] | None
 
@@ -25,7 +26,8 @@ class Network:
     """A private structural clone of a model (one per thread), the selected parameters, and a batch adapter.
 
     Args:
-        model: any `nn.Module`; `torch.compile`, DataParallel and DDP wrappers are peeled off.
+        model: any `nn.Module`; `torch.compile`, DataParallel and DDP wrappers are peeled off. Parameters sharded by
+            FSDP2 are gathered into a copy in which later training is not noticed.
         select: which parameters are Bayesian; see `bayesdl.select.resolve`.
         batch: "auto", "huggingface", or a callable `batch -> (inputs, target)`.
         example: one batch of inputs; needed where `select="last_layer"`.
@@ -51,7 +53,7 @@ class Network:
         if not isinstance(model, nn.Module):
             hint = "; bdl.as_module(function, parameters) makes a function one" if callable(model) else ""
             raise ArgumentError(f"a torch.nn.Module is expected, got {type(model).__name__}{hint}")
-        source = unwrap(model)
+        source = gathered(unwrap(model))
         _refuse(source)
         with torch.inference_mode(False):  # tensors made in that mode could never take part in a derivative
             self._setup(explicit(structural_clone(source, _alias, _snapshot)), resolve_adapter(batch))
