@@ -15,11 +15,15 @@ _PUBLIC = {
     "BayesianModel": "bayesdl.model",
     "Bernoulli": "bayesdl.likelihoods",
     "Categorical": "bayesdl.likelihoods",
+    "CauchyPrior": "bayesdl.priors",
     "Ensemble": "bayesdl.methods",
     "Gaussian": "bayesdl.likelihoods",
     "GaussianPrior": "bayesdl.priors",
     "Heteroscedastic": "bayesdl.likelihoods",
+    "HierarchicalPrior": "bayesdl.priors",
+    "HorseshoePrior": "bayesdl.priors",
     "Laplace": "bayesdl.methods",
+    "LaplacePrior": "bayesdl.priors",
     "Likelihood": "bayesdl.likelihoods",
     "MAP": "bayesdl.methods",
     "MCDropout": "bayesdl.methods",
@@ -28,13 +32,14 @@ _PUBLIC = {
     "Prior": "bayesdl.priors",
     "Report": "bayesdl.evaluation.report",
     "SWAG": "bayesdl.methods",
+    "StudentTPrior": "bayesdl.priors",
     "Temperature": "bayesdl.methods",
     "as_module": "bayesdl.functions",
     "compare": "bayesdl.evaluation.compare",
     "evaluate": "bayesdl.evaluation.compare",
     "load": "bayesdl.files",
 }
-_MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors", "select")
+_MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors", "samplers", "select")
 
 __all__ = [
     "MAP",
@@ -42,17 +47,22 @@ __all__ = [
     "BayesianModel",
     "Bernoulli",
     "Categorical",
+    "CauchyPrior",
     "Ensemble",
     "Gaussian",
     "GaussianPrior",
     "Heteroscedastic",
+    "HierarchicalPrior",
+    "HorseshoePrior",
     "Laplace",
+    "LaplacePrior",
     "Likelihood",
     "MCDropout",
     "Poisson",
     "Predictive",
     "Prior",
     "Report",
+    "StudentTPrior",
     "Temperature",
     "__version__",
     "as_module",
@@ -71,7 +81,15 @@ if TYPE_CHECKING:
     from bayesdl.methods import MAP, SWAG, Ensemble, Laplace, MCDropout, Temperature
     from bayesdl.model import BayesianModel
     from bayesdl.predictive import Predictive
-    from bayesdl.priors import GaussianPrior, Prior
+    from bayesdl.priors import (
+        CauchyPrior,
+        GaussianPrior,
+        HierarchicalPrior,
+        HorseshoePrior,
+        LaplacePrior,
+        Prior,
+        StudentTPrior,
+    )
 
 
 def __getattr__(name: str) -> Any:

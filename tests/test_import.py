@@ -19,6 +19,7 @@ HEAVY = (
 )
 
 PUBLIC = {
+    *("CauchyPrior", "HierarchicalPrior", "HorseshoePrior", "LaplacePrior", "StudentTPrior"),
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SWAG"),
     *("Temperature", "__version__", "as_module", "compare", "evaluate", "load", "wrap"),
