@@ -24,7 +24,7 @@ from bayesdl.likelihoods import resolve as resolve_likelihood
 from bayesdl.network import Network
 from bayesdl.posteriors import GaussianPosterior, Posterior
 from bayesdl.posteriors.base import Function, standard_normal
-from bayesdl.predictive import Predictive
+from bayesdl.predictive import Predictive, cat_targets
 
 if TYPE_CHECKING:
     from bayesdl.distributed import Processes
@@ -88,9 +88,12 @@ class BayesianModel(nn.Module):
                 f"posterior is {type(posterior).__name__}; expected a fitted posterior. Call "
                 "bdl.wrap(model, method, data)"
             )
-        self.network = model if isinstance(model, Network) else Network(model, batch=batch)
-        self.posterior = posterior
         self.likelihood = resolve_likelihood(likelihood)
+        axis = self.likelihood.output_axis
+        self.network = (
+            model.reading(axis) if isinstance(model, Network) else Network(model, batch=batch, output_axis=axis)
+        )
+        self.posterior = posterior
         self.record = record or Record()
         self._source = _Source(fit_data)
 
@@ -100,7 +103,8 @@ class BayesianModel(nn.Module):
         """Predictive distribution of one batch.
 
         Args:
-            x: whatever the network takes, a batch of B inputs.
+            x: whatever the network takes, a batch of B inputs. Networks with outputs at every position (tokens, pixels)
+                give a predictive with the positions behind the batch axis.
             num_samples: draws for whatever has no closed form.
             generator: source of their base noise; the same state gives the same answer. Default: a fixed seed.
 
@@ -120,7 +124,11 @@ class BayesianModel(nn.Module):
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Predictive:
-        """Predictive of all batches of a loader, concatenated; targets in the batches are ignored."""
+        """Predictive of all batches of a loader, concatenated; targets in the batches are ignored.
+
+        Where the batches differ in their positions (sequences padded to the longest of each), every position becomes an
+        input of its own.
+        """
         return self.predict_with_targets(data, num_samples=num_samples, generator=generator, progress=progress)[0]
 
     def predict_with_targets(
@@ -148,7 +156,7 @@ class BayesianModel(nn.Module):
                     targets.append(torch.as_tensor(target).to(self.device))
         if targets and len(targets) != len(parts):
             raise ArgumentError(f"{len(targets)} of {len(parts)} batches hold a target; expected all or none")
-        return Predictive.cat(parts), torch.cat(targets) if targets else None
+        return Predictive.cat(parts), cat_targets(parts, targets) if targets else None
 
     def log_evidence(self) -> Tensor:
         """Laplace approximation of log p(data), a scalar.

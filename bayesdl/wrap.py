@@ -102,7 +102,9 @@ def wrap(
     with _private_randomness(generator), torch.inference_mode(False):
         with together(group):
             example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
-            network = Network(models[0], select="all" if selection is None else selection, batch=batch, example=example)
+            everything = "all" if selection is None else selection
+            axis = family.output_axis
+            network = Network(models[0], select=everything, batch=batch, example=example, output_axis=axis)
         if group is not None:
             same_network(group, network)
         start = time.perf_counter()

@@ -130,6 +130,7 @@ class Layout:
         names, shapes: the flat order.
         activations: scalars per example held by the taps of one backward pass, for memory planning.
         outputs: C of the network, for memory planning.
+        positions: T of the example that the plan was made with; 0 where the outputs are `(B, C)`.
     """
 
     blocks: tuple[Block, ...]
@@ -137,6 +138,7 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
     activations: int = 0
     outputs: int = 1
+    positions: int = 0
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -240,6 +242,7 @@ class Layout:
             "shapes": [list(shape) for shape in self.shapes],
             "activations": self.activations,
             "outputs": self.outputs,
+            "positions": self.positions,
         }
 
     @staticmethod
@@ -247,7 +250,8 @@ class Layout:
         """Inverse of `to_json`."""
         blocks = tuple(_block(b) for b in data["blocks"])
         shapes = tuple(tuple(int(i) for i in s) for s in data["shapes"])
-        return Layout(blocks, tuple(data["names"]), shapes, int(data["activations"]), int(data["outputs"]))
+        positions = int(data.get("positions", 0))  # absent from older files
+        return Layout(blocks, tuple(data["names"]), shapes, int(data["activations"]), int(data["outputs"]), positions)
 
 
 def _block(data: Mapping[str, Any]) -> Block:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.curvature.chunking import chunk_size, chunks
-from bayesdl.curvature.cotangents import cotangent_rule
-from bayesdl.curvature.factors import layer_factors
+from bayesdl.curvature.contributions import Seeds
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import in_batch
 from bayesdl.distributed import Group
@@ -29,7 +28,7 @@ class Fit:
     Attributes:
         curvature: at the likelihood's noise, or at unit noise where that is still open (Gaussian).
         parts: for a Gaussian likelihood with open noise and several outputs, the curvature of each output alone.
-        num_data: N.
+        num_data: N, the observations that count: examples, or positions less those whose target is ignored.
         log_likelihood: sum of log p(y | f); at unit noise where the noise is open.
         squared_error: `(C,)` sum of squared residuals, Gaussian only.
     """
@@ -72,9 +71,10 @@ class Tally:
         if isinstance(likelihood, Gaussian) and likelihood.noise is None:
             likelihood = likelihood.with_noise(1.0)
         self.likelihood = likelihood
-        self._seeds = cotangent_rule(likelihood, kind, samples, generator)
-        width = {"mc": samples, "empirical": 1}.get(kind)
-        layout = curvature.layout
+        # an open noise weights the curvature of each output later
+        self._seeds = Seeds(likelihood, kind, samples, generator, whole=self._open_noise)
+        width, layout = self._seeds.width(curvature, samples), curvature.layout
+        self.memory = memory
         self.step = chunk_size(layout, curvature, dtype, width=width, memory=memory, device=network.device)
         self.parts: tuple[Structure, ...] = ()
         self.count = self.examples = 0
@@ -89,16 +89,9 @@ class Tally:
                 self._add(rows, labels)
 
     def _add(self, rows: Any, labels: Any) -> None:
-        seen: dict[str, Tensor] = {}
-
-        def cotangents(f: Tensor) -> Tensor:
-            seen["f"] = self.likelihood.check_outputs(f)
-            seen["y"] = self.likelihood.check_targets(seen["f"], labels)
-            return self._seeds(seen["f"], seen["y"])
-
-        _, factors = layer_factors(self.network, self.curvature.layout, rows, cotangents, self.dtype)
-        f, y = seen["f"], seen["y"]
-        self.count += len(f)
+        some = self._seeds.contribution(self.network, self.curvature, rows, labels, self.dtype, self.memory)
+        f, y = some.f, some.y
+        self.count += some.number
         self.examples += batch_size(rows) if flatten_tensors(rows)[0] else len(f)
         each = self.likelihood.log_prob(f, y).double()
         self.scores += torch.stack([each.sum(), each.abs().sum()])
@@ -107,10 +100,12 @@ class Tally:
             self.squared = residual if self.squared is None else self.squared + residual
         if self._open_noise and self.kind == "ggn" and f.shape[1] > 1:
             self.parts = self.parts or self._empty_parts(f.shape[1])
-            for c, part in enumerate(self.parts):
-                part.update([replace(factor, g=factor.g[:, c : c + 1]) for factor in factors])
+            for factors in some.parts:
+                for c, part in enumerate(self.parts):
+                    part.update([replace(factor, g=factor.g[:, c : c + 1]) for factor in factors])
         else:
-            self.curvature.update(factors)
+            for factors in some.parts:
+                self.curvature.update(factors)
         for kept in self.parts or (self.curvature,):
             kept.check_finite()
 

@@ -55,7 +55,7 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
         two = tapped_forward(network, pair, hooked)[1]
         three = tapped_forward(network, _rows(network, example, 3), hooked)[1]
         truth = _true_gradients(network, pair)
-    outputs = int(truth[0].shape[-1])
+    outputs = truth[0].shape[2:]
     proof = _Proof(network, pair, truth, two)
     blocks = [_repeated(block, two, three, proof) or _placed(block, two, three) for block in blocks]
     checked = [block for block in blocks if block.kind != "dense"]
@@ -81,7 +81,7 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
     return layout if network.elements is None else restricted(layout, network.elements)
 
 
-def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: int) -> Layout:
+def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: torch.Size) -> Layout:
     order = {name: i for i, name in enumerate(network.names)}
     values = network.parameters
     return Layout(
@@ -89,7 +89,8 @@ def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: int
         network.names,
         tuple(tuple(values[name].shape) for name in network.names),
         sum(tap.output.numel() for tap in taps) // 2,
-        outputs,
+        outputs[-1],
+        outputs[:-1].numel() if len(outputs) > 1 else 0,
     )
 
 
@@ -172,7 +173,7 @@ class _Proof:
 
     def holds(self, blocks: list[Block]) -> bool:
         """Whether outputs and gradients are right; not where whoever reads the values wants them as they are."""
-        layout = _layout(self.network, blocks, self.taps, self.plain.shape[1])
+        layout = _layout(self.network, blocks, self.taps, self.plain.shape[1:])
         close = tolerance(self.plain.dtype) * float(1.0 + self.plain.abs().max())
         try:
             output = layer_factors(self.network, layout, self.pair, lambda f: self.truth[0], torch.float32)[0]
@@ -214,13 +215,13 @@ def _copied(block: Block, proof: _Proof) -> Block:
 
 
 def _true_gradients(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Two random cotangents `(2, 2, C)`, one for each example, and every selected parameter's gradients `(2, ...)`."""
+    """Two random cotangents `(2, 2, ..., C)`, one an example, and every selected parameter's gradients `(2, ...)`."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in network.parameters.items()}
     output = network.forward(network.module(), pair, leaves)
     with in_batch(0):
         check_finite(output.detach(), "the network's outputs")
-    noise = torch.randn(2, output.shape[1], generator=torch.Generator().manual_seed(0))
-    vectors = torch.diag_embed(noise.T).permute(1, 2, 0).to(output)
+    noise = torch.randn(2, *output.shape[1:], generator=torch.Generator().manual_seed(0))
+    vectors = torch.stack([torch.stack([noise[0], noise[1] * 0.0]), torch.stack([noise[0] * 0.0, noise[1]])]).to(output)
     # one cotangent at a time: batched passes are among what is to be proved
     rounds = [backward(output, list(leaves.values()), v.unsqueeze(0), keep=True) for v in vectors]
     missing = [name for name, g in zip(leaves, rounds[0], strict=True) if g is None]

@@ -86,8 +86,8 @@ def _latents(model: BayesianModel, data: Iterable[Any], progress: bool) -> tuple
     prediction, targets = model.predict_with_targets(data, progress=progress)
     if targets is None:
         raise ArgumentError("the held-out loader yields no targets; expected (inputs, target)")
-    latent = prediction.latent
-    return latent, model.likelihood.check_targets(latent.mean, targets)
+    seen = prediction.observed(targets)
+    return seen[0].latent, seen[1]
 
 
 def _tune_prior(
