@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bayesdl.batch import batch_size, index_batch
-from bayesdl.curvature.backward import backward, tolerance
+from bayesdl.curvature.backward import backward, coarsest, recorded_dtypes, tolerance
 from bayesdl.curvature.elements import restricted
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Tap, layer_factors, tapped_forward
@@ -24,7 +24,7 @@ from bayesdl.curvature.layers import CHANNEL_WISE, block_of, joins_bias
 from bayesdl.curvature.layout import MISSING, REPEATED, Block, Layout
 from bayesdl.curvature.projections import composite_blocks, is_composite
 from bayesdl.data import check_inputs, in_batch
-from bayesdl.errors import ArgumentError, BayesDLError, UnreachedParameterError, check_finite
+from bayesdl.errors import ArgumentError, BayesDLError, UnreachedParameterError, UnsupportedError, check_finite
 from bayesdl.network import Network
 
 # what torch's functions raise on shapes that they cannot take
@@ -52,9 +52,10 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
         check_inputs(example)
     with torch.inference_mode(False), torch.enable_grad():
         pair = _rows(network, example, 2)
-        two = tapped_forward(network, pair, hooked)[1]
-        three = tapped_forward(network, _rows(network, example, 3), hooked)[1]
+        alone, two = tapped_forward(network, pair, hooked)
+        among, three = tapped_forward(network, _rows(network, example, 3), hooked)
         truth = _true_gradients(network, pair)
+        _check_independent(alone.detach(), among.detach(), truth.kind)
     outputs = truth[0].shape[2:]
     proof = _Proof(network, pair, truth, two)
     blocks = [_repeated(block, two, three, proof) or _placed(block, two, three) for block in blocks]
@@ -79,6 +80,17 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
         dense = copied
     layout = _layout(network, [*checked, *dense], two, outputs)
     return layout if network.elements is None else restricted(layout, network.elements)
+
+
+def _check_independent(alone: Tensor, among: Tensor, kind: torch.dtype) -> None:
+    """Raise unless two examples have the outputs that they have next to a third."""
+    # the outputs of a deep network in bfloat16 agree to a few per cent
+    slack = min(tolerance(kind), 0.1) * float(1e-3 + alone.abs().max())
+    if not float((alone - among[:2]).abs().max()) <= slack:
+        raise UnsupportedError(
+            "the network's output for an example depends on the other examples in the batch (batch statistics, "
+            "attention over the batch axis, randomness?); curvature per example is not defined for such a network"
+        )
 
 
 def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: torch.Size) -> Layout:
@@ -156,13 +168,27 @@ def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
     return replace(block, axis=axes.pop() or 0)
 
 
+class _Truth(NamedTuple):
+    """What automatic differentiation says about two examples.
+
+    Attributes:
+        vectors: cotangents, one for each example.
+        gradients: every selected parameter's gradients `(2, ...)`.
+        kind: the coarsest dtype that the network computes in.
+    """
+
+    vectors: Tensor
+    gradients: dict[str, Tensor]
+    kind: torch.dtype
+
+
 @dataclass(frozen=True)
 class _Proof:
     """Trials: whether the network computes the same with a batch axis where it has none."""
 
     network: Network
     pair: Any
-    truth: tuple[Tensor, dict[str, Tensor]]
+    truth: _Truth
     taps: list[Tap]
 
     @cached_property
@@ -174,7 +200,7 @@ class _Proof:
     def holds(self, blocks: list[Block]) -> bool:
         """Whether outputs and gradients are right; not where whoever reads the values wants them as they are."""
         layout = _layout(self.network, blocks, self.taps, self.plain.shape[1:])
-        close = tolerance(self.plain.dtype) * float(1.0 + self.plain.abs().max())
+        close = tolerance(self.truth.kind) * float(1.0 + self.plain.abs().max())
         try:
             output = layer_factors(self.network, layout, self.pair, lambda f: self.truth[0], torch.float32)[0]
             same = output.shape == self.plain.shape and torch.allclose(output, self.plain, rtol=0.0, atol=close)
@@ -214,10 +240,11 @@ def _copied(block: Block, proof: _Proof) -> Block:
     return next((trial for trial in trials if proof.holds([trial])), block)
 
 
-def _true_gradients(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def _true_gradients(network: Network, pair: Any) -> _Truth:
     """Two random cotangents `(2, 2, ..., C)`, one an example, and every selected parameter's gradients `(2, ...)`."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in network.parameters.items()}
-    output = network.forward(network.module(), pair, leaves)
+    with recorded_dtypes() as kinds:
+        output = network.forward(network.module(), pair, leaves)
     with in_batch(0):
         check_finite(output.detach(), "the network's outputs")
     noise = torch.randn(2, *output.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -232,13 +259,13 @@ def _true_gradients(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tens
             "them out of select= (is there a second head, or a detach()?)"
         )
     pairs = zip(leaves, *rounds, strict=True)
-    return vectors, {name: torch.cat([a, b]) for name, a, b in pairs if a is not None and b is not None}
+    gradients = {name: torch.cat([a, b]) for name, a, b in pairs if a is not None and b is not None}
+    return _Truth(vectors, gradients, coarsest([*kinds, output.dtype, network.dtype or torch.float32]))
 
 
-def _disagreeing(network: Network, layout: Layout, pair: Any, truth: tuple[Tensor, dict[str, Tensor]]) -> set[str]:
-    vectors, gradients = truth
-    kind = network.dtype or torch.float32
-    work = torch.promote_types(kind, torch.float32)
+def _disagreeing(network: Network, layout: Layout, pair: Any, truth: _Truth) -> set[str]:
+    vectors, gradients, kind = truth
+    work = torch.promote_types(network.dtype or torch.float32, torch.float32)
     _, factors = layer_factors(network, layout, pair, lambda f: vectors, work)
     wrong = set()
     for block, factor in zip(layout.blocks, factors, strict=True):
