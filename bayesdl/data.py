@@ -56,10 +56,7 @@ def batches(
     bar = tqdm(data, desc=describe, total=count_batches(data), disable=not progress, leave=False)
     for number, batch in enumerate(bar):
         with in_batch(number):
-            inputs, target = network.batch(batch)
-            check_inputs(inputs)
-            if need_targets and target is None:
-                raise ArgumentError("it holds no target; expected (inputs, target) or a mapping with labels")
+            inputs, target = check_batch(network.batch(batch), need_targets)
             seen += batch_size(inputs) if flatten_tensors(inputs)[0] else 0
         if promised is not None and number >= promised:
             raise ArgumentError(f"the loader yields more batches than its length promises ({promised}): has it no end?")
@@ -94,6 +91,20 @@ def declared_size(data: Iterable[Any]) -> int | None:
         return len(sampler) if isinstance(sampler, torch.utils.data.Sampler) else None  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def check_batch(pair: tuple[Any, Any], need_target: bool = True) -> tuple[Any, Any]:
+    """Inputs and target of one batch as they are.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the inputs.
+        ArgumentError: the target is missing.
+    """
+    inputs, target = pair
+    check_inputs(inputs)
+    if need_target and target is None:
+        raise ArgumentError("it holds no target; expected (inputs, target) or a mapping with labels")
+    return inputs, target
 
 
 def peek(data: Iterable[Any]) -> tuple[Iterable[Any], Any]:

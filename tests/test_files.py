@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution, StudentT
 
 import bayesdl as bdl
-from bayesdl import files
+from bayesdl import tensorfile
 from bayesdl.errors import FileFormatError
 from tests.test_clone import X, mlp
 
@@ -48,15 +48,15 @@ def refused(path: Path, message: str, **options: Any) -> None:
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()[files.KEY]), {name: file.get_tensor(name) for name in file.keys()}
+        return json.loads(file.metadata()[tensorfile.KEY]), {name: file.get_tensor(name) for name in file.keys()}
 
 
 def rewrite(path: Path, header: Any, tensors: dict[str, Tensor], sign: bool = True) -> None:
     """Write a header, with a checksum that fits: what is left to notice is the header itself."""
     if sign and isinstance(header, dict):
-        header.pop(files.DIGEST, None)
-        header[files.DIGEST] = files._digest(header, tensors)
-    save_file(tensors, path, {files.KEY: json.dumps(header)})
+        header.pop(tensorfile.DIGEST, None)
+        header[tensorfile.DIGEST] = tensorfile.checksum(header, tensors)
+    save_file(tensors, path, {tensorfile.KEY: json.dumps(header)})
 
 
 def test_every_truncation(saved: Path) -> None:
@@ -107,7 +107,7 @@ def test_files_of_somebody_else(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, path)
     refused(path, "not a bayesdl file")
     for text in ("[1, 2]", '"text"', "7", "null", "{", "{}", "[" * 100_000):
-        save_file({"weight": torch.ones(2)}, path, {files.KEY: text})
+        save_file({"weight": torch.ones(2)}, path, {tensorfile.KEY: text})
         refused(path, "not a bayesdl file")
     refused(tmp_path / "absent.safetensors", "does not exist")
     refused(tmp_path, "does not exist")
@@ -145,7 +145,7 @@ def test_every_entry_of_the_header_made_hostile(saved: Path) -> None:
     """With a checksum that fits, so that it is the reader of each entry that has to hold."""
     header, tensors = contents(saved)
     before = bdl.load(saved, NET)(X).probs
-    for key in [k for k in header if k != files.DIGEST]:
+    for key in [k for k in header if k != tensorfile.DIGEST]:
         rewrite(saved, {k: v for k, v in header.items() if k != key}, tensors)
         if key != "torch":
             refused(saved, "is damaged|not a bayesdl file")
@@ -251,7 +251,8 @@ def test_the_checksum_covers_names_shapes_types_and_values() -> None:
         {"a": torch.ones(2, 3)},
         {},
     ]
-    digests = {files._digest({"k": 1}, tensors) for tensors in [base, *other]} | {files._digest({"k": 2}, base)}
+    digests = {tensorfile.checksum({"k": 1}, tensors) for tensors in [base, *other]}
+    digests.add(tensorfile.checksum({"k": 2}, base))
     assert len(digests) == 7
     assert all(len(d) == len(hashlib.sha256().hexdigest()) for d in digests)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.curvature.layout import Layout
-from bayesdl.curvature.passes import Fit, Tally, check_curvature, check_same_data
+from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
-from bayesdl.curvature.registry import Recipe, check_recipe, first, following, num_passes
+from bayesdl.curvature.registry import Recipe
+from bayesdl.curvature.run import Run
 from bayesdl.curvature.structure import Structure
-from bayesdl.data import batches, check_rereadable, peek, warn_if_unsteady
-from bayesdl.distributed import check_total, resolve_group, same_network, share_of, together
+from bayesdl.data import batches, check_rereadable, keeps_order, peek, warn_if_unsteady
+from bayesdl.distributed import Group, check_total, resolve_group, same_network, share_of, together
+from bayesdl.errors import ArgumentError
 from bayesdl.likelihoods import Likelihood, resolve
 from bayesdl.network import Network
 from bayesdl.select import Selector
@@ -44,6 +48,8 @@ def estimate(
     progress: bool = True,
     rank: int | None = None,
     distributed: Processes = None,
+    resume: str | Path | None = None,
+    every: int = 100,
 ) -> Structure:
     """Curvature H = sum_n J_n^T Lambda_n J_n, a SUM over the data.
 
@@ -68,6 +74,9 @@ def estimate(
             all of them get the curvature of the whole (one reduction a pass). Never on its own, because a call on one
             process alone would wait for the others for ever: by default a loader that visibly holds a share (a
             DistributedSampler) is an error; False takes the share for the whole.
+        resume: a file that keeps the state of the fit; where it exists the fit goes on from there, to the same bits as
+            without an interruption. The loader must keep its order. See also `bayesdl.curvature.Accumulator`.
+        every: batches after which that file is written anew.
 
     Raises:
         DistributedError: another process failed.
@@ -102,6 +111,8 @@ def estimate(
         progress=progress,
         rank=rank,
         distributed=distributed,
+        resume=resume,
+        every=every,
         example=example,
     ).curvature
 
@@ -122,6 +133,8 @@ def fit_curvature(
     progress: bool = True,
     rank: int | None = None,
     distributed: Processes = None,
+    resume: str | Path | None = None,
+    every: int = 100,
     example: Any = None,
 ) -> Fit:
     """`estimate` with its side results; arguments as there, and the inputs of the loader's first batch.
@@ -129,40 +142,53 @@ def fit_curvature(
     Raises:
         ArgumentError: the structure takes several passes and the loader does not yield the same data in each.
     """
-    check_recipe(structure, rank)
     group = resolve_group(distributed)
+    if every < 1:
+        raise ArgumentError(f"every={every}; expected a positive number of batches")
+    if group is not None and generator is None:
+        generator = torch.Generator(network.device).manual_seed(group.rank)
+    run = Run(
+        network,
+        layout,
+        likelihood,
+        structure=structure,
+        kind=kind,
+        samples=samples,
+        generator=generator,
+        dtype=dtype,
+        memory=memory,
+        rank=rank,
+    )
     with together(group):
-        if num_passes(structure) > 1:
+        if run.passes > 1:
             check_rereadable("data", data)
         share = share_of(data, distributed, group)
         warn_if_unsteady(data)
-    dtype = dtype or torch.promote_types(network.dtype or torch.float32, torch.float32)
-    if group is not None and generator is None:
-        generator = torch.Generator(network.device).manual_seed(group.rank)
-    start = None if generator is None else generator.get_state()
-
-    def one_pass(into: Structure) -> tuple[Fit, float]:
-        if generator is not None and start is not None:
-            generator.set_state(start)  # every pass draws the same targets
-        tally = Tally(network, into, likelihood, kind, samples, generator, dtype, memory)
-        partial = allow_partial or share.total is not None  # a share is counted with all the others
+        if resume is not None:
+            _check_resumable(data, group)
+            run.resume(resume)
+    partial = allow_partial or share.total is not None  # a share is counted with all the others
+    while True:
         source = batches(network, data, progress=progress, describe="curvature", allow_partial=partial, example=example)
         with together(group):
-            for batch in share.cut(source):
-                tally.add(*batch)
+            for number, inputs, target in share.cut(source):
+                if number >= run.batches:
+                    run.add(number, inputs, target)
+                    if resume is not None and run.batches % every == 0:
+                        run.save(resume)
         if group is not None:
-            tally.combine(group)
+            run.combine(group)
             if not allow_partial:
-                check_total(share, group, tally.examples)
-        fit, absolute = tally.result()
-        check_curvature(fit.curvature)
-        return fit, absolute
+                check_total(share, group, run.examples)
+        if not run.next_pass(group):
+            return run.fit()
 
-    fit, _ = one_pass(first(structure, layout, dtype, network.device, rank))
-    while (into := following(structure, fit.curvature)) is not None:
-        if group is not None:  # bases may differ between machines
-            sums = into.sums()
-            group.spread([value for name, value in into.tensors().items() if name not in sums])
-        before, (fit, absolute) = fit, one_pass(into)
-        check_same_data(before, fit, absolute, network.dtype or torch.float32)
-    return fit
+
+def _check_resumable(data: Iterable[Any], group: Group | None) -> None:
+    if group is not None:
+        raise ArgumentError("resume= was given with distributed=: several processes cannot resume together")
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset) and not keeps_order(data):
+        raise ArgumentError(
+            f"resume= needs the same batches in the same order after an interruption, and this loader's sampler "
+            f"({type(data.sampler).__name__}) may shuffle: build it with shuffle=False"
+        )

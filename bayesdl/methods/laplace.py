@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, final
 
 import torch
@@ -44,6 +45,9 @@ class Laplace(Method):
         memory: bytes that one chunk of examples may take while fitting.
         allow_partial: accept a loader that skips part of its data (drop_last).
         rank: of structure "lowrank"; default 32.
+        resume: a file that keeps the state of the fit, from which an interrupted one goes on; the loader must keep its
+            order.
+        every: batches after which that file is written anew.
     """
 
     select: Selector | None = "all"
@@ -57,6 +61,8 @@ class Laplace(Method):
     memory: int | None = None
     allow_partial: bool = False
     rank: int | None = None
+    resume: str | Path | None = None
+    every: int = 100
 
     name: ClassVar[str] = "laplace"
     trains: ClassVar[bool] = True
@@ -85,6 +91,8 @@ class Laplace(Method):
             rank=self.rank,
             progress=task.progress,
             distributed=task.distributed,
+            resume=self.resume,
+            every=self.every,
             example=example,
         )
         posterior = self._posterior(fit, task, prior)

@@ -1,0 +1,102 @@
+"""Tensors with a JSON header in one file: safetensors, written atomically, with a checksum. Never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesdl.errors import FileFormatError
+
+FORMAT = 1
+KEY = "bayesdl"
+DIGEST = "sha256"
+# what a header that is not ours can make the code that reads it raise
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+
+
+def write_described(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Tensors with a JSON header, which gains the format's version, and a checksum over both.
+
+    Raises:
+        FileFormatError: the header is not JSON.
+    """
+    header = {"format": FORMAT, **header}
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    try:
+        # one entry: the order of several would differ from one file to the next
+        text = json.dumps({**header, DIGEST: checksum(header, plain)})
+    except TypeError as error:
+        raise FileFormatError(f"the model cannot be described in JSON: {error}") from error
+    write_tensors(path, plain, {KEY: text})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file that is either the old one or the new one, whenever the process dies."""
+    from safetensors.torch import save as serialise
+
+    payload = serialise(tensors, metadata)
+    # not from tempfile, whose files nobody else may read
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def read_described(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_described` wrote.
+
+    Raises:
+        FileFormatError: there is no such file, it is another, of another format version, or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist")
+    try:
+        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header = json.loads(metadata[KEY])
+        version = header["format"]
+        sound = header.pop(DIGEST, None) == checksum(header, tensors)
+    except (SafetensorError, OSError, *DAMAGE) as error:
+        raise FileFormatError(f"{path} is not a bayesdl file, or it is damaged: {error}") from error
+    if version != FORMAT:
+        raise FileFormatError(f"{path} has format version {version}; this library reads version {FORMAT}")
+    if not sound:
+        raise FileFormatError(f"{path} is damaged: its contents do not match their checksum")
+    return header, tensors
+
+
+def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the header and over names, shapes, dtypes and bytes of all tensors."""
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"\n{name}|{tuple(value.shape)}|{value.dtype}\n".encode())
+        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # makes the rename itself durable; not every platform lets a folder be opened
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
