@@ -17,6 +17,7 @@ _PUBLIC = {
     "Categorical": "bayesdl.likelihoods",
     "CauchyPrior": "bayesdl.priors",
     "Ensemble": "bayesdl.methods",
+    "EvidenceTrainer": "bayesdl.marginal",
     "Gaussian": "bayesdl.likelihoods",
     "GaussianPrior": "bayesdl.priors",
     "Heteroscedastic": "bayesdl.likelihoods",
@@ -27,6 +28,7 @@ _PUBLIC = {
     "Likelihood": "bayesdl.likelihoods",
     "MAP": "bayesdl.methods",
     "MCDropout": "bayesdl.methods",
+    "MinibatchEvidence": "bayesdl.marginal",
     "Poisson": "bayesdl.likelihoods",
     "Predictive": "bayesdl.predictive",
     "Prior": "bayesdl.priors",
@@ -37,6 +39,7 @@ _PUBLIC = {
     "as_module": "bayesdl.functions",
     "compare": "bayesdl.evaluation.compare",
     "evaluate": "bayesdl.evaluation.compare",
+    "evidence_training": "bayesdl.marginal",
     "load": "bayesdl.files",
 }
 _MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors", "samplers", "select")
@@ -49,6 +52,7 @@ __all__ = [
     "Categorical",
     "CauchyPrior",
     "Ensemble",
+    "EvidenceTrainer",
     "Gaussian",
     "GaussianPrior",
     "Heteroscedastic",
@@ -58,6 +62,7 @@ __all__ = [
     "LaplacePrior",
     "Likelihood",
     "MCDropout",
+    "MinibatchEvidence",
     "Poisson",
     "Predictive",
     "Prior",
@@ -68,6 +73,7 @@ __all__ = [
     "as_module",
     "compare",
     "evaluate",
+    "evidence_training",
     "load",
     "wrap",
 ]
@@ -78,6 +84,7 @@ if TYPE_CHECKING:
     from bayesdl.files import load
     from bayesdl.functions import as_module
     from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, Poisson
+    from bayesdl.marginal import EvidenceTrainer, MinibatchEvidence, evidence_training
     from bayesdl.methods import MAP, SWAG, Ensemble, Laplace, MCDropout, Temperature
     from bayesdl.model import BayesianModel
     from bayesdl.predictive import Predictive

@@ -22,6 +22,7 @@ PUBLIC = {
     *("CauchyPrior", "HierarchicalPrior", "HorseshoePrior", "LaplacePrior", "StudentTPrior"),
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SWAG"),
+    *("EvidenceTrainer", "MinibatchEvidence", "evidence_training"),
     *("Temperature", "__version__", "as_module", "compare", "evaluate", "load", "wrap"),
 }
 
