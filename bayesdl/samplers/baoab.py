@@ -50,12 +50,12 @@ class BAOAB(MomentumSampler):
 
     def _update(self, blocks: list[Block], temperature: float) -> None:
         momenta = [self._momenta(block, temperature) for block in blocks]
-        drawn = self._draw(blocks) if temperature > 0 else [None] * len(blocks)
-        for block, m, noise in zip(blocks, momenta, drawn, strict=True):
-            decay = block.group["momentum"]
+        for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(m, block.forces, alpha=-block.lr)
             torch._foreach_add_(block.params, m, alpha=0.5)
-            torch._foreach_mul_(m, decay)
-            if noise is not None:
-                torch._foreach_add_(m, noise, alpha=math.sqrt((1 - decay * decay) * block.lr * temperature))
+            torch._foreach_mul_(m, block.group["momentum"])
+        for block, noise in self._drawn(blocks, temperature):
+            heat = (1 - block.group["momentum"] ** 2) * block.lr * temperature
+            torch._foreach_add_(momenta[block.index], noise, alpha=math.sqrt(heat))
+        for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(block.params, m, alpha=0.5)

@@ -121,7 +121,10 @@ class Sampler(Optimizer, ABC):
 
     @abstractmethod
     def _update(self, blocks: list[Block], temperature: float) -> None:
-        """Move the parameters in place; `temperature` is T / N, in the units of the mean loss."""
+        """Move the parameters in place; `temperature` is T / N, in the units of the mean loss.
+
+        Forces are gone once noise is drawn: it takes their memory.
+        """
 
     def _monitor(self, blocks: list[Block]) -> None:
         """Look at gradients before any noise exists; set `block.scales` for a preconditioner."""
@@ -163,8 +166,9 @@ class Sampler(Optimizer, ABC):
         for block in blocks:
             self._adopt(block)
         self._force.prepare(blocks, self._gibbs)
+        room = iter(self._noise.workspace([p for block in blocks for p in block.params]))
         for block in blocks:
-            block.forces = self._force(block, self.num_data)
+            block.forces = self._force(block, self.num_data, [next(room) for _ in block.params])
         self._monitor(blocks)
         self._precondition(blocks)
         self._record = self._describe(blocks, temperature)
@@ -393,14 +397,15 @@ class Sampler(Optimizer, ABC):
                 if "momentum" in self.state[parameter]:
                     self.state[parameter]["momentum"].mul_(ratio.sqrt())
 
-    def _draw(self, blocks: list[Block]) -> list[list[Tensor]]:
-        """sqrt(D) xi for every parameter; the buffers are overwritten by the next draw."""
-        flat = self._noise.draw([p for block in blocks for p in block.params])
-        drawn, start = [], 0
+    def _drawn(self, blocks: list[Block], temperature: float) -> list[tuple[Block, list[Tensor]]]:
+        """sqrt(D) xi for every parameter, in the memory of the forces: use those first. Nothing at T = 0."""
+        if temperature == 0:
+            return []
+        flat = iter(self._noise.draw([p for block in blocks for p in block.params]))
+        drawn = []
         for block in blocks:
-            part = flat[start : start + len(block.params)]
-            start += len(part)
+            part = [next(flat) for _ in block.params]
             if block.scales is not None:
-                torch._foreach_mul_(part, torch._foreach_sqrt(block.scales))
-            drawn.append(part)
+                torch._foreach_mul_(part, list(torch._foreach_sqrt(block.scales)))
+            drawn.append((block, part))
         return drawn

@@ -108,13 +108,11 @@ class EntropyMCMC(Sampler):
             pull = torch._foreach_sub(block.params, held)
             anchors.append(held)
             pulls.append(pull if block.scales is None else torch._foreach_mul(pull, block.scales))
-        drawn = self._draw(blocks) if temperature > 0 else [None] * len(blocks)
-        for block, pull, noise in zip(blocks, pulls, drawn, strict=True):
-            coupling = block.lr / (block.group["eta"] * self.num_data)
+        for block, pull in zip(blocks, pulls, strict=True):
             torch._foreach_add_(block.params, block.forces, alpha=-block.lr)
-            torch._foreach_add_(block.params, pull, alpha=-coupling)
-            if noise is not None:
-                torch._foreach_add_(block.params, noise, alpha=math.sqrt(2 * block.lr * temperature))
+            torch._foreach_add_(block.params, pull, alpha=-block.lr / (block.group["eta"] * self.num_data))
+        for block, noise in self._drawn(blocks, temperature):
+            torch._foreach_add_(block.params, noise, alpha=math.sqrt(2 * block.lr * temperature))
         for block, held, pull in zip(blocks, anchors, pulls, strict=True):
             if self.anchor == "gibbs":
                 torch._foreach_copy_(held, block.params)
@@ -130,7 +128,7 @@ class EntropyMCMC(Sampler):
             torch._foreach_add_(held, noise, alpha=math.sqrt(block.group["eta"] * temperature * self.num_data))
             return
         if block.scales is not None:
-            torch._foreach_mul_(noise, torch._foreach_sqrt(block.scales))
+            torch._foreach_mul_(noise, list(torch._foreach_sqrt(block.scales)))
         torch._foreach_add_(held, noise, alpha=math.sqrt(2 * block.lr * temperature))
 
     def _anchor(self, parameter: Tensor, moving: Tensor) -> Tensor:

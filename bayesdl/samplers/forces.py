@@ -42,8 +42,8 @@ class Force(ABC):
     """How one kind of prior enters the force."""
 
     @abstractmethod
-    def __call__(self, block: Block, num_data: int) -> list[Tensor]:
-        """`grad - grad log p / N` for the tensors of a block."""
+    def __call__(self, block: Block, num_data: int, out: list[Tensor]) -> list[Tensor]:
+        """`grad - grad log p / N` for the tensors of a block, in `out` where that saves memory."""
 
     def prepare(self, blocks: Sequence[Block], generator: torch.Generator) -> None:
         """Called once a step before the blocks, with all of them."""
@@ -70,11 +70,11 @@ class Force(ABC):
 class GroupForce(Force):
     """N(0, 1 / lam), lam of the parameter group; in the operations of `torch.optim.SGD(weight_decay=lam / N)`."""
 
-    def __call__(self, block: Block, num_data: int) -> list[Tensor]:
+    def __call__(self, block: Block, num_data: int, out: list[Tensor]) -> list[Tensor]:
         precision = float(block.group["prior_precision"])
         if precision == 0:
             return list(block.grads)
-        return list(torch._foreach_add(block.grads, block.params, alpha=precision / num_data))
+        return _with_decay(block, precision / num_data, out)
 
 
 @final
@@ -93,9 +93,9 @@ class GaussianForce(Force):
         if self._scalar is None and list(self._terms) != names:
             self._terms = self._split(names, [p for block in blocks for p in block.params])
 
-    def __call__(self, block: Block, num_data: int) -> list[Tensor]:
+    def __call__(self, block: Block, num_data: int, out: list[Tensor]) -> list[Tensor]:
         if self._scalar is not None:
-            return list(torch._foreach_add(block.grads, block.params, alpha=self._scalar / num_data))
+            return _with_decay(block, self._scalar / num_data, out)
         precision = [self._terms[name][0] for name in block.names]
         offset = torch._foreach_sub(block.params, [self._terms[name][1] for name in block.names])
         return list(torch._foreach_addcmul(block.grads, offset, precision, value=1.0 / num_data))
@@ -137,7 +137,7 @@ class PriorForce(Force):
     def prepare(self, blocks: Sequence[Block], generator: torch.Generator) -> None:
         self._grads = self._prior.grad(_by_name(blocks))
 
-    def __call__(self, block: Block, num_data: int) -> list[Tensor]:
+    def __call__(self, block: Block, num_data: int, out: list[Tensor]) -> list[Tensor]:
         grads = [self._grads[name].to(p) for name, p in zip(block.names, block.params, strict=True)]
         return list(torch._foreach_add(block.grads, grads, alpha=-1.0 / num_data))
 
@@ -157,7 +157,7 @@ class MixtureForce(Force):
         if not self._variance:
             self._variance = self._prior.variance(_by_name(blocks), self._state)
 
-    def __call__(self, block: Block, num_data: int) -> list[Tensor]:
+    def __call__(self, block: Block, num_data: int, out: list[Tensor]) -> list[Tensor]:
         precision = torch._foreach_reciprocal([self._variance[name] for name in block.names])
         return list(torch._foreach_addcmul(block.grads, block.params, precision, value=1.0 / num_data))
 
@@ -173,6 +173,17 @@ class MixtureForce(Force):
 
     def load(self, state: dict[str, Tensor]) -> None:
         self._state, self._variance = dict(state), {}
+
+
+def _with_decay(block: Block, decay: float, out: list[Tensor]) -> list[Tensor]:
+    """`grad + decay theta`, rounded as SGD does."""
+    if out[0].device.type == "cpu":  # nothing is fused there, and fresh memory is what costs
+        for o, grad, param in zip(out, block.grads, block.params, strict=True):
+            torch.add(grad, param, alpha=decay, out=o)
+    else:
+        torch._foreach_copy_(out, block.grads)
+        torch._foreach_add_(out, block.params, alpha=decay)
+    return out
 
 
 def _by_name(blocks: Sequence[Block]) -> dict[str, Tensor]:
@@ -195,4 +206,6 @@ def force_of(prior: Prior | None) -> Force:
 def global_norm(tensors: Sequence[Tensor]) -> float:
     """Euclidean norm over all tensors; one synchronisation with the device."""
     norms = torch._foreach_norm(list(tensors))
-    return float(torch.stack([n.to(norms[0].device, torch.float32) for n in norms]).norm())
+    if any(n.device != norms[0].device or n.dtype != norms[0].dtype for n in norms):
+        norms = [n.to(norms[0].device, torch.float32) for n in norms]
+    return float(torch.linalg.vector_norm(torch.stack(list(norms))))

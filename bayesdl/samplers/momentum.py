@@ -27,7 +27,7 @@ class MomentumSampler(Sampler):
         for index, (parameter, moving) in enumerate(zip(block.group["params"], block.params, strict=True)):
             state: dict[str, Any] = self.state[parameter]
             if "momentum" not in state or factor == math.inf:
-                start = self._noise.draw([moving])[0] * math.sqrt(step * temperature)
+                start = self._noise.draw_apart(moving) * math.sqrt(step * temperature)
                 if block.scales is not None:
                     start = start * block.scales[index].sqrt()
                 state["momentum"] = start

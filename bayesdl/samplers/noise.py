@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdl.errors import ArgumentError
-
 _ANGLE_BITS, _RADIUS_BITS = 12, 20  # of the 32 random bits that a pair of normals takes
 _MANTISSA, _ONE = 0x7FFFF8, 0x3F800000  # 20 leading bits of a float32's mantissa; the bits of 1.0
 
@@ -37,21 +35,43 @@ class NoiseStream:
         self._normal = np.random.Generator(self._bits)
         self._elsewhere: dict[torch.device, torch.Generator] = {}
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._like: list[Tensor] = []
+        self._views: list[Tensor] = []
 
     def draw(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Noise in the shapes, dtypes and devices of `like`: views of a buffer that the next draw overwrites."""
+        """Noise in the shapes, dtypes and devices of `like`, in their workspace."""
+        views = self.workspace(like)
+        for key in dict.fromkeys((tensor.device, tensor.dtype) for tensor in like):
+            self._fill(self._buffers[key])
+        return views
+
+    def workspace(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Room in the shapes, dtypes and devices of `like`: views of flat buffers, which the next draw overwrites."""
+        if len(like) == len(self._like) and all(a is b for a, b in zip(like, self._like, strict=True)):
+            return self._views
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         for tensor in like:
             key = (tensor.device, tensor.dtype)
             sizes[key] = sizes.get(key, 0) + tensor.numel()
-        flat = {key: self._fill(key, size) for key, size in sizes.items()}
+        for key, size in sizes.items():
+            room = size + size % 2
+            if key not in self._buffers or self._buffers[key].numel() != room:
+                # kept between steps: fresh pages cost as much as the noise in them
+                self._buffers[key] = torch.empty(room, device=key[0], dtype=key[1])
         used = dict.fromkeys(sizes, 0)
         views = []
         for tensor in like:
             key = (tensor.device, tensor.dtype)
-            views.append(flat[key][used[key] : used[key] + tensor.numel()].view(tensor.shape))
+            views.append(self._buffers[key][used[key] : used[key] + tensor.numel()].view(tensor.shape))
             used[key] += tensor.numel()
+        self._like, self._views = list(like), views
         return views
+
+    def draw_apart(self, like: Tensor) -> Tensor:
+        """Noise for one tensor in memory of its own."""
+        buffer = torch.empty(like.numel() + like.numel() % 2, device=like.device, dtype=like.dtype)
+        self._fill(buffer)
+        return buffer[: like.numel()].view(like.shape)
 
     def spawn(self) -> torch.Generator:
         """A generator on the CPU for whatever is not noise, independent of it."""
@@ -82,30 +102,26 @@ class NoiseStream:
             self._elsewhere[torch.device(name)] = torch.Generator(name)
             self._elsewhere[torch.device(name)].set_state(source.cpu())
 
-    def _fill(self, key: tuple[torch.device, torch.dtype], size: int) -> Tensor:
-        device, dtype = key
-        if not dtype.is_floating_point:
-            raise ArgumentError(f"noise for parameters of {dtype}; expected floating-point parameters")
-        room = size + size % 2
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() != room:  # kept: fresh pages cost as much as the noise in them
-            buffer = self._buffers[key] = torch.empty(room, device=device, dtype=dtype)
+    def _fill(self, buffer: Tensor) -> None:
+        """`buffer`, of even length, becomes noise."""
+        device = buffer.device
         if device.type != "cpu":
             if device not in self._elsewhere:
                 self._elsewhere[device] = torch.Generator(device).manual_seed(self._seed)
-            return buffer.normal_(generator=self._elsewhere[device])
-        if dtype is torch.float32:
+            buffer.normal_(generator=self._elsewhere[device])
+        elif buffer.dtype is torch.float32:
             self._box_muller(buffer)
         else:
-            buffer.copy_(torch.from_numpy(self._normal.standard_normal(room)))
-        return buffer
+            buffer.copy_(torch.from_numpy(self._normal.standard_normal(buffer.numel())))
 
     def _box_muller(self, out: Tensor) -> None:
         """r cos, r sin with r^2 = -2 log u; u at the middles of 2^20 cells of (0, 1), never 0 or 1."""
         pairs = out.numel() // 2
         words = torch.from_numpy(self._bits.random_raw((pairs + 1) // 2).view(np.int32))[:pairs]
         first, second = out[:pairs], out[pairs:]
-        first.copy_(words >> (32 - _ANGLE_BITS)).mul_(2 * math.pi / 2**_ANGLE_BITS)
+        angle = first.view(torch.int32)  # the same memory, element by element
+        torch.bitwise_right_shift(words, 32 - _ANGLE_BITS, out=angle)
+        first.copy_(angle).mul_(2 * math.pi / 2**_ANGLE_BITS)
         # the low bits become the mantissa of a float in [1, 2), exactly
         words.bitwise_left_shift_(23 - _RADIUS_BITS).bitwise_and_(_MANTISSA).bitwise_or_(_ONE)
         radius = words.view(torch.float32).neg_().add_(2 - 2.0 ** -(_RADIUS_BITS + 1)).log_().mul_(-2).sqrt_()
@@ -113,4 +129,4 @@ class NoiseStream:
         first.cos_().mul_(radius)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_buffers": {}}
+        return {**self.__dict__, "_buffers": {}, "_like": [], "_views": []}

@@ -100,11 +100,10 @@ class PSGLD(Sampler):
                 block.scales.append(state["square"].sqrt().add_(self.eps).reciprocal_())
 
     def _update(self, blocks: list[Block], temperature: float) -> None:
-        drawn = self._draw(blocks) if temperature > 0 else [None] * len(blocks)
-        for block, noise in zip(blocks, drawn, strict=True):
+        for block in blocks:
             torch._foreach_add_(block.params, block.forces, alpha=-block.lr)
-            if noise is not None:
-                torch._foreach_add_(block.params, noise, alpha=math.sqrt(2 * block.lr * temperature))
+        for block, noise in self._drawn(blocks, temperature):
+            torch._foreach_add_(block.params, noise, alpha=math.sqrt(2 * block.lr * temperature))
 
     def _remark(self) -> str:
         if self.freeze_after is None:

@@ -115,25 +115,22 @@ class SASGLD(MomentumSampler):
         if self.underdamped:
             self._with_momentum(blocks, temperature, psi)
             return
-        drawn = self._draw(blocks) if temperature > 0 else [None] * len(blocks)
-        for block, noise in zip(blocks, drawn, strict=True):
-            lr = psi * block.lr
-            torch._foreach_add_(block.params, block.forces, alpha=-lr)
-            if noise is not None:
-                variance = 2 * lr * temperature
-                torch._foreach_add_(block.params, noise, alpha=math.sqrt(variance))
+        for block in blocks:
+            torch._foreach_add_(block.params, block.forces, alpha=-(psi * block.lr))
+        for block, noise in self._drawn(blocks, temperature):
+            torch._foreach_add_(block.params, noise, alpha=math.sqrt(2 * (psi * block.lr) * temperature))
 
     def _with_momentum(self, blocks: list[Block], temperature: float, psi: float) -> None:
         momenta = [self._momenta(block, temperature) for block in blocks]
-        drawn = self._draw(blocks) if temperature > 0 else [None] * len(blocks)
         decay = self.momentum**psi
-        for block, m, noise in zip(blocks, momenta, drawn, strict=True):
-            lr = psi * psi * block.lr
-            torch._foreach_add_(m, block.forces, alpha=-lr)
+        for block, m in zip(blocks, momenta, strict=True):
+            torch._foreach_add_(m, block.forces, alpha=-psi * psi * block.lr)
             torch._foreach_add_(block.params, m, alpha=0.5)
             torch._foreach_mul_(m, decay)
-            if noise is not None:
-                torch._foreach_add_(m, noise, alpha=math.sqrt((1 - decay * decay) * lr * temperature))
+        for block, noise in self._drawn(blocks, temperature):
+            heat = (1 - decay * decay) * psi * psi * block.lr * temperature
+            torch._foreach_add_(momenta[block.index], noise, alpha=math.sqrt(heat))
+        for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(block.params, m, alpha=0.5)
 
     def _remark(self) -> str:

@@ -122,17 +122,15 @@ class SGHMC(MomentumSampler):
 
     def _update(self, blocks: list[Block], temperature: float) -> None:
         momenta = [self._momenta(block, temperature) for block in blocks]
-        drawn = self._draw(blocks) if temperature > 0 else [None] * len(blocks)
-        for block, m, noise in zip(blocks, momenta, drawn, strict=True):
-            friction = 1 - block.group["momentum"]
+        for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_mul_(m, block.group["momentum"])
             torch._foreach_add_(m, block.forces, alpha=-block.lr)
-            if noise is not None:
-                variance = 2 * friction * block.lr * temperature
-                if self.noise_correction:
-                    assert block.scales is not None
-                    torch._foreach_mul_(noise, [self._share(block.lr, variance, scale) for scale in block.scales])
-                torch._foreach_add_(m, noise, alpha=math.sqrt(variance))
+        for block, noise in self._drawn(blocks, temperature):
+            variance = 2 * (1 - block.group["momentum"]) * block.lr * temperature
+            if self.noise_correction and block.scales is not None:
+                torch._foreach_mul_(noise, [self._share(block.lr, variance, scale) for scale in block.scales])
+            torch._foreach_add_(momenta[block.index], noise, alpha=math.sqrt(variance))
+        for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(block.params, m)
 
     def _share(self, lr: float, variance: float, scale: Tensor) -> Tensor:

@@ -67,11 +67,10 @@ class SGLD(Sampler):
             self._variance(block.lr, self.temperature)
 
     def _update(self, blocks: list[Block], temperature: float) -> None:
-        moved = self._draw(blocks) if temperature > 0 else [None] * len(blocks)
-        for block, noise in zip(blocks, moved, strict=True):
+        for block in blocks:
             torch._foreach_add_(block.params, block.forces, alpha=-block.lr)
-            if noise is not None:
-                torch._foreach_add_(block.params, noise, alpha=math.sqrt(self._variance(block.lr, self.temperature)))
+        for block, noise in self._drawn(blocks, temperature):
+            torch._foreach_add_(block.params, noise, alpha=math.sqrt(self._variance(block.lr, self.temperature)))
 
     def _variance(self, lr: float, temperature: float) -> float:
         """2 lr T / N - (lr / N)^2 v."""

@@ -69,14 +69,15 @@ class SGNHT(MomentumSampler):
         f = self._scalars["friction"]
         share = 2 - 2 * f if abs(f) < _SMALL else -math.expm1(-2 * f) / f
         momenta = [self._momenta(block, temperature) for block in blocks]
-        drawn = self._draw(blocks) if temperature > 0 else [None] * len(blocks)
-        heat, total, size = 0.0, 0.0, 0
-        for block, m, noise in zip(blocks, momenta, drawn, strict=True):
+        for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(m, block.forces, alpha=-block.lr)
             torch._foreach_add_(block.params, m, alpha=0.5)
             torch._foreach_mul_(m, math.exp(-f))
-            if noise is not None:
-                torch._foreach_add_(m, noise, alpha=math.sqrt((1 - self.momentum) * block.lr * temperature * share))
+        for block, noise in self._drawn(blocks, temperature):
+            spread = math.sqrt((1 - self.momentum) * block.lr * temperature * share)
+            torch._foreach_add_(momenta[block.index], noise, alpha=spread)
+        heat, total, size = 0.0, 0.0, 0
+        for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(block.params, m, alpha=0.5)
             energy, count = kinetic(m, block.scales)
             total, size = total + energy, size + count
