@@ -29,15 +29,18 @@ _PUBLIC = {
     "Report": "bayesdl.evaluation.report",
     "SWAG": "bayesdl.methods",
     "Temperature": "bayesdl.methods",
+    "VBLL": "bayesdl.methods",
     "compare": "bayesdl.evaluation.compare",
     "evaluate": "bayesdl.evaluation.compare",
     "load": "bayesdl.files",
+    "replace": "bayesdl.last_layer",
 }
-_MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors")
+_MODULES = ("curvature", "demo", "errors", "evaluation", "last_layer", "likelihoods", "methods", "posteriors")
 
 __all__ = [
     "MAP",
     "SWAG",
+    "VBLL",
     "BayesianModel",
     "Bernoulli",
     "Categorical",
@@ -57,6 +60,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load",
+    "replace",
     "wrap",
 ]
 
@@ -64,8 +68,9 @@ if TYPE_CHECKING:
     from bayesdl.evaluation.compare import compare, evaluate
     from bayesdl.evaluation.report import Report
     from bayesdl.files import load
+    from bayesdl.last_layer import replace
     from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, Poisson
-    from bayesdl.methods import MAP, SWAG, Ensemble, Laplace, MCDropout, Temperature
+    from bayesdl.methods import MAP, SWAG, VBLL, Ensemble, Laplace, MCDropout, Temperature
     from bayesdl.model import BayesianModel
     from bayesdl.predictive import Predictive
     from bayesdl.priors import GaussianPrior, Prior

@@ -21,7 +21,7 @@ HEAVY = (
 PUBLIC = {
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SWAG"),
-    *("Temperature", "__version__", "compare", "evaluate", "load", "wrap"),
+    *("Temperature", "VBLL", "__version__", "compare", "evaluate", "load", "replace", "wrap"),
 }
 
 SCRIPT = """

@@ -81,6 +81,8 @@ class Covariance(nn.Module, ABC):
 
     def chunks(self, batch: int) -> int:
         """Outputs whose `(k, batch, d)` product stays within the memory budget."""
+        if torch.compiler.is_compiling():  # a graph for any batch has no chunks
+            return self.outputs
         return max(1, self.memory // max(1, 4 * batch * self.features))
 
     def _check(self, precision: Tensor) -> Tensor:
