@@ -15,11 +15,15 @@ _PUBLIC = {
     "BayesianModel": "bayesdl.model",
     "Bernoulli": "bayesdl.likelihoods",
     "Categorical": "bayesdl.likelihoods",
+    "CauchyPrior": "bayesdl.priors",
     "Ensemble": "bayesdl.methods",
     "Gaussian": "bayesdl.likelihoods",
     "GaussianPrior": "bayesdl.priors",
     "Heteroscedastic": "bayesdl.likelihoods",
+    "HierarchicalPrior": "bayesdl.priors",
+    "HorseshoePrior": "bayesdl.priors",
     "Laplace": "bayesdl.methods",
+    "LaplacePrior": "bayesdl.priors",
     "Likelihood": "bayesdl.likelihoods",
     "MAP": "bayesdl.methods",
     "MCDropout": "bayesdl.methods",
@@ -28,14 +32,19 @@ _PUBLIC = {
     "Prior": "bayesdl.priors",
     "Report": "bayesdl.evaluation.report",
     "SWAG": "bayesdl.methods",
+    "StudentTPrior": "bayesdl.priors",
     "Temperature": "bayesdl.methods",
     "VBLL": "bayesdl.methods",
+    "as_module": "bayesdl.functions",
     "compare": "bayesdl.evaluation.compare",
     "evaluate": "bayesdl.evaluation.compare",
     "load": "bayesdl.files",
     "replace": "bayesdl.last_layer",
 }
-_MODULES = ("curvature", "demo", "errors", "evaluation", "last_layer", "likelihoods", "methods", "posteriors")
+_MODULES = (
+    *("curvature", "demo", "errors", "evaluation", "last_layer", "likelihoods", "methods", "posteriors", "samplers"),
+    "select",
+)
 
 __all__ = [
     "MAP",
@@ -44,19 +53,25 @@ __all__ = [
     "BayesianModel",
     "Bernoulli",
     "Categorical",
+    "CauchyPrior",
     "Ensemble",
     "Gaussian",
     "GaussianPrior",
     "Heteroscedastic",
+    "HierarchicalPrior",
+    "HorseshoePrior",
     "Laplace",
+    "LaplacePrior",
     "Likelihood",
     "MCDropout",
     "Poisson",
     "Predictive",
     "Prior",
     "Report",
+    "StudentTPrior",
     "Temperature",
     "__version__",
+    "as_module",
     "compare",
     "evaluate",
     "load",
@@ -68,12 +83,21 @@ if TYPE_CHECKING:
     from bayesdl.evaluation.compare import compare, evaluate
     from bayesdl.evaluation.report import Report
     from bayesdl.files import load
+    from bayesdl.functions import as_module
     from bayesdl.last_layer import replace
     from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, Poisson
     from bayesdl.methods import MAP, SWAG, VBLL, Ensemble, Laplace, MCDropout, Temperature
     from bayesdl.model import BayesianModel
     from bayesdl.predictive import Predictive
-    from bayesdl.priors import GaussianPrior, Prior
+    from bayesdl.priors import (
+        CauchyPrior,
+        GaussianPrior,
+        HierarchicalPrior,
+        HorseshoePrior,
+        LaplacePrior,
+        Prior,
+        StudentTPrior,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,7 @@ class Repeated(nn.Module):
 
 @final
 class ExplicitAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` in eval mode, step by step. Made by `explicit`, never by its constructor."""
+    """`nn.MultiheadAttention` in eval mode, step by step. Made by `expose`, never by its constructor."""
 
     def forward(
         self,
@@ -138,27 +138,19 @@ class ExplicitEncoder(nn.TransformerEncoder):
         return bool((hidden[:, 1:] >= hidden[:, :-1]).all())  # padding on the right only
 
 
-def explicit(module: nn.Module) -> nn.Module:
-    """Replace the composite attention layers of a private clone, in place; subclasses of them are left alone.
-
-    Args:
-        module: a clone made by `bayesdl.clone.structural_clone`; never a user's own tree.
-    """
-    for layer in list(module.modules()):
-        if "forward" in layer.__dict__:  # patched by its owner, who relies on what it does
-            continue
-        if type(layer) is nn.MultiheadAttention:
-            layer.__class__ = ExplicitAttention
-            for part, name in enumerate(PROJECTIONS):
-                layer._modules[name] = Projection(part)
-            if layer.bias_k is not None:
-                layer._modules["repeat_k"], layer._modules["repeat_v"] = Repeated(), Repeated()
-        elif type(layer) is nn.TransformerEncoder:
-            layer.__class__ = ExplicitEncoder
-            layer.__dict__["nests_padding"], layer.__dict__["use_nested_tensor"] = layer.use_nested_tensor, False
-        elif type(layer) is nn.TransformerEncoderLayer:
-            layer.__dict__["activation_relu_or_gelu"] = 0  # the switch of the fused path, and nothing else
-    return module
+def expose(layer: nn.Module) -> None:
+    """Replace a composite attention layer of a private clone by its explicit equivalent, in place; others stay."""
+    if type(layer) is nn.MultiheadAttention:
+        layer.__class__ = ExplicitAttention
+        for part, name in enumerate(PROJECTIONS):
+            layer._modules[name] = Projection(part)
+        if layer.bias_k is not None:
+            layer._modules["repeat_k"], layer._modules["repeat_v"] = Repeated(), Repeated()
+    elif type(layer) is nn.TransformerEncoder:
+        layer.__class__ = ExplicitEncoder
+        layer.__dict__["nests_padding"], layer.__dict__["use_nested_tensor"] = layer.use_nested_tensor, False
+    elif type(layer) is nn.TransformerEncoderLayer:
+        layer.__dict__["activation_relu_or_gelu"] = 0  # the switch of the fused path, and nothing else
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:

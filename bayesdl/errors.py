@@ -55,12 +55,24 @@ class NumericalError(BayesDLError, RuntimeError):
     """A decomposition failed although its input was finite."""
 
 
+class DistributedError(BayesDLError, RuntimeError):
+    """Another process of the group failed, so that this one cannot go on."""
+
+
 class NotFittedError(BayesDLError, RuntimeError):
     """Something was asked of a method before it was fitted."""
 
 
 class StaleModelError(BayesDLError, RuntimeError):
     """The wrapped network's parameters were written to after the fit."""
+
+
+class StepSizeError(BayesDLError, ValueError):
+    """A step is too large for the scheme; the message holds the largest admissible learning rate."""
+
+
+class LossScaleError(BayesDLError, ValueError):
+    """A loss is summed over the batch where its mean is needed."""
 
 
 class FileFormatError(BayesDLError, ValueError):

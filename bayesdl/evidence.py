@@ -23,20 +23,24 @@ def log_evidence(
     network: Network,
     precision: Tensor | None = None,
     noise: Tensor | None = None,
+    temperature: Tensor | float | None = None,
 ) -> Tensor:
-    """Evidence, a float64 scalar, differentiable in `precision` and `noise`.
+    """Evidence, a float64 scalar, differentiable in `precision`, `noise` and `temperature`.
 
     Args:
         posterior: a fit.
         network: holds the weights it was fitted at.
         precision: prior precision (scalar, per block, per parameter); default the posterior's own.
         noise: noise scales `(C,)` for a Gaussian likelihood with open noise; default the posterior's own.
+        temperature: T, a scalar; default the posterior's own. The evidence has no maximum in it, see
+            `bayesdl.tuning.evidence`.
     """
-    shift = (posterior.precision if precision is None else precision) / posterior.temperature
+    heat = posterior.temperature if temperature is None else temperature
+    shift = (posterior.precision if precision is None else precision) / heat
     level = posterior.noise if noise is None else noise
     structure = posterior.structure_at(level)
-    logdet = structure.logdet(posterior.scale_at(level), shift)
-    return log_likelihood(posterior, level) / posterior.temperature - 0.5 * (
+    logdet = structure.logdet(posterior.scale_at(level) * (posterior.temperature / heat), shift)
+    return log_likelihood(posterior, level) / heat - 0.5 * (
         scatter(posterior, network, shift) + logdet - log_prior_precision(posterior, shift)
     )
 

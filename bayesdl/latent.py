@@ -15,12 +15,13 @@ from bayesdl.linalg import symmetric_root
 
 @dataclass(frozen=True)
 class GaussianLatent:
-    """f ~ N(mean, covariance), one Gaussian per input.
+    """f ~ N(mean, covariance), one Gaussian per input; per position where the outputs have positions.
 
     Attributes:
-        mean: `(B, C)`.
-        variance: `(B, C)`, marginal variances.
-        covariance: `(B, C, C)`, or None where only marginals were computed (outputs are then independent).
+        mean: `(B, C)`; `(B, T, C)` for sequences, `(B, H, W, C)` for images.
+        variance: of the same shape, marginal variances.
+        covariance: `(B, C, C)` (`(B, T, C, C)`, ...: between the outputs of one position), or None where only marginals
+            were computed (outputs are then independent).
     """
 
     mean: Tensor
@@ -32,22 +33,32 @@ class GaussianLatent:
             raise ShapeError(f"mean {tuple(self.mean.shape)} and variance {tuple(self.variance.shape)} must agree")
 
     def draws(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights `(S,)` and outputs `(S, B, C)` from base noise `(S, C)` common to all inputs.
+        """Weights `(S,)` and outputs `(S, B, C)` from base noise `(S, C)` common to all inputs and positions.
 
         The symmetric square root of the covariance is used: it is unique, so the draws are a continuous
         function of the covariance and do not depend on how inputs were batched.
         """
         noise = noise.to(self.mean)
         if self.covariance is None:
-            offset = noise.unsqueeze(1) * self.variance.clamp(min=0).sqrt()
+            common = noise.view(len(noise), *(1,) * (self.mean.dim() - 1), -1)
+            offset = common * self.variance.clamp(min=0).sqrt()
         else:
-            offset = torch.einsum("bij,sj->sbi", symmetric_root(self.covariance), noise)
+            offset = torch.einsum("...ij,sj->s...i", symmetric_root(self.covariance), noise)
         return _uniform(len(noise), self.mean), self.mean + offset
 
     def map(self, function: Callable[[Tensor], Tensor]) -> GaussianLatent:
         """Apply `function` to every tensor."""
         covariance = None if self.covariance is None else function(self.covariance)
         return GaussianLatent(function(self.mean), function(self.variance), covariance)
+
+    def flat(self) -> GaussianLatent:
+        """Positions as inputs of their own: `(B T, C)`."""
+        covariance = None if self.covariance is None else self.covariance.flatten(0, -3)
+        return GaussianLatent(self.mean.flatten(0, -2), self.variance.flatten(0, -2), covariance)
+
+    def select(self, index: Tensor) -> GaussianLatent:
+        """The inputs at `index`, a mask or positions on the first axis."""
+        return self.map(lambda tensor: tensor[index])
 
     @staticmethod
     def cat(parts: Sequence[GaussianLatent]) -> GaussianLatent:
@@ -65,7 +76,7 @@ class SampleLatent:
     """f is one of S outputs with given weights.
 
     Attributes:
-        samples: `(S, B, C)`.
+        samples: `(S, B, C)`; `(S, B, T, C)` for sequences, `(S, B, H, W, C)` for images.
         weights: `(S,)`, summing to one.
     """
 
@@ -73,7 +84,7 @@ class SampleLatent:
     weights: Tensor
 
     def __post_init__(self) -> None:
-        if self.samples.dim() != 3 or self.weights.shape != self.samples.shape[:1]:
+        if self.samples.dim() < 3 or self.weights.shape != self.samples.shape[:1]:
             raise ShapeError(
                 f"samples {tuple(self.samples.shape)} must be (S, B, C) and weights {tuple(self.weights.shape)} (S,)"
             )
@@ -81,12 +92,12 @@ class SampleLatent:
     @cached_property
     def mean(self) -> Tensor:
         """`(B, C)`."""
-        return torch.einsum("s,sbc->bc", self.weights, self.samples)
+        return torch.einsum("s,s...->...", self.weights, self.samples)
 
     @cached_property
     def variance(self) -> Tensor:
         """`(B, C)`."""
-        return torch.einsum("s,sbc->bc", self.weights, (self.samples - self.mean).square())
+        return torch.einsum("s,s...->...", self.weights, (self.samples - self.mean).square())
 
     def draws(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Weights `(S,)` and outputs `(S, B, C)`; the base noise is not needed."""
@@ -96,6 +107,14 @@ class SampleLatent:
     def map(self, function: Callable[[Tensor], Tensor]) -> SampleLatent:
         """Apply `function` to every tensor."""
         return SampleLatent(function(self.samples), function(self.weights))
+
+    def flat(self) -> SampleLatent:
+        """Positions as inputs of their own: `(S, B T, C)`."""
+        return SampleLatent(self.samples.flatten(1, -2), self.weights)
+
+    def select(self, index: Tensor) -> SampleLatent:
+        """The inputs at `index`, a mask or positions on the batch axis."""
+        return SampleLatent(self.samples[:, index], self.weights)
 
     @staticmethod
     def cat(parts: Sequence[SampleLatent]) -> SampleLatent:
@@ -112,7 +131,9 @@ def point_latent(output: Tensor) -> SampleLatent:
 
 
 def cat_latents(parts: Sequence[Latent]) -> Latent:
-    """Concatenate latents of one kind along the batch."""
+    """Concatenate latents of one kind along the batch; positions become inputs where their numbers differ."""
+    if len({p.mean.shape[1:] for p in parts}) > 1:
+        parts = [p.flat() for p in parts]
     if all(isinstance(p, GaussianLatent) for p in parts):
         return GaussianLatent.cat([p for p in parts if isinstance(p, GaussianLatent)])
     return SampleLatent.cat([p for p in parts if isinstance(p, SampleLatent)])

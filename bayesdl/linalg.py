@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bayesdl.errors import NumericalError, check_finite
 
@@ -60,6 +62,25 @@ def eigh(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
 
 
 def symmetric_root(matrix: Tensor) -> Tensor:
-    """The unique symmetric square root of positive semi-definite `(..., n, n)`."""
-    values, vectors = eigh(matrix, "covariance of the outputs")
-    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
+    """The unique symmetric square root of positive semi-definite `(..., n, n)`, once differentiable."""
+    return _SymmetricRoot.apply(matrix)
+
+
+class _SymmetricRoot(torch.autograd.Function):
+    """R with R R = A. Its differential solves dR R + R dR = dA, which needs no gaps between the eigenvalues."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        values, vectors = eigh(matrix, "covariance of the outputs")
+        ctx.save_for_backward(values.sqrt(), vectors)
+        return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        roots, vectors = ctx.saved_tensors
+        sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
+        # where both eigenvalues are zero the root has no derivative: nothing flows back through that direction
+        share = torch.where(sums > torch.finfo(sums.dtype).eps * sums.amax((-2, -1), keepdim=True), 1.0 / sums, 0.0)
+        found = vectors @ (share * (vectors.mT @ gradients[0] @ vectors)) @ vectors.mT
+        return 0.5 * (found + found.mT)

@@ -22,7 +22,12 @@ ENTROPY_POINTS = 512
 
 
 def per_example(distribution: Distribution, value: Tensor) -> Tensor:
-    """Sum a log-density or entropy of `distribution` over its batch axes behind the first: `(..., B)`."""
+    """Sum a log-density or entropy of `distribution` over its batch axes behind the first: `(..., B)`.
+
+    Those of a categorical are positions, each an observation of its own, and stay.
+    """
+    if isinstance(distribution, Categorical):
+        return value
     outputs = len(distribution.batch_shape) - 1
     return value.flatten(-outputs).sum(-1) if outputs > 0 else value
 

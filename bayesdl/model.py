@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from bayesdl.agreement import first_decides
 from bayesdl.batch import BatchAdapter
 from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Diagnosis, Finding, diagnose
+from bayesdl.distributed import resolve_group
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.evidence import log_evidence
+from bayesdl.joint import Joint
 from bayesdl.latent import Latent
 from bayesdl.likelihoods import Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
 from bayesdl.network import Network
 from bayesdl.posteriors import GaussianPosterior, Posterior
 from bayesdl.posteriors.base import Function, standard_normal
-from bayesdl.predictive import Predictive
+from bayesdl.predictive import Predictive, cat_targets
+
+if TYPE_CHECKING:
+    from bayesdl.distributed import Processes
 
 DEFAULT_DRAWS = 64
 HALF = (torch.float16, torch.bfloat16)
@@ -82,9 +88,12 @@ class BayesianModel(nn.Module):
                 f"posterior is {type(posterior).__name__}; expected a fitted posterior. Call "
                 "bdl.wrap(model, method, data)"
             )
-        self.network = model if isinstance(model, Network) else Network(model, batch=batch)
-        self.posterior = posterior
         self.likelihood = resolve_likelihood(likelihood)
+        axis = self.likelihood.output_axis
+        self.network = (
+            model.reading(axis) if isinstance(model, Network) else Network(model, batch=batch, output_axis=axis)
+        )
+        self.posterior = posterior
         self.record = record or Record()
         self._source = _Source(fit_data)
 
@@ -94,7 +103,8 @@ class BayesianModel(nn.Module):
         """Predictive distribution of one batch.
 
         Args:
-            x: whatever the network takes, a batch of B inputs.
+            x: whatever the network takes, a batch of B inputs. Networks with outputs at every position (tokens, pixels)
+                give a predictive with the positions behind the batch axis.
             num_samples: draws for whatever has no closed form.
             generator: source of their base noise; the same state gives the same answer. Default: a fixed seed.
 
@@ -114,7 +124,11 @@ class BayesianModel(nn.Module):
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Predictive:
-        """Predictive of all batches of a loader, concatenated; targets in the batches are ignored."""
+        """Predictive of all batches of a loader, concatenated; targets in the batches are ignored.
+
+        Where the batches differ in their positions (sequences padded to the longest of each), every position becomes an
+        input of its own.
+        """
         return self.predict_with_targets(data, num_samples=num_samples, generator=generator, progress=progress)[0]
 
     def predict_with_targets(
@@ -142,7 +156,7 @@ class BayesianModel(nn.Module):
                     targets.append(torch.as_tensor(target).to(self.device))
         if targets and len(targets) != len(parts):
             raise ArgumentError(f"{len(targets)} of {len(parts)} batches hold a target; expected all or none")
-        return Predictive.cat(parts), torch.cat(targets) if targets else None
+        return Predictive.cat(parts), cat_targets(parts, targets) if targets else None
 
     def log_evidence(self) -> Tensor:
         """Laplace approximation of log p(data), a scalar.
@@ -152,19 +166,28 @@ class BayesianModel(nn.Module):
         """
         return log_evidence(self._gaussian("log_evidence"), self.network)
 
-    def tune(self, rule: str = "evidence", data: Iterable[Any] | None = None, **options: Any) -> BayesianModel:
+    def tune(
+        self,
+        rule: str = "evidence",
+        data: Iterable[Any] | None = None,
+        *,
+        distributed: Processes = None,
+        **options: Any,
+    ) -> BayesianModel:
         """A new model with hyper-parameters chosen by a rule; nothing is refitted and this one stays as it is.
 
         Args:
             rule: "evidence" (marginal likelihood; Laplace), "heldout" (NLL on `data`; any method), "training" (the
                 training data alone, so that it does no harm; Laplace) or "loo" (leave-one-out around fixed weights).
             data: held-out loader, for "heldout".
+            distributed: True, or a process group, of which every process must make this call: the first one tunes on
+                its own data and the others take what it chose. Not needed for "evidence", which reads no data.
             options: see `bayesdl.tuning`.
         """
         from bayesdl.tuning import tune
 
         with torch.inference_mode(False):
-            return tune(self, rule, data, **options)
+            return first_decides(resolve_group(distributed), self, lambda: tune(self, rule, data, **options))
 
     def draw(self, n: int, *, generator: torch.Generator | None = None) -> list[Function]:
         """`n` functions from the posterior: callables `x -> outputs (B, C)` that answer the same at every call."""
@@ -172,6 +195,26 @@ class BayesianModel(nn.Module):
             raise ArgumentError(f"{n} draws were asked for; expected at least 1")
         self.network.check_values()
         return self.posterior.draw(self.network, n, generator)
+
+    def joint(self, x: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None) -> Joint:
+        """The outputs at all B inputs of a batch together: their covariance is `(B, C, B, C)`.
+
+        Args:
+            x: whatever the network takes, a batch of B inputs.
+            num_samples, generator: as in a call, for posteriors of samples, whose joint is the empirical one.
+
+        Returns:
+            A `Joint`: `.distribution` over targets with noise, `.latent` over outputs, `.marginal`, `.sample`.
+        """
+        state = self._prepare(num_samples, generator)
+        return Joint(self.likelihood, *self.posterior.covariance(self.network, x, None, state))
+
+    def covariance(
+        self, first: Any, second: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Covariance `(B, C, B', C)` between the outputs at two batches of inputs; without observation noise."""
+        state = self._prepare(num_samples, generator)
+        return self.posterior.covariance(self.network, first, second, state)[1]
 
     def save(self, path: str | Path) -> None:
         """Write everything but the base network to a safetensors file, atomically. See `bdl.load`."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bayesdl.attention import explicit
 from bayesdl.batch import BatchAdapter, as_call, flatten_tensors, resolve_adapter, to_device
 from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
-from bayesdl.select import Selector, describe, resolve
+from bayesdl.explicit import explicit
+from bayesdl.select import Selector, Subnetwork, describe, resolve
+from bayesdl.sharded import gathered
+
+OutputAxis = int | Literal["auto"] | None
 
 PROBES = 16  # values of each parameter that are compared to notice a write without a trace
 
@@ -23,13 +26,17 @@ class Network:
     """A private structural clone of a model (one per thread), the selected parameters, and a batch adapter.
 
     Args:
-        model: any `nn.Module`; `torch.compile`, DataParallel and DDP wrappers are peeled off.
+        model: any `nn.Module`; `torch.compile`, DataParallel and DDP wrappers are peeled off. Parameters sharded by
+            FSDP2 are gathered into a copy in which later training is not noticed.
         select: which parameters are Bayesian; see `bayesdl.select.resolve`.
         batch: "auto", "huggingface", or a callable `batch -> (inputs, target)`.
         example: one batch of inputs; needed where `select="last_layer"`.
+        output_axis: axis of the raw outputs that holds the C numbers of one observation, the others being positions;
+            "auto": the last of three axes, the second of more. None: outputs are `(B, C)`.
 
     The clone aliases the memory of the model's parameters and owns copies of its buffers. It is always in
-    eval mode. Writing to the model's parameters after this (training on) makes every later call raise
+    eval mode. `names` are the selected parameters; `elements` marks the selected entries of each (None: all of them).
+    Writing to the model's parameters after this (training on) makes every later call raise
     `StaleModelError`, because a posterior belongs to the weights it was computed at.
     """
 
@@ -40,18 +47,20 @@ class Network:
         select: Selector = "all",
         batch: str | BatchAdapter | None = None,
         example: Any = None,
+        output_axis: OutputAxis = None,
     ) -> None:
+        self.output_axis = output_axis
         if not isinstance(model, nn.Module):
-            raise ArgumentError(f"a torch.nn.Module is expected, got {type(model).__name__}")
-        source = unwrap(model)
+            hint = "; bdl.as_module(function, parameters) makes a function one" if callable(model) else ""
+            raise ArgumentError(f"a torch.nn.Module is expected, got {type(model).__name__}{hint}")
+        source = gathered(unwrap(model))
         _refuse(source)
         with torch.inference_mode(False):  # tensors made in that mode could never take part in a derivative
             self._setup(explicit(structural_clone(source, _alias, _snapshot)), resolve_adapter(batch))
         # names of a clone: those of the source hold "_orig_mod" where a sub-module is compiled
         plain = structural_clone(source, _same, _same)
         self.requires_grad = {name: p.requires_grad for name, p in plain.named_parameters()}
-        self.select = describe(select)
-        self.names = resolve(select, self._template, self.requires_grad, lambda: self._find_last_layer(example))
+        self._choose(select, example)
 
     def _setup(self, template: nn.Module, adapter: BatchAdapter) -> None:
         self._template = template
@@ -80,6 +89,8 @@ class Network:
     @property
     def num_parameters(self) -> int:
         """Number of selected scalars, P."""
+        if self.elements is not None:
+            return sum(int(mask.sum()) for mask in self.elements.values())
         return sum(p.numel() for p in self.parameters.values())
 
     @property
@@ -106,8 +117,24 @@ class Network:
     def reselect(self, select: Selector, example: Any = None) -> Network:
         """The same clone with another selection."""
         other = self._derived(self._template)
-        other.select = describe(select)
-        other.names = resolve(select, other._template, self.requires_grad, lambda: other._find_last_layer(example))
+        other._choose(select, example)
+        return other
+
+    def _choose(self, select: Selector, example: Any) -> None:
+        inside = select.within if isinstance(select, Subnetwork) else select
+        self.select = describe(select)
+        self.elements: dict[str, Tensor] | None = None
+        self.names = resolve(inside, self._template, self.requires_grad, lambda: self._find_last_layer(example))
+        if isinstance(select, Subnetwork):
+            self.elements = select.masks(self.parameters)
+            self.names = tuple(name for name in self.names if name in self.elements)
+
+    def reading(self, output_axis: OutputAxis) -> Network:
+        """The same clone with another meaning of the outputs' axes."""
+        if output_axis == self.output_axis:
+            return self
+        other = self._derived(self._template)
+        other.output_axis = output_axis
         return other
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
@@ -127,6 +154,8 @@ class Network:
         other = object.__new__(Network)
         other._setup(template, self.batch)
         other.requires_grad, other.select, other.names = self.requires_grad, self.select, self.names
+        other.elements = self.elements
+        other.output_axis = self.output_axis
         return other
 
     def prepare(self, inputs: Any) -> Any:
@@ -134,14 +163,14 @@ class Network:
         return to_device(as_call(self._template, inputs), self.device, self.dtype)
 
     def __call__(self, inputs: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Outputs `(B, C)` for a batch of inputs.
+        """Outputs `(B, C)` for a batch of inputs; `(B, T, C)`, `(B, H, W, C)` where `output_axis` allows positions.
 
         Args:
             inputs: what the network takes.
             tensors: parameters or buffers by name that replace the network's own in this call.
 
         Raises:
-            ShapeError: the outputs are not one tensor of shape `(B, C)` or `(B,)`.
+            ShapeError: the outputs are not one tensor of shape `(B, C)` or `(B,)`, or with positions.
             StaleModelError: the user's model was trained on after it was wrapped.
         """
         self.check_fresh()
@@ -157,7 +186,7 @@ class Network:
             raw = torch.func.functional_call(module, _everywhere(module, tensors), call.args, kwargs, tie_weights=False)
         else:
             raw = module(*call.args, **kwargs)
-        return two_dimensional(extract_output(raw), size)
+        return outputs_last(extract_output(raw), size, self.output_axis)
 
     def check_fresh(self) -> None:
         """Raise `StaleModelError` if a parameter was written to since this network was made."""
@@ -241,9 +270,25 @@ def two_dimensional(output: Tensor, size: int | None = None) -> Tensor:
     if output.dim() != 2:
         raise ShapeError(
             f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). Flatten positions "
-            "into the batch, or pool them, in a module around the network"
+            "into the batch, or pool them, in a module around the network (the categorical likelihood takes positions)"
         )
     return output
+
+
+def outputs_last(output: Tensor, size: int | None, axis: OutputAxis) -> Tensor:
+    """Raw outputs with the numbers of one observation on the last axis: `(B, C)`, or `(B, positions..., C)`.
+
+    Args:
+        output: raw outputs.
+        size: B where it is known.
+        axis: `Likelihood.output_axis`; "auto" is the last of three axes `(B, T, C)`, the second of more `(B, C, H, W)`.
+    """
+    if axis is None or output.dim() < 3:
+        return two_dimensional(output, size)
+    place = (-1 if output.dim() == 3 else 1) if axis == "auto" else axis
+    if not -output.dim() < place < output.dim():
+        raise ShapeError(f"the network's output has shape {tuple(output.shape)}, and class_axis={place} is none of it")
+    return output.movedim(place, -1)
 
 
 def known_batch_size(call: Any) -> int | None:

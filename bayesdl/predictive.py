@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
 from bayesdl import mixtures
-from bayesdl.errors import ArgumentError, UnsupportedError
+from bayesdl.errors import ArgumentError, LabelError, UnsupportedError
 from bayesdl.latent import Latent, cat_latents
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ class Split:
 @dataclass(frozen=True, eq=False)
 class Predictive:
     """p(y | x, data) for a batch of B inputs.
+
+    Outputs at every position put the positions behind the batch axis: sequences have `mean` `(B, T, C)` and `entropy`
+    `(B, T)`, images `(B, H, W, C)` and `(B, H, W)`. `flat` makes every position an input of its own.
 
     Attributes:
         likelihood: p(y | f).
@@ -106,13 +109,17 @@ class Predictive:
         return int(self.latent.mean.shape[0])
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """log p(y | x), summed over outputs: `(B,)` for targets of the likelihood's shape.
+        """log p(y | x), summed over outputs: `(B,)` for targets of the likelihood's shape, zero where one is ignored.
 
         Raises:
             ShapeError, LabelError: targets do not fit the outputs.
         """
         checked = self.likelihood.check_targets(self.latent.mean, y)
-        return mixtures.per_example(self.distribution, self.distribution.log_prob(checked))
+        counted = self.likelihood.counted(checked)
+        if counted is None:
+            return mixtures.per_example(self.distribution, self.distribution.log_prob(checked))
+        found = self.distribution.log_prob(checked.masked_fill(~counted, 0))
+        return mixtures.per_example(self.distribution, found).masked_fill(~counted, 0.0)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """`n` draws of y: `(n, B)` class indices, or `(n, B, C)`."""
@@ -139,9 +146,55 @@ class Predictive:
         """Apply `function` to every tensor."""
         return Predictive(self.likelihood.map(function), self.latent.map(function), function(self.noise))
 
+    def flat(self) -> Predictive:
+        """Positions as inputs of their own: `(B T, C)`."""
+        return self if self.latent.mean.dim() == 2 else replace(self, latent=self.latent.flat())
+
+    def observed(self, targets: Tensor, group: Tensor | None = None) -> tuple[Predictive, Tensor, Tensor | None]:
+        """Predictive `(N, C)`, checked targets `(N,)` and group of the observations that count, positions as inputs.
+
+        Args:
+            targets: in the likelihood's shape.
+            group: one per example, or one per position, to be cut alike.
+
+        Raises:
+            ShapeError, LabelError: targets do not fit the outputs, or all of them are ignored.
+        """
+        shape = self.latent.mean.shape[:-1]
+        if group is not None and len(shape) > 1 and group.shape == shape[:1]:
+            group = group.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+        flat = self.flat()
+        checked = self.likelihood.check_targets(self.latent.mean, targets)
+        mask = self.likelihood.counted(checked)
+        goal = checked if len(shape) == 1 else checked.flatten()
+        if mask is None or bool(mask.all()):
+            return flat, goal, None if group is None else group.flatten()
+        keep = mask.flatten()
+        if group is not None:
+            group = group.flatten()[keep.to(group.device)]
+        return flat._select(keep), goal[keep], group
+
+    def without_ignored(self, targets: Tensor) -> Predictive:
+        """The predictive without the positions whose target is ignored; targets may be labels of other classes."""
+        shape = self.latent.mean.shape[:-1]
+        mask = self.likelihood.counted(targets.to(self.latent.mean.device)) if targets.shape == shape else None
+        return self if mask is None or bool(mask.all()) else self.flat()._select(mask.flatten())
+
+    def _select(self, mask: Tensor) -> Predictive:
+        if not bool(mask.any()):
+            raise LabelError("every target is ignored; at least one has to count")
+        return replace(self, latent=self.latent.select(mask))
+
     @staticmethod
     def cat(parts: Sequence[Predictive]) -> Predictive:
         """Concatenate along the batch; all parts come from one call."""
         if not parts:
             raise ArgumentError("no predictions to concatenate: the loader yielded no batch")
         return Predictive(parts[0].likelihood, cat_latents([p.latent for p in parts]), parts[0].noise)
+
+
+def cat_targets(parts: Sequence[Predictive], targets: Sequence[Tensor]) -> Tensor:
+    """Targets of several batches as one tensor, in the shape that `Predictive.cat` of their predictions has."""
+    if len({part.latent.mean.shape[1:] for part in parts}) > 1:
+        targets = [target.flatten() for target in targets]
+    return torch.cat(list(targets))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from bayesdl.agreement import first_decides
 from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.clone import unwrap
-from bayesdl.data import check_loader
+from bayesdl.data import check_rereadable
 from bayesdl.diagnose import Finding
+from bayesdl.distributed import resolve_group, same_network, together
 from bayesdl.errors import ArgumentError, SelectionError, StaleModelError, UnreachedParameterError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
@@ -23,7 +25,10 @@ from bayesdl.model import BayesianModel, Record
 from bayesdl.network import Network, first_inputs
 from bayesdl.posteriors import GaussianPosterior
 from bayesdl.priors import Prior
-from bayesdl.select import Selector
+from bayesdl.select import Selector, Subnetwork
+
+if TYPE_CHECKING:
+    from bayesdl.distributed import Processes
 
 
 def wrap(
@@ -38,6 +43,7 @@ def wrap(
     batch: str | BatchAdapter | None = None,
     generator: torch.Generator | None = None,
     progress: bool = True,
+    distributed: Processes = None,
 ) -> BayesianModel:
     """Make a trained network Bayesian.
 
@@ -56,6 +62,10 @@ def wrap(
         batch: "auto", "huggingface" or a callable `batch -> (inputs, target)`.
         generator: source of all randomness.
         progress: show progress bars.
+        distributed: for "laplace" on several processes: True, or a process group of torch. Every process then calls
+            `wrap` with its own share of the data and gets the posterior of the whole; the first process's data choose
+            what was left open. Processes never wait for each other unaskedly: by default a loader that visibly holds a
+            share (a DistributedSampler) is an error; False takes the share for the whole.
 
     Returns:
         A `BayesianModel`; `diagnose()` says what was chosen.
@@ -67,7 +77,7 @@ def wrap(
     family = resolve_likelihood(likelihood)
     models = _models(model)
     for name, given in (("data", data), ("validation", validation)):
-        _check_rereadable(name, given)
+        check_rereadable(name, given)
     if validation is not None and not chosen.trains:
         data = validation  # such methods use data only to choose an open noise or a temperature
     if prior is not None and not isinstance(prior, Prior):
@@ -76,13 +86,29 @@ def wrap(
         raise ArgumentError(
             f'{len(models)} networks were given; method "{chosen.name}" takes one (only "ensemble" takes a list)'
         )
+    if distributed and not chosen.distributed:
+        raise ArgumentError(
+            f'method "{chosen.name}" was given distributed=...; several processes together fit "laplace" only. Fit on '
+            "one process, and load the saved model on the others"
+        )
+    group = resolve_group(distributed)
     selection = select if select is not None else chosen.select
+    if isinstance(selection, Subnetwork) and not chosen.elementwise:
+        raise UnsupportedError(
+            f'method "{chosen.name}" selects whole parameters, not single elements of them; a subnetwork is for '
+            'method "laplace"'
+        )
     # a fit needs derivatives in any mode of the user's
     with _private_randomness(generator), torch.inference_mode(False):
-        example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
-        network = Network(models[0], select="all" if selection is None else selection, batch=batch, example=example)
+        with together(group):
+            example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
+            everything = "all" if selection is None else selection
+            axis = family.output_axis
+            network = Network(models[0], select=everything, batch=batch, example=example, output_axis=axis)
+        if group is not None:
+            same_network(group, network)
         start = time.perf_counter()
-        fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress))
+        fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress, distributed))
         seconds = time.perf_counter() - start
     result = fitted.network or network
     _unchanged(network)
@@ -94,7 +120,7 @@ def wrap(
     )
     record = Record(chosen.name, cost, fitted.findings)
     bayes = BayesianModel(result, fitted.posterior, fitted.likelihood, record=record, fit_data=data)
-    return _tuned(bayes, family, prior, validation, generator, progress)
+    return first_decides(group, bayes, lambda: _tuned(bayes, family, prior, validation, generator, progress))
 
 
 def _tuned(
@@ -138,17 +164,6 @@ def _private_randomness(generator: torch.Generator | None) -> Iterator[None]:
         yield
 
 
-def _check_rereadable(name: str, data: Iterable[Any] | None) -> None:
-    if data is None:
-        return
-    check_loader(data)
-    if isinstance(data, Iterator):
-        raise ArgumentError(
-            f"{name} is a {type(data).__name__} that can be read once; pass a DataLoader or a list, which methods read "
-            "several times"
-        )
-
-
 def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
     models = (model,) if isinstance(model, nn.Module) else tuple(model) if isinstance(model, (list, tuple)) else ()
     if not models or not all(isinstance(m, nn.Module) for m in models):
@@ -159,7 +174,8 @@ def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
 
 
 def _needs_example(selection: Selector | None) -> bool:
-    return isinstance(selection, str) and selection == "last_layer"
+    inside = selection.within if isinstance(selection, Subnetwork) else selection
+    return isinstance(inside, str) and inside == "last_layer"
 
 
 def _unchanged(network: Network) -> None:

@@ -1,12 +1,13 @@
 """Which rule should choose the prior precision when nobody says anything? A study over networks and data sets.
 
-    python benchmarks/defaults.py --data FOLDER [--splits 3] [--json FILE]
+    python benchmarks/defaults.py --data FOLDER [--splits 3] [--only 'uci/*'] [--json FILE]
 
 FOLDER holds `uci/*.npz` (x, y, train_idx, test_idx), and, where present, `tabular/*.npz` (x, y), `mnist` with
 `weights/mnist_lenet` and `cifar10` with `weights/cifar10_resnet`. Scikit-learn's digits are always there. Every network
-is trained without looking at any of the rules; every rule sees the training loader alone. Beside them stands the plain
-network, once with what the training data say (residual noise) and once with what a held-out set says (noise or
-temperature).
+is trained without looking at any of the rules; every rule sees the training loader alone, but those named "held-out".
+Beside them stands the plain network, once with what the training data say (residual noise) and once with what a
+held-out set says (noise or temperature). Differences to the latter are paired: over splits, or over the test points of
+a single one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from bayesdl.demo import digits, networks
 from bayesdl.demo.training import Recipe, train
 
 RULES = ("evidence", "loo", "training")
+PLAIN = "map, held-out"
 TABULAR = ("banknote", "ionosphere", "phoneme", "sonar")
 
 
@@ -200,26 +203,54 @@ def rows_of(problem: Problem, structures: tuple[str, ...]) -> Iterator[tuple[str
     options: dict[str, Any] = {"likelihood": problem.likelihood, "progress": False}
     baseline = "temperature" if problem.likelihood == "categorical" else "map"
     yield "map", lambda: bdl.wrap(problem.net, "map", seen, **options)
-    yield "map, held-out", lambda: bdl.wrap(problem.net, baseline, held, **options)
+    yield PLAIN, lambda: bdl.wrap(problem.net, baseline, held, **options)
     for select in ("last_layer", "all"):
         for structure in structures:
-            base = bdl.wrap(problem.net, bdl.Laplace(select=select, structure=structure), seen, **options)
+            method = bdl.Laplace(select=select, structure=structure)
+            base = bdl.wrap(problem.net, method, seen, prior=bdl.GaussianPrior(1.0), **options)
             for rule in RULES:
                 yield f"laplace {select} {structure}, {rule}", lambda base=base, rule=rule: base.tune(rule)
-            yield f"laplace {select} {structure}, held-out", lambda base=base: base.tune("heldout", held)
+            for name, errors in (("held-out", 0.0), ("held-out, one standard error", 1.0)):
+                yield (
+                    f"laplace {select} {structure}, {name}",
+                    lambda base=base, errors=errors: base.tune("heldout", held, standard_errors=errors),
+                )
 
 
-def score(problem: Problem, structures: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-    """Mean test NLL and its standard error for every row."""
+def losses(problem: Problem, structures: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Test NLL of every point for every row."""
     found = {}
     for name, make in rows_of(problem, structures):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = make()
             parts = [model(x).log_prob(y) for x, y in loader(problem.test)]
-        losses = -torch.cat(parts).double().detach()
-        found[name] = (float(losses.mean()), float(losses.std() / len(losses) ** 0.5))
+        found[name] = -torch.cat(parts).double().detach().numpy()
     return found
+
+
+def mean_and_error(runs: list[np.ndarray]) -> list[float]:
+    """Mean over all splits, and its standard error: over splits, or over the points of a single one."""
+    values = np.array([run.mean() for run in runs]) if len(runs) > 1 else runs[0]
+    return [round(float(values.mean()), 4), round(float(values.std(ddof=1) / len(values) ** 0.5), 4)]
+
+
+def problems(options: Any) -> Iterator[tuple[str, Callable[[], Problem]]]:
+    """Names, and how to train the network of one split."""
+    for seed in range(options.splits):
+        yield "digits/conv", lambda seed=seed: sklearn_digits(seed)
+    if options.data is None:
+        return
+    for path in sorted((options.data / "uci").glob("*.npz")):
+        for split in range(options.splits):
+            yield f"uci/{path.stem}", lambda name=path.stem, split=split: uci(options.data, name, split)
+    for name in TABULAR if (options.data / "tabular").exists() else ():
+        for split in range(options.splits):
+            yield f"tabular/{name}", lambda name=name, split=split: tabular(options.data, name, split)
+    if (options.data / "weights/mnist_lenet").exists():
+        yield "mnist/lenet", lambda: lenet(options.data)
+    if (options.data / "weights/cifar10_resnet").exists():
+        yield "cifar10/resnet20", lambda: resnet(options.data)
 
 
 def main() -> None:
@@ -228,36 +259,25 @@ def main() -> None:
     options_parser.add_argument("--data", type=Path, default=None, help="folder of data sets")
     options_parser.add_argument("--splits", type=int, default=3)
     options_parser.add_argument("--structures", default="kron")
+    options_parser.add_argument("--only", default="*", help="pattern of problem names")
     options = options_parser.parse_args()
     torch.set_num_threads(options.threads)
     structures = tuple(options.structures.split(","))
-    makers: list[Callable[[], Problem]] = [lambda seed=seed: sklearn_digits(seed) for seed in range(options.splits)]
-    if options.data is not None:
-        for path in sorted((options.data / "uci").glob("*.npz")):
-            makers += [lambda n=path.stem, s=split: uci(options.data, n, s) for split in range(options.splits)]
-        if (options.data / "tabular").exists():
-            makers += [
-                lambda n=name, s=split: tabular(options.data, n, s)
-                for name in TABULAR
-                for split in range(options.splits)
-            ]
-        if (options.data / "weights/mnist_lenet").exists():
-            makers.append(lambda: lenet(options.data))
-        if (options.data / "weights/cifar10_resnet").exists():
-            makers.append(lambda: resnet(options.data))
-    scores: dict[str, list[dict[str, tuple[float, float]]]] = {}
-    for make in makers:
-        problem = make()
-        scores.setdefault(problem.name, []).append(score(problem, structures))
-        print(problem.name, {k: round(v[0], 3) for k, v in scores[problem.name][-1].items()}, flush=True)
-    table = {}
-    for name, runs in scores.items():
-        table[name] = {}
-        for row in runs[0]:
-            values = np.array([run[row][0] for run in runs])
-            spread = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else runs[0][row][1]
-            table[name][row] = [round(float(values.mean()), 4), round(float(spread), 4)]
-    finish({"test NLL, mean and standard error": table}, options)
+    runs: dict[str, list[dict[str, np.ndarray]]] = {}
+    for name, make in problems(options):
+        if fnmatch(name, options.only):
+            runs.setdefault(name, []).append(losses(make(), structures))
+            print(name, {row: round(float(v.mean()), 3) for row, v in runs[name][-1].items()}, flush=True)
+    table, gaps = {}, {}
+    for name, found in runs.items():
+        table[name] = {row: mean_and_error([run[row] for run in found]) for row in found[0]}
+        gaps[name] = {row: mean_and_error([run[row] - run[PLAIN] for run in found]) for row in found[0] if row != PLAIN}
+    figures = {
+        "splits": {name: len(found) for name, found in runs.items()},
+        "test NLL, mean and standard error": table,
+        f"difference to {PLAIN!r}, mean and standard error": gaps,
+    }
+    finish(figures, options)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from tests.networks import (
     Twice,
     TwoInputs,
 )
+from tests.recurrent_networks import Bag, FlatBag, Last, Packed, Pair, PairOfPositions, Started, Stepped
 
 EXAMPLES = 8
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian", "poisson", "heteroscedastic")
@@ -111,6 +112,11 @@ def tokens(length: int, vocabulary: int) -> Callable[[torch.Generator], Tensor]:
         return x
 
     return make
+
+
+def sequences(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sequences padded to five steps, and their lengths, ties among them."""
+    return real(5, 4)(g), torch.tensor([2, 5, 3, 3, 1, 5, 4, 2])[:EXAMPLES]
 
 
 def mlp(width: int = 5, outputs: int = OUTPUTS) -> nn.Module:
@@ -293,12 +299,27 @@ CASES = [
         ["attention.in_proj_bias", "attention.out_proj.weight"],
     ),
     Case("attention_weight_only", Attention, real(3, 4), {}, ["attention.in_proj_weight"]),
+    Case("lstm", Recurrent, real(3, 4), {}),
+    Case("lstm_deep", lambda: Last(nn.LSTM, num_layers=2, dropout=0.5), real(3, 4), {}),
+    Case("lstm_projected", lambda: Last(nn.LSTM, proj_size=2, batch_first=True, bidirectional=True), real(3, 4), {}),
+    Case("gru", lambda: Last(nn.GRU, batch_first=True), real(3, 4), {}),
+    Case("gru_both_ways", lambda: Last(nn.GRU, num_layers=2, bidirectional=True), real(3, 4), {}),
+    Case("rnn", lambda: Last(nn.RNN, batch_first=True, bias=False), real(3, 4), {}),
+    Case("rnn_relu", lambda: Last(nn.RNN, nonlinearity="relu", bidirectional=True), real(3, 4), {}),
+    Case("recurrent_with_states", Started, lambda g: (real(3, 4)(g), real(2)(g)), {}),
+    Case("lstm_packed", lambda: Packed(nn.LSTM, bidirectional=True), sequences, {}),
+    Case("gru_packed", lambda: Packed(nn.GRU, num_layers=2), sequences, {}),
+    Case("lstm_cell", lambda: Stepped(nn.LSTMCell), real(3, 4), {}),
+    Case("gru_cell", lambda: Stepped(nn.GRUCell, bias=False), real(3, 4), {}),
+    Case("rnn_cell", lambda: Stepped(nn.RNNCell, nonlinearity="relu"), real(3, 4), {}),
     Case(
-        "lstm",
-        Recurrent,
+        "recurrent_biases_only",
+        lambda: Last(nn.GRU),
         real(3, 4),
-        {f"cell.{n}_l0": "dense" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+        _shift("cell.bias_ih_l0", "cell.bias_hh_l0"),
+        ["cell.bias_ih_l0", "cell.bias_hh_l0", "head"],
     ),
+    Case("recurrent_weights_only", lambda: Last(nn.LSTM), real(3, 4), {}, r"weight"),
     Case("layer_twice", Twice, real(4), {}),
     Case("shared_module", SharedModule, real(4), {}),
     Case("tied_layers", TiedLayers, real(4), {}),
@@ -332,9 +353,19 @@ CASES = [
         "bag",
         lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, OUTPUTS)),
         tokens(5, 7),
-        {"0.weight": "dense"},
+        {"0.weight": "rows"},
     ),
-    Case("prelu", behind(nn.Linear(4, 4), nn.PReLU(4), features=4), real(4), {"1.weight": "dense"}),
+    Case("bag_padded", lambda: Bag(mode="mean", padding_idx=0), tokens(5, 7), _rows("bag")),
+    Case("bag_largest", lambda: Bag(mode="max", padding_idx=0), tokens(5, 7), _rows("bag")),
+    Case("bag_weighed", lambda: Bag(mode="sum"), lambda g: (tokens(5, 7)(g), real(5)(g)), _rows("bag")),
+    Case("bag_by_offsets", lambda: FlatBag(mode="sum"), tokens(5, 7), _dense("bag.weight")),
+    Case("bilinear", Pair, lambda g: (real(4)(g), real(2)(g)), {}),
+    Case("bilinear_positions", lambda: PairOfPositions(False), lambda g: (real(3, 4)(g), real(3, 2)(g)), {}),
+    Case("bilinear_bias_only", Pair, lambda g: (real(4)(g), real(2)(g)), _shift("form.bias"), ["form.bias", "head"]),
+    Case("prelu", behind(nn.Linear(4, 4), nn.PReLU(4), features=4), real(4), {"1.weight": "scale"}),
+    Case("prelu_single", behind(nn.Conv2d(1, 2, 2), nn.PReLU(), features=8), real(1, 3, 3), {"1.weight": "scale"}),
+    Case("prelu_channels", behind(nn.Conv2d(1, 2, 2), nn.PReLU(2), features=8), real(1, 3, 3), {"1.weight": "scale"}),
+    Case("synchronised_batch_norm", _with_norm(nn.SyncBatchNorm(4), 3), real(2, 3), _scale("1")),
     Case("two_inputs", TwoInputs, lambda g: (real(4)(g), real(2)(g)), {}),
     Case("frozen_selected", _frozen, real(4), {}),
     Case("frozen_left_out", _frozen, real(4), {"0.bias": "shift"}, "requires_grad"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # --- networks -----------------------------------------------------------------------------------------------------
 
@@ -40,6 +41,11 @@ def jacobian(net: nn.Module, x: Any, names: Sequence[str]) -> Tensor:
         f = functional_call(module, dict(values), x if isinstance(x, tuple) else (x,))
         return f.unsqueeze(1) if f.dim() == 1 else f
 
+    if any(isinstance(part, nn.RNNBase) for part in module.modules()):  # packed sequences know no torch.func
+        leaves = {name: value.clone().requires_grad_() for name, value in chosen.items()}
+        f = call(leaves)
+        rows = [torch.autograd.grad(v, list(leaves.values()), retain_graph=True) for v in f.flatten()]
+        return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).unflatten(0, f.shape)
     blocks = jacrev(call, chunk_size=1)(chosen)  # a loop, no batching rule needed
     return torch.cat([blocks[name].detach().reshape(*blocks[name].shape[:2], -1) for name in names], -1)
 
@@ -122,6 +128,29 @@ def outer_gradients(jac: Tensor, scores: Tensor) -> Tensor:
     """sum_n g_n g_n^T with g_n = J_n^T score_n: the empirical Fisher, or a Monte Carlo one for sampled targets."""
     gradients = torch.einsum("ncp,nc->np", jac, scores)
     return gradients.T @ gradients
+
+
+def loss_hessian(
+    net: nn.Module, x: Any, y: Tensor, likelihood: str, names: Sequence[str], noise: Tensor | float = 1.0
+) -> Tensor:
+    """Hessian of sum_n -log p(y_n | f_n(theta)), `(P, P)` in the order of `names`, by a loop of double backward passes.
+
+    Not by torch.func: nested under vmap, torch's rule for layer norm is wrong, and embeddings forget their padding.
+    """
+    module = evaluated(net)
+    values = {name: p.detach() for name, p in module.named_parameters()}
+    density, sizes = negative_log_density(likelihood, noise), [values[name].numel() for name in names]
+
+    def loss(flat: Tensor) -> Tensor:
+        pieces = zip(names, flat.split(sizes), strict=True)
+        chosen = {name: piece.reshape(values[name].shape) for name, piece in pieces}
+        f = functional_call(module, chosen, x if isinstance(x, tuple) else (x,))
+        f = f.unsqueeze(1) if f.dim() == 1 else f
+        return torch.stack([density(one, target) for one, target in zip(f, y, strict=True)]).sum()
+
+    start = torch.cat([values[name].flatten() for name in names])
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        return torch.autograd.functional.hessian(loss, start)  # type: ignore[no-any-return]
 
 
 def captures(net: nn.Module, layer: str, x: Any, vectors: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayesdl.attention import ExplicitAttention, ExplicitEncoder, explicit
+from bayesdl.attention import ExplicitAttention, ExplicitEncoder
 from bayesdl.clone import structural_clone
+from bayesdl.explicit import explicit
 from bayesdl.network import Network
 
 B, L, S, E, H = 3, 4, 5, 6, 2

@@ -19,9 +19,10 @@ HEAVY = (
 )
 
 PUBLIC = {
+    *("CauchyPrior", "HierarchicalPrior", "HorseshoePrior", "LaplacePrior", "StudentTPrior"),
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SWAG"),
-    *("Temperature", "VBLL", "__version__", "compare", "evaluate", "load", "replace", "wrap"),
+    *("Temperature", "VBLL", "__version__", "as_module", "compare", "evaluate", "load", "replace", "wrap"),
 }
 
 SCRIPT = """

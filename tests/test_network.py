@@ -227,7 +227,7 @@ def test_outputs_carry_gradients_towards_inputs_only() -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="a torch.nn.Module is expected, got function"):
+    with pytest.raises(ArgumentError, match="a torch.nn.Module is expected, got function; bdl.as_module"):
         Network(lambda x: x)  # type: ignore[arg-type]
 
 

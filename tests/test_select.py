@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import bayesdl as bdl
 from bayesdl.errors import SelectionError
 from bayesdl.network import Network
 from bayesdl.select import Selector, describe
@@ -94,3 +95,32 @@ def test_number_of_parameters_is_that_of_the_selection() -> None:
 )
 def test_descriptions(select: Selector, text: str) -> None:
     assert describe(select) == text
+
+
+def test_lora() -> None:
+    module = nn.Module()
+    module.base = nn.Linear(4, 4)
+    module.base.lora_A, module.base.lora_B = nn.ModuleDict({"default": nn.Linear(4, 2)}), nn.Linear(2, 4, bias=False)
+    module.lora_Bias = nn.Linear(2, 2)
+    module.lora_embedding_A = nn.ParameterDict({"default": nn.Parameter(torch.zeros(2, 4))})
+    names = Network(module, select="lora").names
+    assert set(names) == {
+        "base.lora_A.default.weight",
+        "base.lora_A.default.bias",
+        "base.lora_B.weight",
+        "lora_embedding_A.default",
+    }
+    with pytest.raises(SelectionError, match="select='lora' matches no"):
+        Network(net(), select="lora")
+
+
+def test_lora_of_a_peft_model() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+    model = adapted.base_model.model
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    bayes = bdl.wrap(model, bdl.Laplace(select="lora"), [(x, y)], likelihood="categorical", progress=False)
+    assert bayes.layers == ("0.lora_A.default", "0.lora_B.default", "2.lora_A.default", "2.lora_B.default")
+    assert bool((bayes(x).epistemic > 0).all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
@@ -32,7 +32,28 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, 2e-3)
 
 
-def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor, keep: bool = False) -> list[Tensor | None]:
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype in which two ways to a gradient may differ most."""
+    return max(dtypes, key=tolerance)
+
+
+@contextmanager
+def recorded_dtypes() -> Iterator[set[torch.dtype]]:
+    """Floating dtypes in which a forward pass keeps what its derivative needs; `torch.autocast` shows nowhere else."""
+    found: set[torch.dtype] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found.add(tensor.dtype)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
+
+
+def backward(
+    output: Tensor, nodes: list[Tensor], vectors: Tensor, keep: bool = False, graph: bool = False
+) -> list[Tensor | None]:
     """Gradients `(K, *node.shape)` at every node for cotangents `(K, B, C)`; None where a node has no influence.
 
     Args:
@@ -40,11 +61,15 @@ def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor, keep: bool = 
         nodes: of its graph.
         vectors: cotangents.
         keep: the graph for another pass.
+        graph: whether the gradients themselves are to be differentiated.
     """
     if not nodes or not output.requires_grad:
         return [None] * len(nodes)
     if len(nodes) == 1 and _is_output(nodes[0], output):
         return [vectors]
+    if graph:
+        twice = [torch.autograd.grad(output, nodes, v, allow_unused=True, create_graph=True) for v in vectors]
+        return [_stacked(column) for column in zip(*twice, strict=True)]
     if len(vectors) == 1:
         single = torch.autograd.grad(output, nodes, vectors[0], allow_unused=True, retain_graph=keep)
         return [None if g is None else _strided(g).unsqueeze(0) for g in single]
@@ -63,11 +88,14 @@ def backward(output: Tensor, nodes: list[Tensor], vectors: Tensor, keep: bool = 
 
 
 def _is_output(node: Tensor, output: Tensor) -> bool:
-    """Whether the output is nothing but a clone of a node that is a leaf: behind the last layer."""
+    """Whether the output is nothing but a clone of the node: behind the last layer."""
     step = output.grad_fn
     if step is None or step.name() != "CloneBackward0":
         return False
-    return getattr(step.next_functions[0][0], "variable", None) is node
+    before, place = step.next_functions[0]
+    if node.grad_fn is not None:
+        return before is node.grad_fn and place == node.output_nr
+    return getattr(before, "variable", None) is node
 
 
 def _stacked(column: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -107,7 +135,9 @@ def _strided(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def parameter_rows(network: Network, names: list[str], call: Any, vectors: Tensor, output: Tensor) -> dict[str, Tensor]:
+def parameter_rows(
+    network: Network, names: list[str], call: Any, vectors: Tensor, output: Tensor, graph: bool = False
+) -> dict[str, Tensor]:
     """J_n^T v for whole parameters: `(K, B, *shape)` by name.
 
     All examples together under vmap; one after another where an operation has no batching rule (recurrent cells), has
@@ -120,24 +150,27 @@ def parameter_rows(network: Network, names: list[str], call: Any, vectors: Tenso
         call: prepared inputs.
         vectors: cotangents `(K, B, C)`.
         output: `(B, C)` of the whole batch, to compare with.
+        graph: whether the rows are to be differentiated.
 
     Raises:
         UnsupportedError: an example's output depends on the other examples of the batch, or cannot be had alone.
     """
     everything = network.parameters
     selected = {name: everything[name].detach() for name in names}
-    truth = _of_batch(network, selected, call, vectors[0])
+    truth, close = _of_batch(network, selected, call, vectors[0])
     try:
         # torch loops by itself over operations without a batching rule, which is what is wanted
         with muted(".*batching rule.*", UserWarning):
             gradients, values = _all_examples(network, selected, call, vectors)
-        sound = _add_up(gradients, truth, vectors)
+        sound = _add_up(gradients, truth, vectors, close)
     except (RuntimeError, ValueError, UserWarning):
         sound = False
     if not sound:
-        gradients, values = _one_by_one(network, selected, call, vectors)
-    slack = 1e3 * torch.finfo(output.dtype).eps * float(1.0 + output.abs().max())
-    if not torch.allclose(values, output, atol=slack, rtol=0.0) or not _add_up(gradients, truth, vectors):
+        gradients, values = _one_by_one(network, selected, call, vectors, graph)
+    # rounding of the outputs; inside, a network may be coarser than they are
+    slack = max(1e3 * torch.finfo(output.dtype).eps, close if close > tolerance(output.dtype) else 0.0)
+    slack *= float(1.0 + output.abs().max())
+    if not torch.allclose(values, output, atol=slack, rtol=0.0) or not _add_up(gradients, truth, vectors, close):
         raise UnsupportedError(
             "the network's output for an example depends on the other examples in the batch (batch statistics?); "
             "curvature per example is not defined for such a network"
@@ -145,21 +178,25 @@ def parameter_rows(network: Network, names: list[str], call: Any, vectors: Tenso
     return gradients
 
 
-def _of_batch(network: Network, selected: dict[str, Tensor], call: Any, vector: Tensor) -> dict[str, Tensor]:
-    """sum_n J_n^T v_n by one ordinary backward pass."""
+def _of_batch(
+    network: Network, selected: dict[str, Tensor], call: Any, vector: Tensor
+) -> tuple[dict[str, Tensor], float]:
+    """sum_n J_n^T v_n by one ordinary backward pass, and the relative error that its precision allows."""
     leaves = {name: value.clone().requires_grad_() for name, value in selected.items()}
-    output = network.forward(network.module(), call, leaves)
+    with recorded_dtypes() as kinds:
+        output = network.forward(network.module(), call, leaves)
     gradients = backward(output, list(leaves.values()), vector.unsqueeze(0))
     pairs = zip(leaves.items(), gradients, strict=True)
-    return {name: torch.zeros_like(leaf) if g is None else g[0] for (name, leaf), g in pairs}
+    sums = {name: torch.zeros_like(leaf) if g is None else g[0] for (name, leaf), g in pairs}
+    return sums, tolerance(coarsest([*kinds, output.dtype, *(value.dtype for value in selected.values())]))
 
 
-def _add_up(rows: dict[str, Tensor], truth: dict[str, Tensor], vectors: Tensor) -> bool:
-    for name, value in rows.items():
+def _add_up(rows: dict[str, Tensor], truth: dict[str, Tensor], vectors: Tensor, close: float) -> bool:
+    for name, value in ((name, row.detach()) for name, row in rows.items()):
         if value.shape != (*vectors.shape[:2], *truth[name].shape):
             return False
         scale = float(value[0].abs().sum(0).max())
-        if not float((value[0].sum(0) - truth[name]).abs().max()) <= tolerance(value.dtype) * scale:
+        if not float((value[0].sum(0) - truth[name]).abs().max()) <= close * scale:
             return not bool(torch.isfinite(truth[name]).all())  # named later, with its layer
     return True
 
@@ -183,7 +220,7 @@ def _all_examples(
 
 
 def _one_by_one(
-    network: Network, selected: dict[str, Tensor], call: Any, vectors: Tensor
+    network: Network, selected: dict[str, Tensor], call: Any, vectors: Tensor, graph: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
     tensors, rebuild = flatten_tensors(call)
     module = network.module()
@@ -198,7 +235,7 @@ def _one_by_one(
                 f"the gradients of {next(iter(selected))!r} need the network to run on one example alone, and it "
                 f"does not ({str(error).splitlines()[0]}); leave these parameters out of select="
             ) from error
-        gradients = backward(output, list(leaves.values()), vectors[:, i : i + 1])
+        gradients = backward(output, list(leaves.values()), vectors[:, i : i + 1], graph=graph)
         for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
             rows[name].append(leaf.new_zeros(len(vectors), *leaf.shape) if gradient is None else gradient)
         values.append(output.detach())

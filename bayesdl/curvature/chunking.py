@@ -11,8 +11,10 @@ from bayesdl.batch import batch_size, flatten_tensors, index_batch
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.structure import Structure
 
-__all__ = ["chunk_size", "chunks"]
+__all__ = ["chunk_size", "chunks", "cotangent_width"]
 
+# kinds whose Jacobian rows are formed whatever the structure
+UNFACTORED = ("dense", "elements")
 # bytes of activations and gradients alive at once
 DEFAULT_MEMORY = 512 << 20
 # on a CPU smaller chunks stay near the caches (a quarter faster on an MLP), down to a batch that convolutions need
@@ -38,14 +40,33 @@ def chunk_size(
         memory: bytes; default `DEFAULT_MEMORY`, and on a CPU less where that is faster.
         device: where it all happens; default a CPU.
     """
-    names = structure.whole_blocks() if isinstance(structure, Structure) else frozenset()
-    whole = [b.numel for b in layout.blocks if structure == "full" or b.kind == "dense" or b.name in names]
-    scalars = (3 * layout.activations + 2 * sum(whole)) * (width or layout.outputs)
+    scalars = _scalars(layout, structure) * (width or layout.outputs)
     example = max(1, scalars) * torch.finfo(dtype).bits // 8
     most = max(1, (memory or DEFAULT_MEMORY) // example)
     if memory is not None or (device is not None and device.type != "cpu"):
         return most
     return min(most, max(FEWEST, NEAR_CACHE // example))
+
+
+def cotangent_width(
+    layout: Layout, structure: str | Structure, dtype: torch.dtype, shape: torch.Size, memory: int | None = None
+) -> int:
+    """Cotangents that go back at once for outputs of a given shape, so that what lives at once stays within `memory`.
+
+    Args:
+        layout, structure, dtype, memory: as in `chunk_size`.
+        shape: of the outputs, `(B, C)` or `(B, positions..., C)`; sequences may be longer than the planned one.
+    """
+    longer = max(1.0, shape[1:-1].numel() / layout.positions) if layout.positions and len(shape) > 2 else 1.0
+    example = max(1, int(longer * _scalars(layout, structure))) * torch.finfo(dtype).bits // 8
+    return max(1, (memory or DEFAULT_MEMORY) // (example * shape[0]))
+
+
+def _scalars(layout: Layout, structure: str | Structure) -> int:
+    """Scalars alive per example and cotangent."""
+    names = structure.whole_blocks() if isinstance(structure, Structure) else frozenset()
+    whole = [b.numel for b in layout.blocks if structure == "full" or b.kind in UNFACTORED or b.name in names]
+    return 3 * layout.activations + 2 * sum(whole)
 
 
 def chunks(inputs: Any, target: Any, step: int) -> Iterator[tuple[Any, Any]]:

@@ -10,9 +10,11 @@ from torch import Tensor
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.likelihoods import Likelihood
 
-__all__ = ["CURVATURE_KINDS", "cotangent_rule"]
+__all__ = ["CURVATURE_KINDS", "KINDS", "cotangent_rule"]
 
 CURVATURE_KINDS = ("ggn", "mc", "empirical")
+# the Hessian of -log p in the parameters themselves is no sum of outer products
+KINDS = (*CURVATURE_KINDS, "hessian")
 
 
 def cotangent_rule(
@@ -41,4 +43,4 @@ def cotangent_rule(
             return torch.stack([likelihood.score(f, t) for t in targets]) / samples**0.5
 
         return drawn
-    raise UnknownNameError(f"kind {kind!r} is not known; choose one of {CURVATURE_KINDS}")
+    raise UnknownNameError(f"kind {kind!r} is not known; choose one of {KINDS}")

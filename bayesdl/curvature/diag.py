@@ -9,7 +9,8 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import Factor, add_quads
+from bayesdl.curvature.cross import cross
+from bayesdl.curvature.factor import Factor, add_marginals, add_quads
 from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 
@@ -26,6 +27,7 @@ class Diag(Uniform):
     diagonal: tuple[Tensor, ...]
 
     name: ClassVar[str] = "diag"
+    separates_outputs: ClassVar[bool] = True
 
     @classmethod
     def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
@@ -65,6 +67,13 @@ class Diag(Uniform):
         weights = self._precision(scale, shift)
         return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
 
+    def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        return add_marginals(factors, [cast(scale, d) * d for d in self.diagonal], shifts)
+
+    def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        weights = self._precision(scale, shift)
+        return torch.stack([cross(a, b, 1.0 / p) for a, b, p in zip(first, second, weights, strict=True)]).sum(0)
+
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
         check_noise(noise, self.layout.numel)
         parts = zip(self.layout.split(noise), self._precision(scale, shift), strict=True)
@@ -86,4 +95,4 @@ class Diag(Uniform):
         like = self.diagonal[0].to(dtype or self.diagonal[0].dtype)
         scaling = cast(scale, like)
         shifts = self.layout.shifts(shift, like)
-        return [scaling * d + s for d, s in zip(self.diagonal, shifts, strict=True)]
+        return [scaling * d.to(like) + s for d, s in zip(self.diagonal, shifts, strict=True)]

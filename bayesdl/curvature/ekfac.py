@@ -43,6 +43,7 @@ class EKFAC(Rotated):
     outer: Bases
 
     name: ClassVar[str] = "ekfac"
+    num_passes: ClassVar[int] = 2
 
     @classmethod
     def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
@@ -89,8 +90,11 @@ class EKFAC(Rotated):
     def eigen(self) -> tuple[Eigen, ...]:
         return tuple(Eigen(v, a, g) for v, a, g in zip(self.values, self.inner, self.outer, strict=True))
 
+    def sums(self) -> dict[str, Tensor]:
+        return {f"values.{i}": t for i, t in enumerate(self.values)}
+
     def tensors(self) -> dict[str, Tensor]:
-        named = {f"values.{i}": t for i, t in enumerate(self.values)}
+        named = self.sums()
         named |= {f"inner.{i}": t for i, t in enumerate(self.inner) if t is not None}
         return named | {f"outer.{i}": t for i, t in enumerate(self.outer) if t is not None}
 

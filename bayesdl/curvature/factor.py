@@ -6,7 +6,8 @@ over positions (one for a plain linear layer). Six questions are all that anybod
 - `square()`: sum of the squared entries over examples and cotangents (diagonal curvature);
 - `moments()`: second moments of inputs and cotangents (Kronecker factors);
 - `rotate(u_in, u_out)`: the same factor in other coordinates;
-- `quad(weight)`: J diag(weight) J^T for every example (predictive covariance), `quads` for many weights;
+- `quad(weight)`: J diag(weight) J^T for every example (predictive covariance), `marginal` its diagonal, `quads` and
+  `marginals` for many weights;
 - `dot(matrix)`: J times a direction;
 - `jacobian()`: the rows themselves, for blocks small enough.
 """
@@ -36,6 +37,9 @@ class LinearFactor:
         u_in, u_out: orthonormal `(G, in, in)` and `(G, out, out)`: the block is U_out^T (sum_t g_t a_t^T) U_in.
             None stands for the identity.
         lengths: positions of each group where they differ (attention over another sequence); the rest are zeros.
+        again: whether these are further cotangents of examples whose inputs were counted with the first ones.
+        unit: the cotangents are the outputs themselves, V = I, and never formed: `g` is a row of ones that stands for
+            them. For questions about single outputs (`marginal`, `marginals`, `dot`) at one position.
     """
 
     a: Tensor
@@ -43,6 +47,8 @@ class LinearFactor:
     u_in: Tensor | None = None
     u_out: Tensor | None = None
     lengths: tuple[int, ...] = ()
+    again: bool = False
+    unit: bool = False
 
     @property
     def positions(self) -> int:
@@ -68,11 +74,14 @@ class LinearFactor:
 
         Groups of fewer positions count as if repeated up to T, so that the first divided by B T is their own mean.
         """
+        outer = second_moment(self.g.transpose(1, 2).flatten(1, 2))
+        if self.again:
+            return self.a.new_zeros(len(self.a), self.a.shape[-1], self.a.shape[-1]), outer, 0
         count = int(self.a.shape[1] * self.a.shape[2])
         inner = second_moment(self.a)
         if self.lengths:
             inner = inner * inner.new_tensor([self.positions / max(1, n) for n in self.lengths])[:, None, None]
-        return inner, second_moment(self.g.transpose(1, 2).flatten(1, 2)), count
+        return inner, outer, count
 
     def rotate(self, u_in: Tensor | None, u_out: Tensor) -> LinearFactor:
         """a U_in and g U_out; `u_in` `(G, in, in)` (None: identity), `u_out` `(G, out, out)`.
@@ -130,16 +139,34 @@ class LinearFactor:
         """The diagonal of `quad`, `(B, K)`."""
         if self.positions == 1:
             spread = self.a.squeeze(2).square() @ weight.mT
+            if self.unit:
+                return spread.sum(0)
             if self.shared:
                 return (spread @ self.g[:, :, 0, 0].square().mT).sum(0)
             return torch.einsum("gkbo,gbo->bk", self.g.squeeze(3).square(), spread)
         return torch.cat([torch.einsum("gbkoi,goi->bk", part.square(), weight) for part in self._gradients()])
+
+    def marginals(self, values: Tensor, shifts: Tensor) -> Tensor:
+        """`marginal(1 / (values + shift))` for every one of R shifts, `(R, B, K)`; each gradient is formed once."""
+        if self.positions == 1:
+            square = self.a.squeeze(2).square()
+            spread = torch.stack([square @ (1.0 / (values + s)).mT for s in shifts])  # (R, G, B, out)
+            if self.unit:
+                return spread.sum(1)
+            if self.shared:
+                return (spread @ self.g[:, :, 0, 0].square().mT).sum(1)
+            rows = self.g.squeeze(3).square().permute(0, 2, 1, 3)  # (G, B, K, out)
+            return (rows @ spread.permute(1, 2, 3, 0)).sum(0).permute(2, 0, 1)
+        weights = torch.stack([1.0 / (values + s).flatten() for s in shifts], -1)  # (G out in, R)
+        return torch.cat([_rows(part).square_() @ weights for part in self._gradients()]).permute(2, 0, 1)
 
     def dot(self, matrix: Tensor) -> Tensor:
         """J vec(matrix), `(B, K)`, for a block direction `(G, out, in)`."""
         matrix = matrix if self.u_in is None else matrix @ self.u_in.mT
         matrix = matrix if self.u_out is None else self.u_out @ matrix
         moved = (self.a.flatten(1, 2) @ matrix.mT).view(*self.a.shape[:3], -1)
+        if self.unit:
+            return moved.sum((0, 2))
         return torch.einsum("gkbto,gbto->bk", self.g, moved)
 
     def jacobian(self) -> Tensor:
@@ -196,7 +223,12 @@ def _rows(part: Tensor) -> Tensor:
 
 def _pairs(rows: Tensor) -> Tensor:
     """Products of every two of K rows `(..., K, P)`, k <= l: `(..., K (K + 1) / 2, P)`."""
-    return torch.cat([rows[..., k : k + 1, :] * rows[..., k:, :] for k in range(rows.shape[-2])], -2)
+    count, start = rows.shape[-2], 0
+    out = rows.new_empty(*rows.shape[:-2], count * (count + 1) // 2, rows.shape[-1])
+    for k in range(count):  # each product is written once, where it belongs
+        torch.mul(rows[..., k : k + 1, :], rows[..., k:, :], out=out[..., start : start + count - k, :])
+        start += count - k
+    return out
 
 
 def _unpaired(values: Tensor, count: int) -> Tensor:
@@ -217,11 +249,13 @@ class RowFactor:
         index: `(B, T)` rows looked up; entries of -1 (padding) carry no gradient.
         g: cotangents `(1, K, B, T, D)`.
         size: number of rows V.
+        again: whether these are further cotangents of examples whose rows were counted with the first ones.
     """
 
     index: Tensor
     g: Tensor
     size: int
+    again: bool = False
 
     @cached_property
     def _merged(self) -> Tensor:
@@ -246,7 +280,7 @@ class RowFactor:
 
         Padding meets no row of the table, so it is not counted.
         """
-        g, used = self.g.flatten(1, 3), self.index >= 0
+        g, used = self.g.flatten(1, 3), (self.index >= 0) & (not self.again)
         counts = g.new_zeros(self.size).index_add_(0, self._safe.flatten(), used.to(g).flatten())
         return counts.unsqueeze(0), g.mT @ g, used.sum()
 
@@ -267,6 +301,10 @@ class RowFactor:
     def marginal(self, weight: Tensor) -> Tensor:
         """The diagonal of `quad`, `(B, K)`."""
         return torch.einsum("kbtd,btd->bk", self._merged.square(), weight[0].T[self._safe])
+
+    def marginals(self, values: Tensor, shifts: Tensor) -> Tensor:
+        """`marginal(1 / (values + shift))` for every one of R shifts, `(R, B, K)`."""
+        return torch.stack([self.marginal(1.0 / (values + s)) for s in shifts])
 
     def dot(self, matrix: Tensor) -> Tensor:
         """J vec(matrix), `(B, K)`, for a block direction `(1, D, V)`."""
@@ -290,6 +328,15 @@ def add_quads(factors: Sequence[Factor], values: Sequence[Tensor], shifts: Tenso
     total = first[0].quads(first[1], shifts.to(first[1]))
     for factor, value in rest:
         total += factor.quads(value, shifts.to(value))
+    return total
+
+
+def add_marginals(factors: Sequence[Factor], values: Sequence[Tensor], shifts: Tensor) -> Tensor:
+    """The diagonals of `add_quads`, `(R, B, K)`."""
+    first, *rest = zip(factors, values, strict=True)
+    total = first[0].marginals(first[1], shifts.to(first[1]))
+    for factor, value in rest:
+        total += factor.marginals(value, shifts.to(value))
     return total
 
 

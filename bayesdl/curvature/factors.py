@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.curvature.backward import backward, parameter_rows
+from bayesdl.curvature.elements import chosen
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layers import Use, empty_factor, factor_of
 from bayesdl.curvature.layout import MISSING, REPEATED, Layout
@@ -37,6 +40,7 @@ def layer_factors(
     inputs: Any,
     cotangents: Cotangents,
     dtype: torch.dtype = torch.float32,
+    graph: bool = False,
 ) -> tuple[Tensor, list[Factor]]:
     """Outputs `(B, C)` and one factor per block for the cotangents `(K, B, C)` that the outputs ask for.
 
@@ -46,20 +50,24 @@ def layer_factors(
         inputs: one batch.
         cotangents: `f (B, C) -> V (K, B, C)`; the factors represent J_n^T V_n for every example n.
         dtype: of the factors, whatever the network's own dtype.
+        graph: whether outputs and factors are to be differentiated towards inputs that require it.
 
     Cost: one forward, one backward of activations for K cotangents. No gradient of a weight is formed.
     """
+    if layout.whole is not None:
+        output, whole = layer_factors(network, layout.whole, inputs, cotangents, dtype, graph)
+        return output, [chosen(factor, block) for factor, block in zip(whole, layout.blocks, strict=True)]
     hooked = {module: block.axis for block in layout.blocks if block.kind != "dense" for module in block.modules}
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _twice_differentiable(graph):
         call = _normal(network.prepare(inputs))
         copies = _copies(network, layout, call)
-        output, taps = tapped_forward(network, call, hooked, copies)
+        output, taps = tapped_forward(network, call, hooked, copies, graph)
         vectors = cotangents(output.detach())
         vectors = vectors.to(output.dtype)
-        gradients = backward(output, [*(tap.output for tap in taps), *copies.values()], vectors)
+        gradients = backward(output, [*(tap.output for tap in taps), *copies.values()], vectors, graph=graph)
         dense = [name for block in layout.blocks if block.kind == "dense" for name in block.parameters]
-        whole = [name for name in dense if name not in copies]
-        rows = parameter_rows(network, whole, call, vectors, output.detach()) if whole else {}
+        alone = [name for name in dense if name not in copies]
+        rows = parameter_rows(network, alone, call, vectors, output.detach(), graph) if alone else {}
     for (name, copy), gradient in zip(copies.items(), gradients[len(taps) :], strict=True):
         rows[name] = copy.new_zeros(len(vectors), *copy.shape) if gradient is None else gradient
     uses: dict[str, list[Use]] = defaultdict(list)
@@ -73,11 +81,20 @@ def layer_factors(
             continue
         calls = [use for module in block.modules for use in uses[module]]
         factors.append(factor_of(block, calls, len(output), dtype) if calls else empty_factor(block, vectors, dtype))
-    return output.detach(), factors
+    return output if graph else output.detach(), factors
+
+
+def _twice_differentiable(graph: bool) -> AbstractContextManager[None]:
+    """Fused attention has one derivative only; its explicit form has all."""
+    return sdpa_kernel(SDPBackend.MATH) if graph else nullcontext()
 
 
 def tapped_forward(
-    network: Network, call: Any, hooked: Mapping[str, int], tensors: Mapping[str, Tensor] | None = None
+    network: Network,
+    call: Any,
+    hooked: Mapping[str, int],
+    tensors: Mapping[str, Tensor] | None = None,
+    graph: bool = False,
 ) -> tuple[Tensor, list[Tap]]:
     """Forward pass of this thread's clone with the named layers' outputs turned into nodes of the graph.
 
@@ -90,6 +107,7 @@ def tapped_forward(
         call: prepared inputs.
         hooked: `Block.axis` by name of the layer.
         tensors: stand in for parameters, by name.
+        graph: whether the layers' inputs are to be differentiated.
     """
     module = network.module()
     size = batch_size(call) if any(axis <= REPEATED for axis in hooked.values()) else 0
@@ -105,7 +123,7 @@ def tapped_forward(
             if axis <= REPEATED:
                 value, output = _repeat(value, size, axis), _repeat(output, size, axis)
             node = output if output.requires_grad else output.detach().requires_grad_()
-            taps.append(Tap(name, layer, value.detach(), node))
+            taps.append(Tap(name, layer, value if graph else value.detach(), node))
             return node.clone()
 
         return record

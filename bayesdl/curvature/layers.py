@@ -29,11 +29,20 @@ class Use:
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS: tuple[type[nn.Module], ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_NORMS, *INSTANCE_NORMS)
+# weights that multiply, entry by entry, a function of the input
+SCALES: tuple[type[nn.Module], ...] = (*NORMS, nn.PReLU)
 # these fix the place of the batch (first) and of the channels (second); all others take the batch on any leading axis
-CHANNEL_WISE: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *TRANSPOSED, nn.GroupNorm, *BATCH_NORMS, *INSTANCE_NORMS)
+CHANNEL_WISE: tuple[type[nn.Module], ...] = (
+    *CONVOLUTIONS,
+    *TRANSPOSED,
+    nn.GroupNorm,
+    nn.PReLU,
+    *BATCH_NORMS,
+    *INSTANCE_NORMS,
+)
 
 
 def block_of(module: nn.Module, weight: str | None, bias: str | None, modules: tuple[str, ...]) -> Block | None:
@@ -61,7 +70,7 @@ def block_of(module: nn.Module, weight: str | None, bias: str | None, modules: t
     if isinstance(module, nn.Embedding):
         padding = -1 if module.padding_idx is None else module.padding_idx
         return Block(name, "rows", names, shapes, modules, 1, shapes[0][1], shapes[0][0], padding=padding)
-    if isinstance(module, NORMS):
+    if isinstance(module, SCALES):
         total = sum(torch.Size(shape).numel() for shape in shapes)
         return Block(name, "scale", names, shapes, modules, 1, total, 1)
     return None
@@ -223,6 +232,9 @@ def _joined(parts: list[Tensor], axis: int) -> Tensor:
 
 
 def _normalised(module: Any, value: Tensor) -> Tensor:
+    """What the weight of a norm, or of a PReLU, multiplies."""
+    if isinstance(module, nn.PReLU):
+        return value.clamp(max=0.0)
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(value, module.normalized_shape, None, None, module.eps)
     if isinstance(module, nn.RMSNorm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayesdl.errors import ArgumentError, ShapeError
 
-KINDS = ("linear", "rows", "scale", "shift", "dense")
+KINDS = ("linear", "rows", "scale", "shift", "dense", "elements")
 # values of `Block.axis` of what is the same for all examples, such as position embeddings
 REPEATED, MISSING = -2, -3
 
@@ -31,7 +31,7 @@ class Block:
         name: what reports call it: the layer's name, or the parameter's.
         kind: "linear" (weight acts linearly on the input, bias joined as a last column), "rows" (embedding),
             "scale" (weight and bias of a norm), "shift" (bias alone), "dense" (anything else, by per-example
-            gradients).
+            gradients), "elements" (single entries of a block of another kind, one row each).
         parameters: names, in the order in which the block holds them.
         shapes: their shapes.
         modules: names of the modules that use them; several where weights are tied.
@@ -42,6 +42,8 @@ class Block:
             batch axis; 0 where it needs a pass of its own.
         padding: row of an embedding that is a constant by convention; -1 for none.
         transposed: whether the weight's memory holds columns x rows (in x out).
+        whole: the block that "elements" belong to.
+        elements: their positions in that block's matrices, flattened.
     """
 
     name: str
@@ -55,6 +57,13 @@ class Block:
     axis: int = 0
     padding: int = -1
     transposed: bool = False
+    whole: Block | None = None
+    elements: tuple[int, ...] = ()
+
+    @cached_property
+    def index(self) -> Tensor:
+        """`elements` as a tensor."""
+        return torch.tensor(self.elements)
 
     @property
     def numel(self) -> int:
@@ -68,6 +77,9 @@ class Block:
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Tensors by name, each `(..., *shape)` -> `(..., G, rows, columns)`."""
+        if self.whole is not None:
+            entries = self.whole.pack(values).flatten(-3)
+            return entries[..., self.index.to(entries.device)][..., None, :, None]
         parts = [values[name] for name in self.parameters]
         lead = parts[0].shape[: parts[0].dim() - len(self.shapes[0])]
         if self.kind == "linear":
@@ -82,7 +94,11 @@ class Block:
         return torch.cat(flat, -1).reshape(*lead, 1, self.rows, 1)
 
     def unpack(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Inverse of `pack`."""
+        """Inverse of `pack`; zeros where a block holds single elements only."""
+        if self.whole is not None:
+            entries = matrix.new_zeros(*matrix.shape[:-3], self.whole.numel)
+            entries = entries.index_copy(-1, self.index.to(matrix.device), matrix.flatten(-3))
+            return self.whole.unpack(entries.unflatten(-1, (self.whole.groups, self.whole.rows, self.whole.columns)))
         lead = matrix.shape[:-3]
         if self.kind == "linear":
             weight = matrix[..., :-1] if self.has_bias else matrix
@@ -106,11 +122,15 @@ class Block:
 class Layout:
     """All blocks, and the order of the parameters in a flat vector `(P,)` (the network's own order).
 
+    Where blocks hold single elements of their tensors, a flat vector holds those alone, and tensors by name are zero
+    elsewhere.
+
     Attributes:
         blocks: in the order of their first parameter.
         names, shapes: the flat order.
         activations: scalars per example held by the taps of one backward pass, for memory planning.
         outputs: C of the network, for memory planning.
+        positions: T of the example that the plan was made with; 0 where the outputs are `(B, C)`.
     """
 
     blocks: tuple[Block, ...]
@@ -118,11 +138,30 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
     activations: int = 0
     outputs: int = 1
+    positions: int = 0
 
     @cached_property
     def sizes(self) -> list[int]:
         """Scalars per parameter in flat order."""
-        return [math.prod(shape) for shape in self.shapes]
+        pairs = zip(self.names, self.shapes, strict=True)
+        return [len(self.picked[n]) if n in self.picked else math.prod(shape) for n, shape in pairs]
+
+    @cached_property
+    def picked(self) -> dict[str, Tensor]:
+        """Positions of the selected elements by name, for parameters of which not all belong to a block."""
+        found: dict[str, Tensor] = {}
+        for block in self.blocks:
+            if block.whole is not None:
+                marks = block.unpack(torch.ones(1, block.rows, 1))
+                found |= {name: mark.flatten().nonzero().squeeze(1) for name, mark in marks.items()}
+        return found
+
+    @cached_property
+    def whole(self) -> Layout | None:
+        """The layout of all elements of the same blocks; None where they are all selected."""
+        if not self.picked:
+            return None
+        return replace(self, blocks=tuple(block.whole or block for block in self.blocks))
 
     @property
     def numel(self) -> int:
@@ -139,20 +178,27 @@ class Layout:
         values: dict[str, Tensor] = {}
         for block, matrix in zip(self.blocks, matrices, strict=True):
             values.update(block.unpack(matrix))
-        lead = matrices[0].shape[:-3]
-        return torch.cat([values[name].reshape(*lead, -1) for name in self.names], -1)
+        return self.flatten(values, matrices[0].dim() - 3)
 
     def to_dict(self, flat: Tensor) -> dict[str, Tensor]:
         """`(..., P)` -> tensors `(..., *shape)` by parameter name."""
         if flat.shape[-1] != self.numel:
             raise ShapeError(f"a flat vector of {flat.shape[-1]} entries was given; the selection has {self.numel}")
         lead = flat.shape[:-1]
-        pieces = flat.split(self.sizes, -1)
-        return {n: piece.reshape((*lead, *s)) for n, piece, s in zip(self.names, pieces, self.shapes, strict=True)}
+        pieces = dict(zip(self.names, flat.split(self.sizes, -1), strict=True))
+        for name, where in self.picked.items():
+            size = math.prod(self.shapes[self.names.index(name)])
+            pieces[name] = flat.new_zeros(*lead, size).index_copy(-1, where.to(flat.device), pieces[name])
+        return {name: pieces[name].reshape((*lead, *s)) for name, s in zip(self.names, self.shapes, strict=True)}
 
-    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Tensors by name -> `(P,)`."""
-        return torch.cat([values[name].reshape(-1) for name in self.names])
+    def flatten(self, values: Mapping[str, Tensor], lead: int = 0) -> Tensor:
+        """Tensors `(..., *shape)` by name, with `lead` axes before the parameter's own -> `(..., P)`."""
+        pieces = []
+        for name in self.names:
+            piece = values[name].reshape(*values[name].shape[:lead], -1)
+            where = self.picked.get(name)
+            pieces.append(piece if where is None else piece[..., where.to(piece.device)])
+        return torch.cat(pieces, -1)
 
     def without_padding(self, flat: Tensor) -> Tensor:
         """Offsets of the weights `(..., P)` with the padding rows of embeddings at zero, as in training."""
@@ -162,7 +208,7 @@ class Layout:
         values = self.to_dict(flat.clone())  # views
         for name, row in rows.items():
             values[name][..., row, :] = 0.0
-        return torch.cat([values[name].flatten(flat.dim() - 1) for name in self.names], -1)
+        return self.flatten(values, flat.dim() - 1)
 
     def shifts(self, shift: Tensor | float, like: Tensor) -> list[Tensor]:
         """A prior precision per block, broadcastable to `(G, rows, columns)`.
@@ -196,26 +242,32 @@ class Layout:
             "shapes": [list(shape) for shape in self.shapes],
             "activations": self.activations,
             "outputs": self.outputs,
+            "positions": self.positions,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Layout:
         """Inverse of `to_json`."""
-        blocks = tuple(
-            Block(
-                name=str(b["name"]),
-                kind=str(b["kind"]),
-                parameters=tuple(b["parameters"]),
-                shapes=tuple(tuple(s) for s in b["shapes"]),
-                modules=tuple(b["modules"]),
-                groups=int(b["groups"]),
-                rows=int(b["rows"]),
-                columns=int(b["columns"]),
-                axis=int(b["axis"]),
-                padding=int(b["padding"]),
-                transposed=bool(b.get("transposed", False)),  # absent from older files
-            )
-            for b in data["blocks"]
-        )
+        blocks = tuple(_block(b) for b in data["blocks"])
         shapes = tuple(tuple(int(i) for i in s) for s in data["shapes"])
-        return Layout(blocks, tuple(data["names"]), shapes, int(data["activations"]), int(data["outputs"]))
+        positions = int(data.get("positions", 0))  # absent from older files
+        return Layout(blocks, tuple(data["names"]), shapes, int(data["activations"]), int(data["outputs"]), positions)
+
+
+def _block(data: Mapping[str, Any]) -> Block:
+    """A block from its JSON form."""
+    return Block(
+        name=str(data["name"]),
+        kind=str(data["kind"]),
+        parameters=tuple(data["parameters"]),
+        shapes=tuple(tuple(shape) for shape in data["shapes"]),
+        modules=tuple(data["modules"]),
+        groups=int(data["groups"]),
+        rows=int(data["rows"]),
+        columns=int(data["columns"]),
+        axis=int(data["axis"]),
+        padding=int(data["padding"]),
+        transposed=bool(data.get("transposed", False)),  # absent from older files, as what follows
+        whole=_block(data["whole"]) if data.get("whole") else None,
+        elements=tuple(data.get("elements", ())),
+    )

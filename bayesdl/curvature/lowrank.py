@@ -45,6 +45,7 @@ class LowRank(Uniform):
     rank: int = DEFAULT_RANK
 
     name: ClassVar[str] = "lowrank"
+    num_passes: ClassVar[int] = 3
 
     @classmethod
     def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
@@ -166,9 +167,11 @@ class LowRank(Uniform):
     def to_dense(self) -> Tensor:
         return self.basis @ self.core @ self.basis.T
 
+    def sums(self) -> dict[str, Tensor]:
+        return {"core": self.core} if self.image is None else {"core": self.core, "image": self.image}
+
     def tensors(self) -> dict[str, Tensor]:
-        named = {"basis": self.basis, "core": self.core}
-        return named if self.image is None else named | {"image": self.image}
+        return {"basis": self.basis} | self.sums()
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         return replace(self, basis=tensors["basis"], core=tensors["core"], image=tensors.get("image"))

@@ -107,6 +107,10 @@ class Mixed(Structure):
         pairs = zip(self._own(factors), self._shifts(shift), strict=True)
         return torch.stack([part.quad(own, scale, s) for (part, own), s in pairs]).sum(0)
 
+    def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        groups = zip(self._own(first), self._own(second), self._shifts(shift), strict=True)
+        return torch.stack([part.cross(mine, other, scale, s) for (part, mine), (_, other), s in groups]).sum(0)
+
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         pairs = zip(self._own(factors), self._shifts(shift), strict=True)
         return torch.stack([part.marginal(own, scale, s) for (part, own), s in pairs]).sum(0)
@@ -137,6 +141,9 @@ class Mixed(Structure):
         for index, block in zip(self._split(flat), blocks, strict=True):
             dense[index.unsqueeze(1), index] = block
         return dense
+
+    def sums(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": value for i, part in enumerate(self.parts) for name, value in part.sums().items()}
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": value for i, part in enumerate(self.parts) for name, value in part.tensors().items()}
@@ -171,15 +178,14 @@ class Mixed(Structure):
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         """`(..., P)` -> one flat vector per group."""
-        values, lead = self.layout.to_dict(flat), flat.shape[:-1]
-        return [torch.cat([values[n].reshape(*lead, -1) for n in part.layout.names], -1) for part in self.parts]
+        values = self.layout.to_dict(flat)
+        return [part.layout.flatten(values, flat.dim() - 1) for part in self.parts]
 
     def _join(self, pieces: Sequence[Tensor]) -> Tensor:
         values: dict[str, Tensor] = {}
         for part, piece in zip(self.parts, pieces, strict=True):
             values |= part.layout.to_dict(piece)
-        lead = pieces[0].shape[:-1]
-        return torch.cat([values[name].reshape(*lead, -1) for name in self.layout.names], -1)
+        return self.layout.flatten(values, pieces[0].dim() - 1)
 
 
 def _grouped(layout: Layout, patterns: Mapping[str, str]) -> dict[str, list[Block]]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bayesdl.batch import batch_size, flatten_tensors
 from bayesdl.curvature.chunking import chunk_size, chunks
-from bayesdl.curvature.cotangents import cotangent_rule
-from bayesdl.curvature.factors import layer_factors
+from bayesdl.curvature.contributions import Seeds
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import in_batch
+from bayesdl.distributed import Group
 from bayesdl.errors import ArgumentError, NumericalError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.network import Network
 
-__all__ = ["Fit", "accumulate", "check_curvature", "check_same_data"]
+__all__ = ["Fit", "Tally", "check_curvature", "check_same_data"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Fit:
     Attributes:
         curvature: at the likelihood's noise, or at unit noise where that is still open (Gaussian).
         parts: for a Gaussian likelihood with open noise and several outputs, the curvature of each output alone.
-        num_data: N.
+        num_data: N, the observations that count: examples, or positions less those whose target is ignored.
         log_likelihood: sum of log p(y | f); at unit noise where the noise is open.
         squared_error: `(C,)` sum of squared residuals, Gaussian only.
     """
@@ -40,60 +40,100 @@ class Fit:
     squared_error: Tensor | None
 
 
-def accumulate(
-    network: Network,
-    curvature: Structure,
-    data: Iterable[tuple[int, Any, Any]],
-    likelihood: Likelihood,
-    kind: str,
-    samples: int,
-    generator: torch.Generator | None,
-    dtype: torch.dtype,
-    memory: int | None,
-) -> tuple[Fit, float]:
-    """One pass of `batches` into `curvature`, and sum_n |log p(y_n | f_n)|, the scale of its rounding errors."""
-    open_noise = isinstance(likelihood, Gaussian) and likelihood.noise is None
-    if isinstance(likelihood, Gaussian) and likelihood.noise is None:
-        likelihood = likelihood.with_noise(1.0)
-    seeds = cotangent_rule(likelihood, kind, samples, generator)
-    total, layout = curvature, curvature.layout
-    parts: list[Structure] = []
-    count, squared = 0, None
-    log_likelihood, absolute = torch.zeros(2, dtype=torch.float64, device=network.device).unbind()
-    width = {"mc": samples, "empirical": 1}.get(kind)
-    step = chunk_size(layout, curvature, dtype, width=width, memory=memory, device=network.device)
-    for number, inputs, target in data:
-        for rows, labels in chunks(inputs, target, step):
-            seen: dict[str, Tensor] = {}
+@final
+class Tally:
+    """Running sums of one pass over the data.
 
-            def cotangents(f: Tensor, labels: Tensor = labels, seen: dict[str, Tensor] = seen) -> Tensor:
-                outputs = likelihood.check_outputs(f)
-                seen["f"], seen["y"] = outputs, likelihood.check_targets(outputs, labels)
-                return seeds(outputs, seen["y"])
+    Args:
+        network: whose curvature it is.
+        curvature: empty, or what an interrupted pass left; updated in place.
+        likelihood: p(y | f).
+        kind: see `cotangent_rule`.
+        samples: draws of y per example for kind "mc".
+        generator: for kind "mc".
+        dtype: of the factors.
+        memory: bytes that one chunk of examples may take.
+    """
 
-            with in_batch(number):
-                _, factors = layer_factors(network, layout, rows, cotangents, dtype)
-            f, y = seen["f"], seen["y"]
-            count += len(f)
-            each = likelihood.log_prob(f, y).double()
-            log_likelihood, absolute = log_likelihood + each.sum(), absolute + each.abs().sum()
-            if isinstance(likelihood, Gaussian):
-                residual = (y - f).double().square().sum(0)
-                squared = residual if squared is None else squared + residual
-            if open_noise and kind == "ggn" and f.shape[1] > 1:
-                parts = parts or [curvature.fresh() for _ in range(f.shape[1])]
-                for c, part in enumerate(parts):
+    def __init__(
+        self,
+        network: Network,
+        curvature: Structure,
+        likelihood: Likelihood,
+        kind: str,
+        samples: int,
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+        memory: int | None,
+    ) -> None:
+        self.network, self.curvature, self.kind, self.dtype = network, curvature, kind, dtype
+        self._open_noise = isinstance(likelihood, Gaussian) and likelihood.noise is None
+        if isinstance(likelihood, Gaussian) and likelihood.noise is None:
+            likelihood = likelihood.with_noise(1.0)
+        self.likelihood = likelihood
+        # an open noise weights the curvature of each output later
+        self._seeds = Seeds(likelihood, kind, samples, generator, whole=self._open_noise)
+        width, layout = self._seeds.width(curvature, samples), curvature.layout
+        self.memory = memory
+        self.step = chunk_size(layout, curvature, dtype, width=width, memory=memory, device=network.device)
+        self.parts: tuple[Structure, ...] = ()
+        self.count = self.examples = 0
+        # sum of log p(y | f), and of its absolute values, which is the scale of the sum's rounding errors
+        self.scores = torch.zeros(2, dtype=torch.float64, device=network.device)
+        self.squared: Tensor | None = None
+
+    def add(self, number: int, inputs: Any, target: Any) -> None:
+        """One batch; `number` is what errors call it."""
+        with in_batch(number):
+            for rows, labels in chunks(inputs, target, self.step):
+                self._add(rows, labels)
+
+    def _add(self, rows: Any, labels: Any) -> None:
+        some = self._seeds.contribution(self.network, self.curvature, rows, labels, self.dtype, self.memory)
+        f, y = some.f, some.y
+        self.count += some.number
+        self.examples += batch_size(rows) if flatten_tensors(rows)[0] else len(f)
+        each = self.likelihood.log_prob(f, y).double()
+        self.scores += torch.stack([each.sum(), each.abs().sum()])
+        if isinstance(self.likelihood, Gaussian):
+            residual = (y - f).double().square().sum(0)
+            self.squared = residual if self.squared is None else self.squared + residual
+        if self._open_noise and self.kind == "ggn" and f.shape[1] > 1:
+            self.parts = self.parts or self._empty_parts(f.shape[1])
+            for factors in some.parts:
+                for c, part in enumerate(self.parts):
                     part.update([replace(factor, g=factor.g[:, c : c + 1]) for factor in factors])
-            else:
-                total.update(factors)
-            with in_batch(number):
-                for kept in parts or [total]:
-                    kept.check_finite()
-    if parts:
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-    return Fit(total, tuple(parts), count, float(log_likelihood), squared), float(absolute)
+        else:
+            for factors in some.parts:
+                self.curvature.update(factors)
+        for kept in self.parts or (self.curvature,):
+            kept.check_finite()
+
+    def combine(self, group: Group) -> None:
+        """Add up the tallies of all processes; each of them then holds the whole."""
+        # a process without a batch has yet to learn what there is to add up
+        width = 0 if self.squared is None else len(self.squared)
+        outputs, width = group.largest([len(self.parts), width])
+        self.parts = self.parts or self._empty_parts(outputs)
+        if width and self.squared is None:
+            self.squared = self.scores.new_zeros(width)
+        counts = torch.tensor([self.count, self.examples], dtype=torch.int64, device=group.device)
+        sums = [value for kept in self.parts or (self.curvature,) for value in kept.sums().values()]
+        group.add([counts, self.scores, *([] if self.squared is None else [self.squared]), *sums])
+        self.count, self.examples = (int(value) for value in counts)
+
+    def result(self) -> tuple[Fit, float]:
+        """The fit, and sum_n |log p(y_n | f_n)|."""
+        total = self.curvature
+        if self.parts:
+            total = self.parts[0]
+            for part in self.parts[1:]:
+                total = total + part
+        log_likelihood, absolute = (float(value) for value in self.scores)
+        return Fit(total, self.parts, self.count, log_likelihood, self.squared), absolute
+
+    def _empty_parts(self, outputs: int) -> tuple[Structure, ...]:
+        return tuple(self.curvature.fresh() for _ in range(outputs))
 
 
 def check_curvature(curvature: Structure) -> None:

@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bayesdl.attention import ExplicitAttention
 from bayesdl.batch import batch_size, index_batch
-from bayesdl.curvature.backward import backward, tolerance
+from bayesdl.curvature.backward import backward, coarsest, recorded_dtypes, tolerance
+from bayesdl.curvature.elements import restricted
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Tap, layer_factors, tapped_forward
 from bayesdl.curvature.layers import CHANNEL_WISE, block_of, joins_bias
 from bayesdl.curvature.layout import MISSING, REPEATED, Block, Layout
-from bayesdl.curvature.projections import attention_blocks
+from bayesdl.curvature.projections import composite_blocks, is_composite
 from bayesdl.data import check_inputs, in_batch
-from bayesdl.errors import ArgumentError, BayesDLError, UnreachedParameterError, check_finite
+from bayesdl.errors import ArgumentError, BayesDLError, UnreachedParameterError, UnsupportedError, check_finite
 from bayesdl.network import Network
 
 # what torch's functions raise on shapes that they cannot take
@@ -52,10 +52,11 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
         check_inputs(example)
     with torch.inference_mode(False), torch.enable_grad():
         pair = _rows(network, example, 2)
-        two = tapped_forward(network, pair, hooked)[1]
-        three = tapped_forward(network, _rows(network, example, 3), hooked)[1]
+        alone, two = tapped_forward(network, pair, hooked)
+        among, three = tapped_forward(network, _rows(network, example, 3), hooked)
         truth = _true_gradients(network, pair)
-    outputs = int(truth[0].shape[-1])
+        _check_independent(alone.detach(), among.detach(), truth.kind)
+    outputs = truth[0].shape[2:]
     proof = _Proof(network, pair, truth, two)
     blocks = [_repeated(block, two, three, proof) or _placed(block, two, three) for block in blocks]
     checked = [block for block in blocks if block.kind != "dense"]
@@ -77,10 +78,22 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
     copied = [_copied(block, proof) if block.name in bare else block for block in dense]
     if copied != dense and proof.holds([*checked, *copied]):  # all at once, too
         dense = copied
-    return _layout(network, [*checked, *dense], two, outputs)
+    layout = _layout(network, [*checked, *dense], two, outputs)
+    return layout if network.elements is None else restricted(layout, network.elements)
 
 
-def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: int) -> Layout:
+def _check_independent(alone: Tensor, among: Tensor, kind: torch.dtype) -> None:
+    """Raise unless two examples have the outputs that they have next to a third."""
+    # the outputs of a deep network in bfloat16 agree to a few per cent
+    slack = min(tolerance(kind), 0.1) * float(1e-3 + alone.abs().max())
+    if not float((alone - among[:2]).abs().max()) <= slack:
+        raise UnsupportedError(
+            "the network's output for an example depends on the other examples in the batch (batch statistics, "
+            "attention over the batch axis, randomness?); curvature per example is not defined for such a network"
+        )
+
+
+def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: torch.Size) -> Layout:
     order = {name: i for i, name in enumerate(network.names)}
     values = network.parameters
     return Layout(
@@ -88,7 +101,8 @@ def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: int
         network.names,
         tuple(tuple(values[name].shape) for name in network.names),
         sum(tap.output.numel() for tap in taps) // 2,
-        outputs,
+        outputs[-1],
+        outputs[:-1].numel() if len(outputs) > 1 else 0,
     )
 
 
@@ -105,7 +119,7 @@ def _candidates(network: Network, bias: str) -> list[Block]:
     uses: dict[str, set[_Owned]] = defaultdict(set)
     for path, module in network.module().named_modules():
         own = {key: names.get(id(p)) for key, p in module._parameters.items() if p is not None}
-        known = isinstance(module, ExplicitAttention) or set(own) <= {"weight", "bias"}
+        known = is_composite(module) or set(own) <= {"weight", "bias"}
         if not any(own.values()) or not known:
             continue
         key = tuple(sorted(own.items()))
@@ -120,8 +134,8 @@ def _candidates(network: Network, bias: str) -> list[Block]:
         if len(kinds) != 1 or shared_elsewhere:
             continue
         module, paths, own = owners[0][1], tuple(path for path, _ in owners), dict(key)
-        if isinstance(module, ExplicitAttention):
-            blocks += attention_blocks(module, own, paths, bias)
+        if is_composite(module):
+            blocks += composite_blocks(module, own, paths, bias)
             continue
         weight, shift = own.get("weight"), own.get("bias")
         pairs = [(weight, shift)]
@@ -154,13 +168,27 @@ def _placed(block: Block, two: list[Tap], three: list[Tap]) -> Block:
     return replace(block, axis=axes.pop() or 0)
 
 
+class _Truth(NamedTuple):
+    """What automatic differentiation says about two examples.
+
+    Attributes:
+        vectors: cotangents, one for each example.
+        gradients: every selected parameter's gradients `(2, ...)`.
+        kind: the coarsest dtype that the network computes in.
+    """
+
+    vectors: Tensor
+    gradients: dict[str, Tensor]
+    kind: torch.dtype
+
+
 @dataclass(frozen=True)
 class _Proof:
     """Trials: whether the network computes the same with a batch axis where it has none."""
 
     network: Network
     pair: Any
-    truth: tuple[Tensor, dict[str, Tensor]]
+    truth: _Truth
     taps: list[Tap]
 
     @cached_property
@@ -171,8 +199,8 @@ class _Proof:
 
     def holds(self, blocks: list[Block]) -> bool:
         """Whether outputs and gradients are right; not where whoever reads the values wants them as they are."""
-        layout = _layout(self.network, blocks, self.taps, self.plain.shape[1])
-        close = tolerance(self.plain.dtype) * float(1.0 + self.plain.abs().max())
+        layout = _layout(self.network, blocks, self.taps, self.plain.shape[1:])
+        close = tolerance(self.truth.kind) * float(1.0 + self.plain.abs().max())
         try:
             output = layer_factors(self.network, layout, self.pair, lambda f: self.truth[0], torch.float32)[0]
             same = output.shape == self.plain.shape and torch.allclose(output, self.plain, rtol=0.0, atol=close)
@@ -212,14 +240,15 @@ def _copied(block: Block, proof: _Proof) -> Block:
     return next((trial for trial in trials if proof.holds([trial])), block)
 
 
-def _true_gradients(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Two random cotangents `(2, 2, C)`, one for each example, and every selected parameter's gradients `(2, ...)`."""
+def _true_gradients(network: Network, pair: Any) -> _Truth:
+    """Two random cotangents `(2, 2, ..., C)`, one an example, and every selected parameter's gradients `(2, ...)`."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in network.parameters.items()}
-    output = network.forward(network.module(), pair, leaves)
+    with recorded_dtypes() as kinds:
+        output = network.forward(network.module(), pair, leaves)
     with in_batch(0):
         check_finite(output.detach(), "the network's outputs")
-    noise = torch.randn(2, output.shape[1], generator=torch.Generator().manual_seed(0))
-    vectors = torch.diag_embed(noise.T).permute(1, 2, 0).to(output)
+    noise = torch.randn(2, *output.shape[1:], generator=torch.Generator().manual_seed(0))
+    vectors = torch.stack([torch.stack([noise[0], noise[1] * 0.0]), torch.stack([noise[0] * 0.0, noise[1]])]).to(output)
     # one cotangent at a time: batched passes are among what is to be proved
     rounds = [backward(output, list(leaves.values()), v.unsqueeze(0), keep=True) for v in vectors]
     missing = [name for name, g in zip(leaves, rounds[0], strict=True) if g is None]
@@ -230,13 +259,13 @@ def _true_gradients(network: Network, pair: Any) -> tuple[Tensor, dict[str, Tens
             "them out of select= (is there a second head, or a detach()?)"
         )
     pairs = zip(leaves, *rounds, strict=True)
-    return vectors, {name: torch.cat([a, b]) for name, a, b in pairs if a is not None and b is not None}
+    gradients = {name: torch.cat([a, b]) for name, a, b in pairs if a is not None and b is not None}
+    return _Truth(vectors, gradients, coarsest([*kinds, output.dtype, network.dtype or torch.float32]))
 
 
-def _disagreeing(network: Network, layout: Layout, pair: Any, truth: tuple[Tensor, dict[str, Tensor]]) -> set[str]:
-    vectors, gradients = truth
-    kind = network.dtype or torch.float32
-    work = torch.promote_types(kind, torch.float32)
+def _disagreeing(network: Network, layout: Layout, pair: Any, truth: _Truth) -> set[str]:
+    vectors, gradients, kind = truth
+    work = torch.promote_types(network.dtype or torch.float32, torch.float32)
     _, factors = layer_factors(network, layout, pair, lambda f: vectors, work)
     wrong = set()
     for block, factor in zip(layout.blocks, factors, strict=True):

@@ -57,6 +57,16 @@ def transposed_times(factor: Factor, vectors: Tensor, block: Block) -> Tensor:
     return found if factor.u_out is None else factor.u_out.mT @ found
 
 
+def selected(factor: Factor, index: Tensor | slice) -> Factor:
+    """The examples at `index`, a mask, positions or a slice."""
+    g = factor.g[:, :, index]
+    if isinstance(factor, LinearFactor):
+        if factor.shared:  # stays one for all
+            g = factor.g[:, :, :1].expand(-1, -1, g.shape[2], -1, -1)
+        return replace(factor, a=factor.a[:, index], g=g)
+    return replace(factor, index=factor.index[index], g=g)
+
+
 def _forms_rows(factor: LinearFactor, count: int) -> bool:
     # K T products of out x in for the rows and K q with them, against q T for moved inputs
     width, positions = factor.g.shape[1], factor.positions

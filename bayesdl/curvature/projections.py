@@ -1,13 +1,59 @@
-"""The in-projections of attention: one packed weight with three uses, or three weights that share a bias."""
+"""Blocks of the parameters that composite layers hold themselves: attention, recurrent cells, bags, bilinear forms."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
 
 from bayesdl.attention import PROJECTIONS, ExplicitAttention
 from bayesdl.curvature.layout import Block
+from bayesdl.maps import Lookup, Part, parts_of
 
 WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def is_composite(layer: nn.Module) -> bool:
+    """Whether `composite_blocks` knows a layer."""
+    return isinstance(layer, ExplicitAttention) or bool(parts_of(layer))
+
+
+def composite_blocks(layer: nn.Module, own: Mapping[str, str | None], paths: tuple[str, ...], bias: str) -> list[Block]:
+    """Blocks of the selected parameters that a composite layer holds itself: one for each of its products.
+
+    Args:
+        layer: from a private clone.
+        own: full names by the layer's own parameter names; None where not selected.
+        paths: of all layers over the same parameters.
+        bias: "joint" or "separate".
+    """
+    if isinstance(layer, ExplicitAttention):
+        return attention_blocks(layer, own, paths, bias)
+    return [block for part in parts_of(layer) for block in _part_blocks(layer, part, own, paths, bias)]
+
+
+def _part_blocks(
+    layer: Any, part: Part, own: Mapping[str, str | None], paths: tuple[str, ...], bias: str
+) -> list[Block]:
+    weight, shift = own.get(part.weight), None if part.bias is None else own.get(part.bias)
+    modules = tuple(_under(path, part.module) for path in paths)
+    shape = tuple(layer._parameters[part.weight].shape)
+    out, inputs = shape[0], math.prod(shape[1:])
+    label = modules[0] if len(parts_of(layer)) > 1 else paths[0] or "network"
+    if weight is not None and isinstance(lookup := layer._modules[part.module], Lookup):
+        padding = -1 if lookup.padding_idx is None else lookup.padding_idx
+        return [Block(label, "rows", (weight,), (shape,), modules, 1, inputs, out, padding=padding)]
+    if weight is not None and shift is not None and bias == "joint":
+        return [Block(label, "linear", (weight, shift), (shape, (out,)), modules, 1, out, inputs + 1)]
+    blocks = []
+    if weight is not None:
+        name = weight if part.bias is not None and bias == "separate" else label
+        blocks.append(Block(name, "linear", (weight,), (shape,), modules, 1, out, inputs))
+    if shift is not None:
+        blocks.append(Block(shift, "shift", (shift,), ((out,),), modules, 1, out, 1))
+    return blocks
 
 
 def attention_blocks(

@@ -53,6 +53,12 @@ def check_recipe(recipe: Recipe, rank: int | None = None) -> None:
         _check_name(recipe)
 
 
+def num_passes(recipe: Recipe) -> int:
+    """How often the data are read."""
+    names = recipe.values() if isinstance(recipe, Mapping) else [recipe]
+    return max(STRUCTURES[name].num_passes for name in names)
+
+
 def empty(recipe: Recipe, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:
     """The finished structure with zero curvature."""
     if isinstance(recipe, Mapping):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import Factor, add_quads
+from bayesdl.curvature.cross import cross
+from bayesdl.curvature.factor import Factor, add_marginals, add_quads
 from bayesdl.curvature.layout import cast
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 from bayesdl.errors import UnsupportedError
@@ -76,6 +77,16 @@ class Rotated(Uniform):
         weights = self._precision(scale, shift)
         return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
 
+    def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        values = [cast(scale, e.values) * e.values for e in self.eigen]
+        return add_marginals(factors, values, shifts)
+
+    def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        mine = self.prepared(first)
+        other = mine if second is first else self.prepared(second)
+        weights = self._precision(scale, shift)
+        return torch.stack([cross(a, b, 1.0 / p) for a, b, p in zip(mine, other, weights, strict=True)]).sum(0)
+
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
         check_noise(noise, self.layout.numel)
         return self._filtered(noise, [p.rsqrt() for p in self._precision(scale, shift)])
@@ -103,4 +114,6 @@ class Rotated(Uniform):
         like = self.eigen[0].values
         like = like.new_empty((), dtype=dtype or like.dtype)
         scaling = cast(scale, like)
-        return [scaling * e.values + s for e, s in zip(self.eigen, self.layout.shifts(shift, like), strict=True)]
+        return [
+            scaling * e.values.to(like) + s for e, s in zip(self.eigen, self.layout.shifts(shift, like), strict=True)
+        ]

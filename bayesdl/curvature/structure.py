@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from bayesdl.curvature.cross import through_solve
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.layout import Layout
 from bayesdl.errors import ArgumentError, NonFiniteError
@@ -29,6 +30,8 @@ class Structure(ABC):
     layout: Layout
 
     name: ClassVar[str]
+    # whether nothing is kept between the outputs of a last layer, so that the diagonal of Lambda says all
+    separates_outputs: ClassVar[bool] = False
 
     @property
     def recipe(self) -> str | dict[str, str]:
@@ -82,6 +85,10 @@ class Structure(ABC):
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         """The diagonal of `quad`, `(B, K)`."""
 
+    def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
+        """J P^-1 J'^T between the examples of two batches, `(B, K, B', K')`."""
+        return through_solve(self.layout, lambda rows: self.solve(rows, scale, shift), first, second)
+
     @abstractmethod
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
         """P^-1/2 noise for base noise `(S, P)`: draws of N(0, P^-1).
@@ -104,6 +111,10 @@ class Structure(ABC):
     @abstractmethod
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         """The same structure over other tensors (moves, files)."""
+
+    def sums(self) -> dict[str, Tensor]:
+        """Those of `tensors` that add up over the data; whatever else there is was settled before the pass."""
+        return self.tensors()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply `function` to every tensor."""
@@ -138,10 +149,16 @@ class Structure(ABC):
         """`marginal` from `prepared` factors."""
         return self.marginal(factors, scale, shift)
 
+    def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        """`marginal_prepared` for every one of R scalar shifts `(R,)`: `(R, B, K)`."""
+        return torch.stack([self.marginal_prepared(factors, scale, shift) for shift in shifts])
+
 
 @dataclass(frozen=True, eq=False)
 class Uniform(Structure):
     """A structure of one kind over all blocks: its name alone says how to fit it."""
+
+    num_passes: ClassVar[int] = 1
 
     @classmethod
     @abstractmethod

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bayesdl.errors import ArgumentError, LabelError, ShapeError
 from bayesdl.evaluation import cost as costs
 from bayesdl.evaluation.predictions import Predictions
+from bayesdl.predictive import Predictive
 
 TEST = "test"
 _COST_EXAMPLES = 512  # enough to time a method, few enough that a slow one is not run over the whole test set again
@@ -159,6 +160,8 @@ def _predictions(row: str, method: Any, name: str, source: Any) -> Predictions |
     if labelled and targets is None:
         raise LabelError(f"{name}: the loader gives inputs without targets, and nothing can be scored without them")
     meta = {"about": _facts(method)} if name == TEST else {}
+    if targets is not None and not labelled and isinstance(predictive, Predictive):
+        predictive = predictive.without_ignored(targets)  # padding belongs to no distribution
     made = Predictions.from_predictive(predictive, targets if labelled else None, name=name, meta=meta)
     return made.map(Tensor.cpu)
 

@@ -22,6 +22,7 @@ from bayesdl.evaluation import validation
 from bayesdl.evaluation.decomposition import Split, log_complement, split_bernoulli, split_categorical, split_moments
 from bayesdl.evaluation.members import class_fields, log_of, moment_fields, raw_scores
 from bayesdl.evaluation.regression import Mixture, interval_of
+from bayesdl.predictive import Predictive
 
 Task = Literal["classification", "multilabel", "regression", "count"]
 FORMAT = "bayesdl-predictions-1"
@@ -87,6 +88,8 @@ class Predictions:
     ) -> Predictions:
         """Read a `Predictive` through its public attributes; `targets` (N, ...) as its likelihood takes them, or None.
 
+        Positions (tokens, pixels) become examples of their own; those whose target is ignored are left out.
+
         A Bernoulli with one output becomes two-class classification, so that every classification metric applies to it.
         The members are kept where the latent's samples are the members of the predictive (an ensemble), and their
         mean alone where a link lies in between.
@@ -94,6 +97,12 @@ class Predictions:
         task = predictive.task
         if targets is not None:
             targets = validation.tensor(targets, "targets")
+        if isinstance(predictive, Predictive) and task == "classification":
+            if targets is None:
+                predictive = predictive.flat()
+            else:
+                group = None if group is None else validation.tensor(group, "group")
+                predictive, targets, group = predictive.observed(targets, group)
         fields_: dict[str, Any] = {
             "total": predictive.total,
             "aleatoric": predictive.aleatoric,

@@ -194,7 +194,7 @@ class Full(Covariance):
         return self.lower.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
 
     def quad(self, phi: Tensor) -> Tensor:
-        factor, step = self.factor(), self.chunks(len(phi))
+        factor, step = self.factor(), self.chunks(phi.shape[0])
         pieces = [(phi @ part).square().sum(-1) for part in factor.split(step)]
         return torch.cat(pieces).mT
 
@@ -283,7 +283,7 @@ class Precision(Covariance):
         columns = phi.mT
         pieces = [
             torch.linalg.solve_triangular(part, columns.expand(len(part), -1, -1), upper=False).square().sum(-2)
-            for part in self.factor().split(self.chunks(len(phi)))
+            for part in self.factor().split(self.chunks(phi.shape[0]))
         ]
         return torch.cat(pieces).mT
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ class Likelihood(ABC):
 
     name: ClassVar[str] = "custom"
     task: ClassVar[str] = "count"
+
+    @property
+    def output_axis(self) -> int | Literal["auto"] | None:
+        """Axis of a network's raw outputs that holds the C numbers of one observation, all others but the first being
+        positions; "auto": by the number of axes (`bayesdl.network.outputs_last`). None: outputs are `(B, C)`."""
+        return None
 
     @abstractmethod
     def distribution(self, f: Tensor) -> Distribution:
@@ -62,6 +68,16 @@ class Likelihood(ABC):
         if not bool(torch.isfinite(target).all()):
             raise NonFiniteError(f"targets: NaN or infinity, the first at index {first_bad(~torch.isfinite(target))}")
         return target
+
+    def counted(self, y: Tensor) -> Tensor | None:
+        """Mask of the observations among checked targets that count, `(B,)`; None: all of them do."""
+        del y
+        return None
+
+    def num_counted(self, y: Tensor) -> int:
+        """How many observations checked targets hold: all of the batch, less what `counted` leaves out."""
+        mask = self.counted(y)
+        return len(y) if mask is None else int(mask.sum())
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
         """log p(y | f) summed over outputs, `(B,)`; `y` as `check_targets` returns it."""
@@ -101,6 +117,18 @@ class Likelihood(ABC):
                 "the Fisher information, in its class"
             )
         return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).to(f.dtype).permute(2, 0, 1)
+
+    def hessian_diagonal(self, f: Tensor) -> Tensor:
+        """The diagonal of Lambda, `(B, C)`: all that a last layer's diagonal curvature depends on."""
+        return self.hessian_root(f).square().sum(0)
+
+    def num_roots(self, f: Tensor) -> int:
+        """K of `hessian_root`."""
+        return len(self.hessian_root(f[:1]))
+
+    def root_columns(self, f: Tensor, start: int, stop: int) -> Tensor:
+        """`hessian_root(f)[start:stop]`; where there are many outputs a family forms no more than these."""
+        return self.hessian_root(f)[start:stop]
 
     def predictive(self, latent: Latent, noise: Tensor) -> Predictive:
         """Latent -> Predictive; `noise` is base noise `(S, C)`."""
@@ -156,7 +184,7 @@ def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
 
 def entropy_split(weights: Tensor, entropies: Tensor, total: Tensor) -> Split:
     """Aleatoric = expected entropy, epistemic = total - aleatoric >= 0 (Jensen), clamped at rounding."""
-    aleatoric = torch.einsum("s,sb->b", weights, entropies)
+    aleatoric = torch.einsum("s,s...->...", weights, entropies)
     return Split(aleatoric, (total - aleatoric).clamp(min=0))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch.distributions import Distribution
 
 from bayesdl.errors import ArgumentError, LabelError, ShapeError
 from bayesdl.latent import GaussianLatent, Latent
-from bayesdl.likelihoods.base import Likelihood, entropy_split, first_bad, scaled_mean
+from bayesdl.likelihoods.base import Likelihood, first_bad, scaled_mean
 from bayesdl.predictive import Split
 
-LINKS = ("probit", "bridge", "mc")
+LINKS = ("probit", "mean_field", "bridge", "mc")
+# scalars of draws of the outputs held at once
+DRAWS = 1 << 23
 
 
 @final
@@ -24,15 +27,26 @@ LINKS = ("probit", "bridge", "mc")
 class Categorical(Likelihood):
     """y is one of C classes, f are logits `(B, C)`, targets are integers `(B,)`.
 
+    Sequences and images have one observation at every position. Their logits `(B, T, C)` or `(B, C, H, W)` meet targets
+    `(B, T)` or `(B, H, W)`; the library keeps the classes last, so that predictions are `(B, T, C)` and `(B, H, W, C)`.
+
     Args:
-        link: how a Gaussian latent becomes class probabilities: "probit" (mean-field, MacKay 1992), "bridge"
-            (Laplace bridge to a Dirichlet, Hobbhahn et al. 2022) or "mc" (draws with common base noise).
+        link: how a Gaussian latent becomes class probabilities: "probit" (each logit shrunk by its own variance, MacKay
+            1992), "mean_field" (each difference of two logits by its variance, Lu, Ie and Sha 2020, second order; knows
+            covariances, at the cost of C^2 numbers an input), "bridge" (Laplace bridge to a Dirichlet, Hobbhahn et al.
+            2022) or "mc" (draws with common base noise).
         normalize: before the bridge, shrink latents whose mean variance exceeds sqrt(C/2) to it, the widest that
             the bridge maps well (its normalised variant).
+        ignore_index: positions (or examples) with this target count neither in N nor in the likelihood nor in the
+            curvature: padding, unlabelled pixels. As in `torch.nn.functional.cross_entropy`; None: every target counts.
+        class_axis: axis of the network's raw outputs that holds the classes. None: the last of `(B, T, C)`, axis 1 of
+            `(B, C, H, W)`. Give 1 for torch's order `(B, C, T)`.
     """
 
     link: str = "probit"
     normalize: bool = True
+    ignore_index: int | None = -100
+    class_axis: int | None = None
 
     name: ClassVar[str] = "categorical"
     task: ClassVar[str] = "classification"
@@ -40,6 +54,12 @@ class Categorical(Likelihood):
     def __post_init__(self) -> None:
         if self.link not in LINKS:
             raise ArgumentError(f"link={self.link!r} is not known; choose one of {LINKS}")
+        if self.class_axis == 0:
+            raise ArgumentError("class_axis=0 is the batch; give the axis of the outputs that holds the classes")
+
+    @property
+    def output_axis(self) -> int | Literal["auto"]:
+        return "auto" if self.class_axis is None else self.class_axis
 
     def distribution(self, f: Tensor) -> Distribution:
         return TorchCategorical(logits=f)
@@ -59,51 +79,96 @@ class Categorical(Likelihood):
     def check_targets(self, f: Tensor, y: Tensor) -> Tensor:
         if not isinstance(y, Tensor):
             raise LabelError(f"targets are {type(y).__name__}; expected a tensor of class indices")
-        if y.dim() == 2 and y.shape[1] == 1:
+        if f.dim() == 2 and y.dim() == 2 and y.shape[1] == 1:
             y = y.squeeze(1)
-        if y.shape != f.shape[:1]:
-            raise ShapeError(
-                f"targets have shape {tuple(y.shape)} and the outputs {tuple(f.shape)}; the categorical likelihood "
-                f"expects class indices of shape ({f.shape[0]},)"
-            )
+        self._check_shapes(f, y)
         if y.dtype.is_floating_point or y.dtype in (torch.bool, torch.complex64):
             raise LabelError(f"targets have dtype {y.dtype}; the categorical likelihood expects integer class indices")
+        y = y.long()  # before the comparisons: a mask of bytes holds no -100
         bad = (y < 0) | (y >= f.shape[-1])
+        if self.ignore_index is not None:
+            bad &= y != self.ignore_index
         if bool(bad.any()):
-            place = first_bad(bad)
+            found = first_bad(bad)
+            place = found[0] if len(found) == 1 else found
             raise LabelError(
-                f"target {int(y[place])} at index {place[0]} is outside 0..{f.shape[-1] - 1} (the network has "
+                f"target {int(y[found])} at index {place} is outside 0..{f.shape[-1] - 1} (the network has "
                 f"{f.shape[-1]} outputs)"
             )
-        return y.to(device=f.device, dtype=torch.long)
+        return y.to(f.device)
+
+    def _check_shapes(self, f: Tensor, y: Tensor) -> None:
+        given = f"targets have shape {tuple(y.shape)} and the outputs {tuple(f.shape)}"
+        if y.shape != f.shape[:-1]:
+            hint = ""
+            if f.dim() > 2 and self.class_axis is None:
+                hint = (
+                    " (classes last). If the network puts the classes elsewhere, say where: bdl.Categorical(class_axis="
+                )
+                hint += "1)" if f.dim() == 3 else "-1)"
+            raise ShapeError(
+                f"{given}; the categorical likelihood expects class indices of shape {tuple(f.shape[:-1])}{hint}"
+            )
+        if self.class_axis is None and f.dim() == 3 and f.shape[1] == f.shape[2]:
+            raise ShapeError(
+                f"{given}: which axis holds the classes is ambiguous; pass likelihood=bdl.Categorical(class_axis=-1) "
+                "where it is the last, class_axis=1 for the order of torch.nn.functional.cross_entropy"
+            )
+
+    def counted(self, y: Tensor) -> Tensor | None:
+        return None if self.ignore_index is None else y != self.ignore_index
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
-        return torch.log_softmax(f, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        """log p(y | f), `(B,)` or per position `(B, T)`; exactly zero where the target is ignored."""
+        found = torch.log_softmax(f, -1).gather(-1, self._class(y).unsqueeze(-1)).squeeze(-1)
+        mask = self.counted(y)
+        return found if mask is None else found.masked_fill(~mask, 0.0)
 
     def score(self, f: Tensor, y: Tensor) -> Tensor:
         gradient = torch.softmax(f, -1)
-        return gradient.scatter_add(-1, y.unsqueeze(-1), -gradient.new_ones(y.shape).unsqueeze(-1))
+        gradient = gradient.scatter_add(-1, self._class(y).unsqueeze(-1), -gradient.new_ones(y.shape).unsqueeze(-1))
+        mask = self.counted(y)
+        return gradient if mask is None else gradient.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def _class(self, y: Tensor) -> Tensor:
+        """Targets with a class of the network in the place of `ignore_index`."""
+        return y if self.ignore_index is None else y.masked_fill(y == self.ignore_index, 0)
 
     def hessian_root(self, f: Tensor) -> Tensor:
+        return self.root_columns(f, 0, f.shape[-1])
+
+    def num_roots(self, f: Tensor) -> int:
+        return int(f.shape[-1])
+
+    def root_columns(self, f: Tensor, start: int, stop: int) -> Tensor:
         # diag(p) - p p^T = sum_k v_k v_k^T with v_k = sqrt(p_k) (e_k - p)
         p = torch.softmax(f.detach(), -1)
-        columns = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device).unsqueeze(1) - p
-        return p.sqrt().T.unsqueeze(-1) * columns
+        chosen = p[..., start:stop].movedim(-1, 0).unsqueeze(-1)
+        root = -chosen.sqrt() * p
+        count = torch.arange(len(chosen), device=p.device)
+        root[count, ..., start + count] += chosen.squeeze(-1).sqrt()
+        return root
+
+    def hessian_diagonal(self, f: Tensor) -> Tensor:
+        p = torch.softmax(f.detach(), -1)
+        return p * (1.0 - p)
 
     def marginal(self, latent: Latent, noise: Tensor) -> Distribution:
         if not isinstance(latent, GaussianLatent) or self.link == "mc":
             return self.mixture(*latent.draws(noise))
         if self.link == "probit":
             return TorchCategorical(logits=scaled_mean(latent))
+        if self.link == "mean_field":
+            return TorchCategorical(logits=_pairwise(latent))
         return TorchCategorical(logits=self._log_concentration(latent))
 
     def mixture(self, weights: Tensor, draws: Tensor) -> Distribution:
         # in log space, so that a class of tiny probability keeps its log-probability
-        shares = weights.log().view(-1, 1, 1) + torch.log_softmax(draws, -1)
+        shares = weights.log().view(-1, *(1,) * (draws.dim() - 1)) + torch.log_softmax(draws, -1)
         return TorchCategorical(logits=torch.logsumexp(shares, 0))
 
     def split(self, latent: Latent, noise: Tensor) -> Split:
-        """Total entropy, expected entropy and mutual information, `(B,)` nats.
+        """Total entropy, expected entropy and mutual information, `(B,)` nats (per position, where there are any).
 
         With the bridge all three are closed forms of its Dirichlet. With the probit link there is none, so both
         parts come from draws; `total` is then the entropy of the draws' mean, not of the probit probabilities.
@@ -116,9 +181,12 @@ class Categorical(Likelihood):
             return Split(
                 aleatoric.to(latent.mean.dtype), (entropy(share) - aleatoric).clamp(min=0).to(latent.mean.dtype)
             )
-        weights, draws = latent.draws(noise)
-        probs = torch.softmax(draws, -1)
-        return entropy_split(weights, entropy(probs), entropy(torch.einsum("s,sbc->bc", weights, probs)))
+        aleatoric, mean = latent.mean.new_zeros(()), latent.mean.new_zeros(())
+        for weights, draws in _some_draws(latent, noise):
+            probs = torch.softmax(draws, -1)
+            aleatoric = aleatoric + torch.einsum("s,s...->...", weights, entropy(probs))
+            mean = mean + torch.einsum("s,s...->...", weights, probs)
+        return Split(aleatoric, (entropy(mean) - aleatoric).clamp(min=0))
 
     def _log_concentration(self, latent: GaussianLatent) -> Tensor:
         """log alpha `(B, C)` of the Dirichlet matched to the logits in softmax coordinates."""
@@ -134,12 +202,37 @@ class Categorical(Likelihood):
         return torch.logaddexp(growth, torch.full_like(growth, constant)) - variance.log()
 
     def config(self) -> dict[str, object]:
-        return {"link": self.link, "normalize": self.normalize}
+        return {
+            "link": self.link,
+            "normalize": self.normalize,
+            "ignore_index": self.ignore_index,
+            "class_axis": self.class_axis,
+        }
 
 
 def entropy(probs: Tensor) -> Tensor:
     """Entropy in nats over the last axis, with 0 log 0 = 0."""
     return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+def _some_draws(latent: Latent, noise: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draws of f with their weights; a few at a time where they are independent and all together would be many."""
+    count = len(noise)
+    if not isinstance(latent, GaussianLatent) or latent.covariance is not None:
+        yield latent.draws(noise)
+        return
+    for rows in noise.split(max(1, DRAWS // max(1, latent.mean.numel()))):
+        weights, draws = latent.draws(rows)
+        yield weights * (len(rows) / count), draws
+
+
+def _pairwise(latent: GaussianLatent) -> Tensor:
+    """Logits `(B, C)` of 1 / sum_i exp(-(f_k - f_i) / sqrt(1 + pi/8 var(f_k - f_i))), still to be normalised."""
+    spread = latent.variance.unsqueeze(-1) + latent.variance.unsqueeze(-2)
+    if latent.covariance is not None:
+        spread = spread - 2.0 * latent.covariance
+    gaps = latent.mean.unsqueeze(-1) - latent.mean.unsqueeze(-2)
+    return -torch.logsumexp(-gaps / torch.sqrt(1.0 + torch.pi / 8.0 * spread.clamp(min=0)), -1)
 
 
 def _zero_sum(latent: GaussianLatent) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from bayesdl.network import Network
 from bayesdl.posteriors import Posterior
 from bayesdl.priors import GaussianPrior, Prior
 from bayesdl.select import Selector
+
+if TYPE_CHECKING:
+    from bayesdl.distributed import Processes
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Task:
         data: loader, or None.
         generator: randomness, or None.
         progress: whether to show bars.
+        distributed: the processes that hold a share of the data each; see `bayesdl.distributed`.
     """
 
     network: Network
@@ -41,6 +45,7 @@ class Task:
     data: Iterable[Any] | None
     generator: torch.Generator | None
     progress: bool
+    distributed: Processes = None
 
     def need_data(self, method: str, what: str = "the training loader") -> Iterable[Any]:
         """The data, or an error that says what to pass."""
@@ -81,6 +86,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     trains: ClassVar[bool] = False  # whether the data must be what the network was trained on
+    elementwise: ClassVar[bool] = False  # whether it takes a selection of single elements of parameters
+    distributed: ClassVar[bool] = False  # whether several processes can fit it together, each with a share of the data
     select: Selector | None = None
 
     @abstractmethod

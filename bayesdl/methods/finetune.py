@@ -41,7 +41,8 @@ def sgd_epoch(
             if number and not bool(torch.isfinite(raw).all()):
                 raise NonFiniteError("the outputs became NaN or infinite in training: lower the learning rate")
             outputs = likelihood.check_outputs(raw)
-            loss = -likelihood.log_prob(outputs, likelihood.check_targets(outputs, target)).mean()
+            checked = likelihood.check_targets(outputs, target)
+            loss = -likelihood.log_prob(outputs, checked).sum() / max(1, likelihood.num_counted(checked))
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError("the training loss is NaN or infinite: lower the learning rate")
             loss.backward()

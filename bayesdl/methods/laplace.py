@@ -14,6 +14,7 @@ from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
 from bayesdl.curvature.registry import Recipe, check_recipe
 from bayesdl.diagnose import Finding
+from bayesdl.distributed import resolve_group, together
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.methods.base import Fitted, Method, Task
@@ -30,7 +31,8 @@ class Laplace(Method):
     """N(theta_MAP, P^-1) (MacKay 1992; Daxberger et al. 2021).
 
     Args:
-        select: Bayesian parameters: "all", "last_layer", names, a pattern, a predicate.
+        select: Bayesian parameters: "all", "last_layer", "requires_grad", "lora", names, a pattern, a predicate, or
+            single elements (`bdl.select.largest_magnitude` and its kin).
         structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary from
             layer patterns to these, e.g. `{"head": "full", "*": "kron"}`.
         kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
@@ -58,12 +60,16 @@ class Laplace(Method):
 
     name: ClassVar[str] = "laplace"
     trains: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         self._check()
         data = task.need_data(self.name)
         prior = task.gaussian_prior()
-        layout = plan(task.network, first_inputs(data, task.network.batch), self.bias)
+        with together(resolve_group(task.distributed)):
+            example = first_inputs(data, task.network.batch)
+            layout = plan(task.network, example, self.bias)
         fit = fit_curvature(
             task.network,
             layout,
@@ -78,6 +84,8 @@ class Laplace(Method):
             allow_partial=self.allow_partial,
             rank=self.rank,
             progress=task.progress,
+            distributed=task.distributed,
+            example=example,
         )
         posterior = self._posterior(fit, task, prior)
         rule = "scalar" if prior is None else "keep"
@@ -128,6 +136,7 @@ class Laplace(Method):
             fit.squared_error,
             self.kind,
             self.predictive,
+            self.memory,
         )
         # raise here, not at the first prediction, if the prior does not fit the structure
         posterior.structure.logdet(posterior.scale, posterior.shift)

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from bayesdl.latent import Latent
+from bayesdl.errors import UnsupportedError
+from bayesdl.latent import Latent, SampleLatent
 from bayesdl.network import Network
 
 Function = Callable[[Any], Tensor]
@@ -34,6 +35,19 @@ class Posterior(ABC):
     @abstractmethod
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         """`n` callables, each one function drawn from the posterior: inputs -> outputs `(B, C)`."""
+
+    def covariance(self, network: Network, first: Any, second: Any, state: Any) -> tuple[Tensor, Tensor]:
+        """Outputs `(B, C)` at the first inputs, and their covariance `(B, C, B', C)` with those at the second.
+
+        Here the empirical covariance of the samples, the same ones at both inputs; `second` None stands for `first`.
+        """
+        mine = self.push(network, first, state)
+        other = mine if second is None else self.push(network, second, state)
+        if not isinstance(mine, SampleLatent) or not isinstance(other, SampleLatent):
+            raise UnsupportedError(f"a {self.kind} posterior has no joint covariance over several inputs")
+        check_positions(mine.mean)
+        left, right = mine.samples - mine.mean, other.samples - other.mean
+        return mine.mean, torch.einsum("s,sbc,sde->bcde", mine.weights, left, right)
 
     @property
     @abstractmethod
@@ -61,6 +75,14 @@ class Posterior(ABC):
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply `function` to every tensor (moves between devices and dtypes)."""
         return self.restore({name: function(value) for name, value in self.tensors().items()}, self.config())
+
+
+def check_positions(mean: Tensor) -> None:
+    """Raise `UnsupportedError` where outputs have positions, between which no covariance is computed."""
+    if mean.dim() != 2:
+        raise UnsupportedError(
+            f"a joint covariance over several inputs is for outputs of shape (B, C), and these have {tuple(mean.shape)}"
+        )
 
 
 def standard_normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

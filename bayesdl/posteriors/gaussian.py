@@ -18,16 +18,15 @@ from bayesdl.curvature.factors import identity_cotangents, layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.registry import empty
 from bayesdl.curvature.structure import Structure, weighted_curvature
-from bayesdl.errors import ArgumentError, check_finite
+from bayesdl.errors import ArgumentError, UnsupportedError, check_finite
 from bayesdl.latent import GaussianLatent, Latent, SampleLatent
 from bayesdl.network import Network
-from bayesdl.posteriors.base import Function, Posterior, frozen, standard_normal
+from bayesdl.posteriors.base import Function, Posterior, check_positions, frozen, standard_normal
+from bayesdl.posteriors.linear import Jacobians, restored
 
 # beyond this many outputs only marginal variances are computed, unless asked for
 JOINT_OUTPUTS = 128
 DEFAULT_SAMPLES = 32
-# scalars of all covariances of one batch that a grid of priors holds at once
-COVARIANCES = 1 << 25
 
 
 @final
@@ -45,6 +44,7 @@ class GaussianPosterior(Posterior):
         num_data, log_likelihood, squared_error: what the evidence needs (see `Fit`).
         fisher: "ggn", "mc" or "empirical".
         predictive: "linearized" (f_MAP + J (theta - theta_MAP)) or "samples" (weights drawn, network run).
+        memory: bytes that may live at once while predicting; None: chosen.
     """
 
     curvature: Structure
@@ -58,6 +58,7 @@ class GaussianPosterior(Posterior):
     squared_error: Tensor | None
     fisher: str
     predictive: str
+    memory: int | None = None
 
     kind: ClassVar[str] = "gaussian"
 
@@ -113,25 +114,96 @@ class GaussianPosterior(Posterior):
         return GaussianLatent.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def linearize(self, network: Network, inputs: Any) -> tuple[Tensor, list[Factor]]:
-        """Outputs `(B, C)` and the Jacobian's factors, in at least float32; nothing that a prior changes."""
+        """Outputs `(B, C)` and the Jacobian's factors, in at least float32; nothing that a prior changes.
+
+        Both are differentiable in inputs that require it.
+        """
         network.check_fresh()
-        output, factors = layer_factors(network, self.layout, inputs, identity_cotangents, self._dtype)
+        if self.layout.positions:
+            raise UnsupportedError("outputs at every position have one Jacobian each; ask for them by `jacobians`")
+        graph = wants_gradient(inputs)
+        output, factors = layer_factors(network, self.layout, inputs, identity_cotangents, self._dtype, graph)
         return output.to(self._dtype), factors
+
+    def jacobians(self, network: Network, inputs: Any) -> Jacobians:
+        """The outputs' Jacobians, positions as examples of their own, in at least float32."""
+        network.check_fresh()
+        graph = wants_gradient(inputs)
+        return Jacobians(network, self.curvature, self._dtype, JOINT_OUTPUTS, self.memory, graph)
+
+    def covariance(self, network: Network, first: Any, second: Any, state: Any) -> tuple[Tensor, Tensor]:
+        """J P^-1 J'^T between all examples, in pieces: no Jacobian of a whole batch is formed."""
+        if self.predictive == "samples":
+            return super().covariance(network, first, second, state)
+        rows = self._pieces(network, first)
+        columns = rows if second is None else self._pieces(network, second)
+        with torch.set_grad_enabled(any(wants_gradient(piece) for piece in (*rows, *columns))):
+            means, strips = [], []
+            for i, piece in enumerate(rows):
+                mean, factors = self.linearize(network, piece)
+                check_positions(mean)
+                means.append(mean)
+                strip = []
+                for j, other in enumerate(columns[: i + 1] if second is None else columns):
+                    # factors of other pieces are had again: together they would not fit
+                    theirs = factors if second is None and i == j else self.linearize(network, other)[1]
+                    strip.append(self.structure.cross(factors, theirs, self.scale, self.shift))
+                strips.append(strip)
+            found = _symmetric(strips) if second is None else torch.cat([torch.cat(s, 2) for s in strips])
+        check_finite(found, "the posterior covariances of the outputs")
+        return torch.cat(means), found
+
+    def _pieces(self, network: Network, inputs: Any) -> list[Any]:
+        """Prepared inputs, few enough at a time for their factors to fit."""
+        call = network.prepare(inputs)
+        size = max(1, batch_size(call)) if flatten_tensors(call)[0] else 1
+        step = self.chunk_size(network)
+        if step >= size:
+            return [call]
+        return [index_batch(call, slice(start, min(start + step, size))) for start in range(0, size, step)]
 
     def _linearized(self, network: Network, inputs: Any) -> Iterator[GaussianLatent]:
         """Beliefs over the outputs, a few examples at a time."""
         call = network.prepare(inputs)
         tensors, _ = flatten_tensors(call)
+        jacobians = self.jacobians(network, call)
         size = max(1, batch_size(call)) if tensors else 1  # an empty batch goes on, to the network's own error
-        start, step = 0, chunk_size(self.layout, self.curvature, self._dtype, device=network.device)
+        start, step = 0, self.chunk_size(network)
         while start < size:
             piece = index_batch(call, slice(start, min(start + step, size))) if start or step < size else call
             start += step
-            mean, factors = self.linearize(network, piece)
-            with torch.no_grad():
-                yield self.latent(mean, self.structure.prepared(factors), self.scale, self.shift)
-            if mean.shape[-1] > JOINT_OUTPUTS and all(isinstance(f, LinearFactor) and f.shared for f in factors):
-                step = chunk_size(self.layout, self.curvature, self._dtype, width=1, device=network.device)
+            with torch.set_grad_enabled(jacobians.graph):
+                latent, shared = self._of_piece(jacobians, piece)
+            yield latent
+            if shared and self.layout.outputs > JOINT_OUTPUTS:
+                step = self.chunk_size(network, 1)
+
+    def _of_piece(self, jacobians: Jacobians, inputs: Any) -> tuple[GaussianLatent, bool]:
+        """Belief over the outputs of examples that go through the network together; whether they share cotangents."""
+        parts, found, shared = [], [], True
+        for part in jacobians.narrow_parts(inputs):
+            prepared = self.structure.prepared(part.factors)
+            if part.columns is None:
+                latent = self.latent(part.mean, prepared, self.scale, self.shift)
+            else:
+                variance = self.structure.marginal_prepared(prepared, self.scale, self.shift)
+                check_finite(variance, "the posterior variances of the outputs")
+                latent = GaussianLatent(part.mean[:, part.columns], variance)
+            shared &= all(isinstance(f, LinearFactor) and (f.shared or f.unit) for f in part.factors)
+            parts.append(replace(part, factors=[]))
+            found.append(latent)
+        covariances = [latent.covariance for latent in found if latent.covariance is not None]
+        whole = GaussianLatent(
+            restored([latent.mean for latent in found], parts),
+            restored([latent.variance for latent in found], parts),
+            restored(covariances, parts) if covariances else None,
+        )
+        return whole, shared
+
+    def chunk_size(self, network: Network, width: int | None = None) -> int:
+        """Examples that are predicted at once."""
+        structure, memory = self.curvature, self.memory
+        return chunk_size(self.layout, structure, self._dtype, width=width, memory=memory, device=network.device)
 
     def latent(self, mean: Tensor, prepared: Sequence[Factor], scale: Tensor, shift: Tensor) -> GaussianLatent:
         """Belief over outputs `(B, C)` from `structure.prepared` factors of their Jacobian."""
@@ -140,22 +212,6 @@ class GaussianPosterior(Posterior):
             check_finite(variance, "the posterior variances of the outputs")
             return GaussianLatent(mean, variance)
         return _belief(mean, self.structure.quad_prepared(prepared, scale, shift))
-
-    def latents(
-        self, mean: Tensor, prepared: Sequence[Factor], scale: Tensor, shifts: Tensor
-    ) -> Iterator[GaussianLatent]:
-        """`latent` for every one of R scalar shifts in turn, for less than R times its cost."""
-        if mean.shape[-1] > JOINT_OUTPUTS:
-            yield from (self.latent(mean, prepared, scale, shift) for shift in shifts)
-            return
-        for covariance in self.covariances(prepared, scale, shifts):
-            yield _belief(mean, covariance)
-
-    def covariances(self, prepared: Sequence[Factor], scale: Tensor, shifts: Tensor) -> Iterator[Tensor]:
-        """J P^-1 J^T `(B, K, K)` for every one of R scalar shifts in turn, as many at once as memory allows."""
-        count, batch = prepared[0].g.shape[1:3]
-        for some in shifts.split(max(1, COVARIANCES // (batch * count**2))):
-            yield from self.structure.quads_prepared(prepared, scale, some)
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         """Functions of weights drawn from the posterior: linearised at the mode, or the network itself."""
@@ -180,10 +236,14 @@ class GaussianPosterior(Posterior):
                     return _forward_mode(network, self.layout.to_dict(flat), inputs)
                 except RuntimeError:  # whatever is wrong with the inputs is raised again below
                     pass
-            mean, factors = self.linearize(network, inputs)
+            parts, found = [], []
+            for part in self.jacobians(network, inputs).parts(inputs):
+                offsets = self.layout.split(flat.to(part.mean))
+                slopes = [f.dot(d) for f, d in zip(part.factors, offsets, strict=True)]
+                found.append(part.mean + torch.stack(slopes).sum(0))
+                parts.append(replace(part, factors=[]))
             forward_mode = False
-            slopes = [f.dot(d) for f, d in zip(factors, self.layout.split(flat.to(mean)), strict=True)]
-            return mean + torch.stack(slopes).sum(0)
+            return restored(found, parts)
 
         return function
 
@@ -220,6 +280,7 @@ class GaussianPosterior(Posterior):
             "log_likelihood": self.log_likelihood,
             "fisher": self.fisher,
             "predictive": self.predictive,
+            "memory": self.memory,
         }
 
     @classmethod
@@ -245,6 +306,7 @@ class GaussianPosterior(Posterior):
             tensors.get("squared_error"),
             str(config["fisher"]),
             str(config["predictive"]),
+            config.get("memory"),  # absent from older files
         )
 
     def with_prior(self, precision: Tensor, noise: Tensor | None = None) -> GaussianPosterior:
@@ -278,6 +340,21 @@ def _forward_mode(network: Network, delta: Mapping[str, Tensor], inputs: Any) ->
     with muted(".*torch.jit.script.*", DeprecationWarning):
         pair = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
     return pair[0] + pair[1]
+
+
+def wants_gradient(inputs: Any) -> bool:
+    """Whether derivatives towards the inputs are recorded."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flatten_tensors(inputs)[0])
+
+
+def _symmetric(strips: Sequence[Sequence[Tensor]]) -> Tensor:
+    """A symmetric `(B, C, B, C)` from the blocks of its lower triangle."""
+    full = [
+        [strips[i][j] if j <= i else strips[j][i].permute(2, 3, 0, 1) for j in range(len(strips))]
+        for i in range(len(strips))
+    ]
+    whole = torch.cat([torch.cat(row, 2) for row in full])
+    return 0.5 * (whole + whole.permute(2, 3, 0, 1))
 
 
 def _belief(mean: Tensor, covariance: Tensor) -> GaussianLatent:

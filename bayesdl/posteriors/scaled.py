@@ -40,6 +40,11 @@ class ScaledPosterior(Posterior):
     def push(self, network: Network, inputs: Any, state: Any) -> Latent:
         return scale_latent(self.base.push(network, inputs, state), self.temperature)
 
+    def covariance(self, network: Network, first: Any, second: Any, state: Any) -> tuple[Tensor, Tensor]:
+        mean, covariance = self.base.covariance(network, first, second, state)
+        t = self.temperature.to(mean)
+        return mean / t, covariance / t.square()
+
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         def cooled(function: Function) -> Function:
             def scaled(inputs: Any) -> Tensor:

@@ -1,8 +1,20 @@
-"""Tuning by the marginal likelihood: prior precision (scalar or per layer) and noise scales together."""
+"""Tuning by the marginal likelihood: prior precision and noise scales together.
+
+The temperature of the posterior is no part of it. At temperature T the evidence is
+
+    log p(D; T) = (log p(D | theta) - scatter / 2) / T - 1/2 (log|H + D| - log|D|),        D = diag(prior precision),
+
+because 1/T leaves both determinants in the same power. The first bracket is negative for every discrete likelihood,
+so that the evidence grows with T without end: p(y | f)^(1/T) is no distribution over y, and nothing charges for that.
+Made one, a Gaussian's power is a Gaussian again, with sqrt(T) times the noise: there the temperature of the likelihood
+is the common factor of the noise, which has a maximum. A categorical power is a softmax of f / T, other outputs with
+other curvature; that temperature is chosen on held-out data.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,16 +22,16 @@ from torch import Tensor
 
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, UnsupportedError
-from bayesdl.evidence import log_evidence, squared_offsets
 from bayesdl.likelihoods import Gaussian
 from bayesdl.network import Network
 from bayesdl.posteriors.gaussian import GaussianPosterior
+from bayesdl.tuning.surface import Surface, check_choice
 
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
 
 LOG_BOUND = 18.0  # precisions and noise variances stay within exp(+-18)
-ALGORITHMS = ("gradient", "fixed_point")
+SOLVERS = ("gradient", "fixed-point")
 
 
 def tune_evidence(
@@ -27,22 +39,30 @@ def tune_evidence(
     data: Iterable[Any] | None = None,
     *,
     prior: str = "scalar",
-    noise: bool = True,
-    algorithm: str = "gradient",
+    noise: bool | str = True,
+    temperature: bool = False,
+    solver: str = "gradient",
     steps: int = 100,
+    algorithm: str | None = None,
 ) -> BayesianModel:
     """Maximise the Laplace evidence.
 
     Args:
         model: with a Gaussian posterior.
         data: not needed; accepted so that all rules are called alike.
-        prior: "scalar", "layer" (one precision per block), or "keep".
-        noise: tune the noise too, where the fit left it open.
-        algorithm: "gradient" (L-BFGS on logarithms after a few fixed-point steps) or "fixed_point" (MacKay 1992).
+        prior: "scalar", "layer" (one precision per block), "parameter" (structures `diag`, `full`, `lowrank`), or
+            "keep".
+        noise: whether to tune the noise too, where the fit left it open: True (one scale per output where the fit
+            holds their curvatures, else a common factor), "scalar", "output" or False.
+        temperature: tune the temperature of a Gaussian likelihood, which is the common factor of its open noise; the
+            posterior's own temperature becomes 1. See the module's text for why there is none for other likelihoods.
+        solver: "gradient" (L-BFGS on logarithms after a few fixed-point steps) or "fixed-point" (MacKay 1992).
         steps: upper limit of iterations.
+        algorithm: an older name of `solver`.
 
     Raises:
-        UnsupportedError: the posterior is not Gaussian.
+        UnsupportedError: the posterior is not Gaussian, the structure does not take this prior, or the likelihood has
+            no temperature that the evidence could choose.
     """
     del data
     posterior = model.posterior
@@ -50,85 +70,66 @@ def tune_evidence(
         raise UnsupportedError(
             f'method {model.method_name!r} has no evidence; use tune("heldout", val_loader), or method "laplace"'
         )
-    if prior not in ("scalar", "layer", "keep"):
-        raise ArgumentError(f"prior={prior!r}; choose 'scalar', 'layer' or 'keep'")
-    if algorithm not in ALGORITHMS:
-        raise ArgumentError(f"algorithm={algorithm!r}; choose one of {ALGORITHMS}")
-    tuned, findings = maximise(posterior, model.network, prior, noise, algorithm, steps)
+    check_choice(prior, noise)
+    solver = solver if algorithm is None else algorithm.replace("_", "-")
+    if solver not in SOLVERS:
+        raise ArgumentError(f"solver={solver!r}; choose one of {SOLVERS}")
+    found: tuple[Finding, ...] = ()
+    if temperature:
+        posterior, found = _at_temperature_one(posterior, noise)
+    tuned, findings = maximise(posterior, model.network, prior, noise, solver, steps)
     likelihood = model.likelihood
     if isinstance(likelihood, Gaussian) and tuned.noise is not None:
         likelihood = likelihood.with_noise(tuned.noise)
-    return model.replaced(posterior=tuned, likelihood=likelihood, findings=findings)
+    return model.replaced(posterior=tuned, likelihood=likelihood, findings=found + findings)
 
 
 def maximise(
-    posterior: GaussianPosterior, network: Network, prior: str, noise: bool, algorithm: str, steps: int
+    posterior: GaussianPosterior, network: Network, prior: str, noise: bool | str, solver: str, steps: int
 ) -> tuple[GaussianPosterior, tuple[Finding, ...]]:
     """The posterior at the evidence's maximum, and what to say about it."""
     with torch.inference_mode(False), torch.enable_grad():
-        log_precision = _start(posterior, prior)
-        log_noise = None
-        if noise and posterior.noise is not None:
-            # several scales need the curvature of each output alone; otherwise their ratio stays as it is
-            log_noise = (
-                posterior.noise.double().log()
-                if posterior.parts
-                else posterior.noise.new_zeros((), dtype=torch.float64)
-            )
-        rounds = steps if algorithm == "fixed_point" else 10
-        log_precision, log_noise = _fixed_point(posterior, network, prior, log_precision, log_noise, rounds)
-        if algorithm == "gradient":
-            log_precision, log_noise = _gradient(posterior, network, prior, log_precision, log_noise, steps)
-    precision = posterior.precision if prior == "keep" else log_precision.exp()
-    tuned = posterior.with_prior(precision, None if log_noise is None else _level(posterior, log_noise))
+        surface = Surface.of(posterior, network, prior, noise)
+        log_precision, log_noise = surface.start()
+        rounds = steps if solver == "fixed-point" else 12
+        log_precision, log_noise = _fixed_point(surface, log_precision, log_noise, rounds)
+        if solver == "gradient":
+            log_precision, log_noise = _gradient(surface, log_precision, log_noise, steps)
+        tuned = posterior.with_prior(surface.precision(log_precision), surface.level(log_noise))
     return tuned, _report(tuned, prior, log_precision, log_noise)
 
 
-def _start(posterior: GaussianPosterior, prior: str) -> Tensor:
-    if prior == "layer":
-        mean = posterior.precision.double().log().mean()
-        return mean.expand(len(posterior.layout.blocks)).clone()
-    return posterior.precision.double().log().mean()
-
-
-def _level(posterior: GaussianPosterior, log_noise: Tensor) -> Tensor:
-    """Noise scales `(C,)` from their logarithms, or from the logarithm of a common factor."""
-    if posterior.noise is None:
-        raise UnsupportedError("this fit holds no open noise: pass bdl.Gaussian() without noise= to leave it open")
-    return log_noise.exp() if posterior.parts else posterior.noise.double() * log_noise.exp()
-
-
-def _objective(
-    posterior: GaussianPosterior, network: Network, prior: str, log_precision: Tensor, log_noise: Tensor | None
-) -> Tensor:
-    precision = posterior.precision if prior == "keep" else log_precision.exp()
-    level = None if log_noise is None else _level(posterior, log_noise)
-    return log_evidence(posterior, network, precision, level)
+def _at_temperature_one(
+    posterior: GaussianPosterior, noise: bool | str
+) -> tuple[GaussianPosterior, tuple[Finding, ...]]:
+    if posterior.noise is None or noise is False:
+        raise UnsupportedError(
+            "the evidence has no maximum in the temperature: p(y | f)^(1/T) is no distribution over y, and nothing "
+            "charges for a large T. A Gaussian likelihood with open noise (bdl.Gaussian(), noise=True) has one, its "
+            'noise; for others choose T on held-out data: tune("heldout", val_loader) or method "temperature"'
+        )
+    text = "temperature 1: that of a Gaussian likelihood is the common factor of its noise, which the evidence chose"
+    return replace(posterior, temperature=1.0), (Finding("info", text, topic="temperature"),)
 
 
 def _fixed_point(
-    posterior: GaussianPosterior,
-    network: Network,
-    prior: str,
-    log_precision: Tensor,
-    log_noise: Tensor | None,
-    rounds: int,
+    surface: Surface, log_precision: Tensor, log_noise: Tensor | None, rounds: int
 ) -> tuple[Tensor, Tensor | None]:
-    """MacKay's updates: precision = T gamma / |theta - mean|^2, noise^2 = error / (N C - T gamma)."""
-    sizes = torch.tensor([float(b.numel) for b in posterior.layout.blocks], dtype=torch.float64)
-    offsets = torch.stack([s.sum() for s in squared_offsets(posterior, network)])
-    sizes = sizes.to(offsets)
-    if prior != "layer":
-        sizes, offsets = sizes.sum(), offsets.sum()
+    """MacKay's updates, half-way: precision = T gamma / |theta - mean|^2, noise^2 = error / (N C - T gamma).
+
+    gamma falls as the precision rises, so that whole steps overshoot; two precisions that share one direction of the
+    data even change places for ever. Half of the step in logarithms leaves a contraction.
+    """
+    heat = surface.posterior.temperature
     for _ in range(rounds):
-        shift, slope_noise = _slopes(posterior, prior, log_precision, log_noise)
         before = log_precision, log_noise
-        if prior != "keep":
-            gamma = (sizes - shift).clamp(min=1e-12)  # d log|P| / d log(shift) = size - gamma
-            target = posterior.temperature * gamma / offsets.clamp(min=1e-12)
-            log_precision = target.log().clamp(-LOG_BOUND, LOG_BOUND)
+        slope, slope_noise = _slopes(surface, log_precision, log_noise)
+        if slope is not None:
+            gamma = (surface.sizes - slope).clamp(min=1e-12)  # d log|P| / d log(shift) = size - gamma
+            target = heat * gamma / surface.squares.clamp(min=1e-30)
+            log_precision = 0.5 * (log_precision + target.log().clamp(-LOG_BOUND, LOG_BOUND))
         if log_noise is not None and slope_noise is not None:
-            log_noise = _noise_update(posterior, slope_noise, log_noise)
+            log_noise = 0.5 * (log_noise + _noise_update(surface, slope_noise, log_noise))
         if _distance(log_precision, before[0]) < 1e-8 and _distance(log_noise, before[1]) < 1e-8:
             break
     return log_precision, log_noise
@@ -138,63 +139,55 @@ def _distance(after: Tensor | None, before: Tensor | None) -> float:
     return 0.0 if after is None or before is None else float((after - before).abs().max())
 
 
-def _noise_update(posterior: GaussianPosterior, slope: Tensor, log_noise: Tensor) -> Tensor:
-    error = posterior.squared_error
-    if error is None or posterior.noise is None:
+def _noise_update(surface: Surface, slope: Tensor, log_noise: Tensor) -> Tensor:
+    error = surface.posterior.squared_error
+    if error is None or surface.relative is None:
         return log_noise
-    gamma = -posterior.temperature * slope / 2.0  # d log|P| / d log(noise) = -2 gamma
-    if posterior.parts:
-        left = (posterior.num_data - gamma).clamp(min=1e-3 * posterior.num_data)
-        return 0.5 * (error.double() / left).clamp(min=1e-30).log()
-    weighted = (error.double() / posterior.noise.double().expand_as(error).square()).sum()
-    count = posterior.num_data * len(error)
+    gamma = -surface.posterior.temperature * slope / 2.0  # d log|P| / d log(noise) = -2 gamma
+    weighted, count = error.double() / surface.relative.expand_as(error).square(), surface.posterior.num_data
+    if not surface.by_output:
+        weighted, count = weighted.sum(), count * len(error)
     return 0.5 * (weighted / (count - gamma).clamp(min=1e-3 * count)).clamp(min=1e-30).log()
 
 
-def _slopes(
-    posterior: GaussianPosterior, prior: str, log_precision: Tensor, log_noise: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Derivatives of log|P| in the log-precisions and log-noises."""
-    leaf = log_precision.detach().requires_grad_()
+def _slopes(surface: Surface, log_precision: Tensor, log_noise: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Derivatives of log|P| in the log-precisions and log-noises that are tuned."""
+    leaf = None if surface.fixed is not None else log_precision.detach().requires_grad_()
     noisy = None if log_noise is None else log_noise.detach().requires_grad_()
-    level = posterior.noise if noisy is None else _level(posterior, noisy)
-    precision = posterior.precision if prior == "keep" else leaf.exp()
-    logdet = posterior.structure_at(level).logdet(posterior.scale_at(level), precision / posterior.temperature)
-    wanted = [v for v in (None if prior == "keep" else leaf, noisy) if v is not None]
-    found = list(torch.autograd.grad(logdet, wanted)) if wanted else []
-    first = torch.zeros_like(log_precision) if prior == "keep" else found.pop(0)
-    return first, found[0] if found else None
+    wanted = [value for value in (leaf, noisy) if value is not None]
+    if not wanted:
+        return None, None
+    found = list(torch.autograd.grad(surface.logdet(log_precision if leaf is None else leaf, noisy), wanted))
+    return None if leaf is None else found.pop(0), found[0] if found else None
 
 
 def _gradient(
-    posterior: GaussianPosterior,
-    network: Network,
-    prior: str,
-    log_precision: Tensor,
-    log_noise: Tensor | None,
-    steps: int,
+    surface: Surface, log_precision: Tensor, log_noise: Tensor | None, steps: int
 ) -> tuple[Tensor, Tensor | None]:
-    leaves = [] if prior == "keep" else [log_precision.detach().clone().requires_grad_()]
+    tuned = surface.fixed is None
+    leaves = [log_precision.detach().clone().requires_grad_()] if tuned else []
     if log_noise is not None:
         leaves.append(log_noise.detach().clone().requires_grad_())
     if not leaves:
         return log_precision, log_noise
 
     def unpack() -> tuple[Tensor, Tensor | None]:
-        shift = log_precision if prior == "keep" else leaves[0].clamp(-LOG_BOUND, LOG_BOUND)
+        shift = leaves[0].clamp(-LOG_BOUND, LOG_BOUND) if tuned else log_precision
         return shift, None if log_noise is None else leaves[-1].clamp(-LOG_BOUND, LOG_BOUND)
 
     optimizer = torch.optim.LBFGS(leaves, max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-7)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = -_objective(posterior, network, prior, *unpack())
+        loss = -surface.value(*unpack())
         loss.backward()
         return loss
 
-    before = float(_objective(posterior, network, prior, *unpack()).detach())
+    with torch.no_grad():
+        before = float(surface.value(*unpack()))
     optimizer.step(closure)
-    after = float(_objective(posterior, network, prior, *unpack()).detach())
+    with torch.no_grad():
+        after = float(surface.value(*unpack()))
     if not after >= before:  # a failed line search, NaN included: keep the fixed point
         return log_precision, log_noise
     shift, level = unpack()
@@ -209,11 +202,18 @@ def _report(
         values = ", ".join(f"{float(v):.4g}" for v in posterior.precision.reshape(-1)[:8])
         more = ", ..." if posterior.precision.numel() > 8 else ""
         findings.append(Finding("info", f"prior precision {values}{more} ({prior}) chosen by evidence", topic="prior"))
-        if bool((log_precision.abs() >= LOG_BOUND - 1e-3).any()):
+        bound = log_precision.abs() >= LOG_BOUND - 0.05
+        if bool(bound.any()):
+            which = ""
+            if prior == "layer":
+                named = [b.name for b, hit in zip(posterior.layout.blocks, bound.tolist(), strict=True) if hit]
+                which = f" of {', '.join(map(repr, named[:4]))}{', ...' if len(named) > 4 else ''}"
+            elif len(bound) > 1:
+                which = f" of {int(bound.sum())} of {len(bound)} parameters"
             findings.append(
                 Finding(
                     "warning",
-                    "the prior precision ran to its bound: the evidence has no interior maximum on this network",
+                    f"the prior precision{which} ran to its bound: the evidence has no interior maximum there",
                     'use tune("heldout", val_loader), or pass prior=bdl.GaussianPrior(precision=...)',
                     topic="prior",
                 )

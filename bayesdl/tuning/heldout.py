@@ -13,9 +13,9 @@ from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.latent import Latent
 from bayesdl.likelihoods import Gaussian
-from bayesdl.linalg import eigh
 from bayesdl.posteriors import GaussianPosterior, ScaledPosterior
-from bayesdl.tuning.grid import Passes, choose, grid_of, passes, relative_noise
+from bayesdl.tuning.grid import Passes, choose, grid_of, losses, passes, pick, projected, relative_noise
+from bayesdl.tuning.interpolation import shifts_of
 from bayesdl.tuning.temperature import fit_noise, fit_temperature, minimise, predictive_nll
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def tune_heldout(
     data: Iterable[Any] | None = None,
     *,
     grid: Sequence[float] | None = None,
+    standard_errors: float = 0.0,
     progress: bool = False,
 ) -> BayesianModel:
     """Minimise NLL on held-out data.
@@ -38,16 +39,21 @@ def tune_heldout(
         model: any method.
         data: loader of held-out batches with targets.
         grid: prior precisions to try; default 41 values from 1e-4 to 1e6, evenly spaced in logarithm.
+        standard_errors: how many standard errors above the least NLL a candidate may lie; the largest precision within
+            is chosen. Zero takes the least, one is the one-standard-error rule (Breiman et al. 1984), for held-out
+            sets so small that their choice of a wide posterior may be chance.
 
     Raises:
-        ArgumentError: no data.
+        ArgumentError: no data, or a negative number of standard errors.
         UnsupportedError: a likelihood whose outputs have no temperature.
     """
     if data is None:
         raise ArgumentError('tune("heldout", val_loader) needs a loader of data the network was not trained on')
+    if not standard_errors >= 0:
+        raise ArgumentError(f"standard_errors={standard_errors}; expected zero or more")
     posterior = model.posterior
     if isinstance(posterior, GaussianPosterior) and posterior.predictive == "linearized":
-        return _tune_prior(model, posterior, data, grid, progress)
+        return _tune_prior(model, posterior, data, grid, standard_errors, progress)
     latent, targets = _latents(model, data, progress)
     if isinstance(model.likelihood, Gaussian):
         noise = _best_noise(model.likelihood, latent, targets)
@@ -80,8 +86,8 @@ def _latents(model: BayesianModel, data: Iterable[Any], progress: bool) -> tuple
     prediction, targets = model.predict_with_targets(data, progress=progress)
     if targets is None:
         raise ArgumentError("the held-out loader yields no targets; expected (inputs, target)")
-    latent = prediction.latent
-    return latent, model.likelihood.check_targets(latent.mean, targets)
+    seen = prediction.observed(targets)
+    return seen[0].latent, seen[1]
 
 
 def _tune_prior(
@@ -89,61 +95,47 @@ def _tune_prior(
     posterior: GaussianPosterior,
     data: Iterable[Any],
     grid: Sequence[float] | None,
+    standard_errors: float,
     progress: bool,
 ) -> BayesianModel:
     candidates = grid_of(grid)
-    rows = passes(model, posterior, data, "held-out", progress)
+    rows = passes(model, posterior, data, "held-out", progress, candidates=len(candidates))
+    factors = None
     if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
-        scores, factors = profiled_scores(posterior, candidates, rows)
+        table, factors = profiled_losses(posterior, candidates, rows)
     else:
-        scores, factors = _scores(model, posterior, candidates, rows), None
-    return choose(model, posterior, candidates, int(scores.argmin()), factors, "on held-out data")
+        table = losses(model, posterior, candidates, rows)
+    best = pick(candidates, table, standard_errors)
+    within = f", within {standard_errors:g} standard errors of the least NLL" if standard_errors > 0 else ""
+    return choose(model, posterior, candidates, best, factors, f"on held-out data{within}")
 
 
-def _scores(
-    model: BayesianModel,
-    posterior: GaussianPosterior,
-    candidates: Tensor,
-    rows: Passes,
-) -> Tensor:
-    """Mean NLL of every candidate prior precision; nothing is kept from one chunk to the next."""
-    totals, count = candidates.new_zeros(len(candidates)), 0
-    for mean, target, turned in rows:
-        latents = posterior.latents(mean, turned, posterior.scale, candidates / posterior.temperature)
-        for i, latent in enumerate(latents):
-            totals[i] += predictive_nll(model.likelihood, latent, target).cpu() * len(mean)
-        count += len(mean)
-    return totals / count
-
-
-def profiled_scores(
+def profiled_losses(
     posterior: GaussianPosterior,
     candidates: Tensor,
     rows: Passes,
 ) -> tuple[Tensor, Tensor]:
-    """Mean NLL of every candidate at its own best common factor s of the noise scales, and those factors.
+    """NLL `(R, N)` of every candidate at its own best common factor s of the noise scales, and those factors `(R,)`.
 
     The covariance of the outputs at factor s is s^p Q with Q at the candidate s^p * prior precision (p = 2; 4 for
     the empirical Fisher). In the eigenbasis of Q relative to the noise the NLL is a sum over scalars.
     """
     relative = relative_noise(posterior)
     heat = posterior.precision.new_tensor(1.0 / posterior.temperature)
-    spreads: list[list[Tensor]] = [[] for _ in candidates]
-    squares: list[list[Tensor]] = [[] for _ in candidates]
+    shifts = shifts_of(candidates / posterior.temperature)
+    spreads, squares = [], []
     for mean, target, turned in rows:
         level = relative.expand(mean.shape[-1])
-        residual = (target - mean).double() / level
-        for i, covariance in enumerate(posterior.covariances(turned, heat, candidates / posterior.temperature)):
-            values, basis = eigh(covariance.double() / level.unsqueeze(-1) / level, "covariance of the outputs")
-            spreads[i].append(values)
-            squares[i].append(torch.einsum("bij,bi->bj", basis, residual).square())
-    scores, factors = [], []
-    for spread, square in zip(map(torch.cat, spreads), map(torch.cat, squares), strict=True):
+        spread, square = projected(posterior, shifts, turned, heat, level, (target - mean).double() / level)
+        spreads.append(spread)
+        squares.append(square)
+    table, factors = [], []
+    for spread, square in zip(torch.cat(spreads, 1), torch.cat(squares, 1), strict=True):
         factor = _best_factor(spread, square, posterior.noise_power)
         variance = factor**posterior.noise_power * spread + factor.square()
-        scores.append(0.5 * (variance.log() + square / variance).sum(-1).mean())
+        table.append(0.5 * (variance.log() + square / variance).sum(-1))
         factors.append(factor)
-    return torch.stack(scores).cpu(), torch.stack(factors)
+    return torch.stack(table).cpu(), torch.stack(factors)
 
 
 def _best_factor(spread: Tensor, square: Tensor, power: int) -> Tensor:

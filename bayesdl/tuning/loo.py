@@ -20,13 +20,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayesdl.errors import UnsupportedError
+from bayesdl.errors import UnsupportedError, check_finite
 from bayesdl.latent import GaussianLatent
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.linalg import eigh
 from bayesdl.posteriors import GaussianPosterior
-from bayesdl.tuning.grid import Passes, choose, grid_of, passes, relative_noise, training_source
-from bayesdl.tuning.temperature import predictive_nll
+from bayesdl.tuning.grid import (
+    Passes,
+    choose,
+    covariances,
+    grid_of,
+    passes,
+    projected,
+    relative_noise,
+    repeated,
+    training_source,
+)
+from bayesdl.tuning.interpolation import shifts_of
+from bayesdl.tuning.temperature import predictive_losses
 
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
@@ -58,13 +69,13 @@ def tune_loo(
     """
     posterior, source = training_source(model, data, "loo")
     candidates = grid_of(grid)
-    rows = passes(model, posterior, source, "leave-one-out", progress, limit)
+    rows = passes(model, posterior, source, "leave-one-out", progress, limit, len(candidates))
     if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
         if posterior.noise_power != 2:
             raise UnsupportedError('leave-one-out of an open noise needs kind="ggn" or "mc", not "empirical"')
         scores, factors = _profiled(posterior, candidates, rows)
     else:
-        scores, factors = _scores(model.likelihood, posterior, candidates, rows), None
+        scores, factors = _losses(model.likelihood, posterior, candidates, rows).mean(1), None
     return choose(model, posterior, candidates, int(scores.argmin()), factors, "by leave-one-out")
 
 
@@ -80,27 +91,44 @@ def cavity(mean: Tensor, covariance: Tensor, root: Tensor, score: Tensor, temper
     """
     v = root.permute(1, 2, 0)  # (B, C, K)
     gain = covariance @ v
-    values, basis = eigh(v.mT @ gain, "leverages")
-    turned = gain @ basis
-    swollen = covariance + (turned / (1.0 - values.clamp(max=MAX_LEVERAGE)).unsqueeze(-2)) @ turned.mT
+    grown = _grown(v.mT @ gain, gain)
+    swollen = covariance + grown.mT @ grown
     moved = mean + (swollen @ score.unsqueeze(-1)).squeeze(-1)
     spread = temperature * swollen
     return GaussianLatent(moved, spread.diagonal(dim1=-2, dim2=-1), spread)
 
 
-def _scores(likelihood: Likelihood, posterior: GaussianPosterior, candidates: Tensor, rows: Passes) -> Tensor:
-    """Mean leave-one-out NLL of every candidate prior precision."""
-    totals, count = candidates.new_zeros(len(candidates)), 0
-    heat = posterior.temperature
+def _grown(leverage: Tensor, gain: Tensor) -> Tensor:
+    """W `(B, K, C)` with W^T W = gain (I - S)^-1 gain^T, eigenvalues of S beyond the bound moved to it."""
+    check_finite(leverage, "leverages")
+    identity = torch.eye(leverage.shape[-1], dtype=leverage.dtype, device=leverage.device)
+    # definite where all leverages stay below the bound, which is nearly everywhere
+    beyond = torch.linalg.cholesky_ex(MAX_LEVERAGE * identity - leverage)[1] != 0
+    rest = torch.where(beyond[:, None, None], identity, identity - leverage)
+    found = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(rest)[0], gain.mT, upper=False)
+    if bool(beyond.any()):
+        values, basis = eigh(leverage[beyond], "leverages")
+        turned = gain[beyond] @ basis
+        found[beyond] = (turned / (1.0 - values.clamp(max=MAX_LEVERAGE)).sqrt().unsqueeze(-2)).mT
+    return found
+
+
+def _losses(likelihood: Likelihood, posterior: GaussianPosterior, candidates: Tensor, rows: Passes) -> Tensor:
+    """Leave-one-out NLL `(R, N)` of every candidate prior precision."""
+    heat, shifts, found = posterior.temperature, shifts_of(candidates), []
     for mean, target, turned in rows:
         exact = mean.double()
         goal = target.double() if target.dtype.is_floating_point else target
-        root, score = likelihood.hessian_root(exact), likelihood.score(exact, goal)
-        for i, covariance in enumerate(posterior.covariances(turned, heat * posterior.scale, candidates)):
-            latent = cavity(exact, covariance.double(), root, score, heat)
-            totals[i] += predictive_nll(likelihood, latent, goal).cpu() * len(mean)
-        count += len(mean)
-    return totals / count
+        root, score, parts = likelihood.hessian_root(exact), likelihood.score(exact, goal), []
+        for covariance in covariances(posterior, shifts, turned, heat * posterior.scale):
+            count = len(covariance)
+            roots = root.unsqueeze(1).expand(-1, count, -1, -1).flatten(1, 2)
+            latent = cavity(
+                repeated(exact, count), covariance.double().flatten(0, 1), roots, repeated(score, count), heat
+            )
+            parts.append(predictive_losses(likelihood, latent, repeated(goal, count)))
+        found.append(torch.cat(parts).view(len(candidates), -1).cpu())
+    return torch.cat(found, 1)
 
 
 def _profiled(posterior: GaussianPosterior, candidates: Tensor, rows: Passes) -> tuple[Tensor, Tensor]:
@@ -109,23 +137,19 @@ def _profiled(posterior: GaussianPosterior, candidates: Tensor, rows: Passes) ->
     Relative to the noise the leverages S do not depend on s: residuals become z / (1 - S), variances s^2 / (1 - S)
     (at temperature one), so that s^2 = mean of z^2 / (1 - S) in the eigenbasis of S.
     """
-    relative = relative_noise(posterior)
-    left: list[list[Tensor]] = [[] for _ in candidates]
-    squares: list[list[Tensor]] = [[] for _ in candidates]
+    relative, shifts = relative_noise(posterior), shifts_of(candidates)
+    left, squares = [], []
     one = posterior.precision.new_ones(())
     for mean, target, turned in rows:
         level = relative.expand(mean.shape[-1])
-        residual = (target - mean).double() / level
-        for i, covariance in enumerate(posterior.covariances(turned, one, candidates)):
-            values, basis = eigh(covariance.double() / level.unsqueeze(-1) / level, "leverages")
-            left[i].append(1.0 - values.clamp(max=MAX_LEVERAGE))
-            squares[i].append(torch.einsum("bij,bi->bj", basis, residual).square())
-    scores, factors = [], []
-    for rest, square in zip(map(torch.cat, left), map(torch.cat, squares), strict=True):
-        # variance / s^2 = 1 + T S / (1 - S); T = 1 leaves 1 / (1 - S)
-        variance = 1.0 + posterior.temperature * (1.0 - rest) / rest
-        error = square / rest.square()
-        factor = (error / variance).mean().sqrt().clamp(min=1e-12)
-        scores.append(0.5 * (2.0 * factor.log() + variance.log() + error / variance / factor.square()).sum(-1).mean())
-        factors.append(factor)
-    return torch.stack(scores).cpu(), torch.stack(factors)
+        values, square = projected(posterior, shifts, turned, one, level, (target - mean).double() / level)
+        left.append(1.0 - values.clamp(max=MAX_LEVERAGE))
+        squares.append(square)
+    rest, square = torch.cat(left, 1), torch.cat(squares, 1)  # (R, N, C)
+    # variance / s^2 = 1 + T S / (1 - S); T = 1 leaves 1 / (1 - S)
+    variance = 1.0 + posterior.temperature * (1.0 - rest) / rest
+    error = square / rest.square()
+    factors = (error / variance).mean((1, 2)).sqrt().clamp(min=1e-12)
+    shares = error / variance / factors.square()[:, None, None]
+    parts = 2.0 * factors.log()[:, None, None] + variance.log() + shares
+    return 0.5 * parts.sum(-1).mean(1).cpu(), factors

@@ -16,15 +16,22 @@ from bayesdl.posteriors.base import standard_normal
 from bayesdl.posteriors.scaled import scale_latent
 
 BOUND = math.log(100.0)
+# of the latent, for likelihoods without a closed form
+DRAWS = 64
 GRID = 33
 GRID_STEP = 2.0 * BOUND / (GRID - 1)
 
 
 def predictive_nll(likelihood: Likelihood, latent: Latent, targets: Tensor) -> Tensor:
     """Mean negative log predictive density, float64; differentiable in what the latent depends on."""
-    noise = standard_normal((64, latent.mean.shape[-1]), latent.mean, None)
+    return predictive_losses(likelihood, latent, targets).mean()
+
+
+def predictive_losses(likelihood: Likelihood, latent: Latent, targets: Tensor) -> Tensor:
+    """Negative log predictive density of every example `(B,)`, float64."""
+    noise = standard_normal((DRAWS, latent.mean.shape[-1]), latent.mean, None)
     distribution = likelihood.marginal(latent, noise)
-    return -mixtures.per_example(distribution, distribution.log_prob(targets)).double().mean()
+    return -mixtures.per_example(distribution, distribution.log_prob(targets)).double()
 
 
 def fit_temperature(likelihood: Likelihood, latent: Latent, targets: Tensor) -> tuple[Tensor, tuple[Finding, ...]]:

@@ -25,10 +25,9 @@ from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.likelihoods import Gaussian
 from bayesdl.network import first_inputs
 from bayesdl.posteriors import GaussianPosterior
-from bayesdl.tuning.grid import Passes, choose, grid_of, passes, relative_noise, training_source
-from bayesdl.tuning.heldout import profiled_scores
+from bayesdl.tuning.grid import Passes, choose, grid_of, losses, passes, pick, relative_noise, training_source
+from bayesdl.tuning.heldout import profiled_losses
 from bayesdl.tuning.leftout import left_out
-from bayesdl.tuning.temperature import predictive_nll
 
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
@@ -69,10 +68,10 @@ def tune_training(
         count = max(2, limit // posterior.layout.outputs)
         kept = _first(model, source, count)
         residual = left_out_residuals(model, posterior, kept, count)
-        scores, factors = profiled_scores(posterior, candidates, _as_held_out(model, posterior, kept, residual))
+        table, factors = profiled_losses(posterior, candidates, _as_held_out(model, posterior, kept, residual))
         how = "by residuals of left-out training points"
-        return choose(model, posterior, candidates, int(scores.argmin()), factors, how)
-    rows = passes(model, posterior, source, "training", progress, limit)
+        return choose(model, posterior, candidates, pick(candidates, table), factors, how)
+    rows = passes(model, posterior, source, "training", progress, limit, len(candidates))
     best = _widest(_cost(model, posterior, candidates, rows), harm)
     return choose(model, posterior, candidates, best, None, f"so as to cost the training data at most {harm:g} nats")
 
@@ -119,10 +118,25 @@ def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data:
     if seen < 2:
         raise ArgumentError("one training example was given; leaving one out needs at least 2")
     level = relative_noise(posterior).expand(layout.outputs)
-    residual = (torch.cat(goals) - torch.cat(outputs)).double() / level
+    own = (torch.cat(goals) - torch.cat(outputs)).double()
+    residual = own / level
     every = level.repeat(seen)
     kernel = gram([joined(kept) for kept in parts]) / every / every.unsqueeze(-1)
-    return level * left_out(kernel, residual, torch.cat(slopes).double() / level)
+    found = level * left_out(kernel, residual, torch.cat(slopes).double() / level)
+    return found * _representative(posterior, own)
+
+
+def _representative(posterior: GaussianPosterior, own: Tensor) -> Tensor:
+    """Root mean squared residual of all training points over that of some `(N, C)`, per output `(C,)`.
+
+    A ratio estimate: by how much a left-out residual exceeds the network's own varies less between points than the
+    residuals do, and these are known of all points.
+    """
+    if posterior.squared_error is None or len(own) >= posterior.num_data:
+        return own.new_ones(())
+    some = own.square().mean(0)
+    every = posterior.squared_error.to(own) / posterior.num_data
+    return torch.where(some > 0, every / some, torch.ones_like(some)).sqrt()
 
 
 def _first(model: BayesianModel, source: Iterable[Any], count: int) -> list[Any]:
@@ -150,14 +164,15 @@ def _as_held_out(
 
 def _cost(model: BayesianModel, posterior: GaussianPosterior, candidates: Tensor, rows: Passes) -> Tensor:
     """Mean NLL of every candidate on the training points, less that of the plain network."""
-    totals, count = candidates.new_zeros(len(candidates)), 0
-    for mean, target, turned in rows:
-        plain = -model.likelihood.log_prob(mean, target).double().sum().cpu()
-        for i, value in enumerate(candidates):
-            latent = posterior.latent(mean, turned, posterior.scale, value / posterior.temperature)
-            totals[i] += predictive_nll(model.likelihood, latent, target).cpu() * len(mean) - plain
-        count += len(mean)
-    return totals / count
+    plain: list[Tensor] = []
+
+    def heard() -> Iterator[tuple[Tensor, Tensor, Sequence[Factor]]]:
+        for mean, target, turned in rows:
+            plain.append(-model.likelihood.log_prob(mean, target).double().cpu())
+            yield mean, target, turned
+
+    table = losses(model, posterior, candidates, heard())
+    return (table - torch.cat(plain)).mean(1)
 
 
 def _widest(cost: Tensor, harm: float) -> int:

@@ -152,5 +152,21 @@ def test_a_network_that_mixes_examples_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="other examples"):
         estimate(Centred().double(), [(x, y)], "categorical", progress=False)
     norm = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).double()
-    with pytest.raises(UnsupportedError, match="one example alone"):
+    with pytest.raises(UnsupportedError, match="other examples"):
         estimate(norm, [(x, y)], "categorical", progress=False)
+
+
+def test_a_network_that_refuses_single_examples_is_refused_where_it_has_no_closed_form() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.head = nn.Parameter(torch.ones(4, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) < 2:
+                raise ValueError("I want company")
+            return self.head(x @ self.gain)
+
+    x, y = real(4)(torch.Generator().manual_seed(0)), targets("categorical")
+    with pytest.raises(UnsupportedError, match="'gain' need the network to run on one example alone.*I want company"):
+        estimate(Several().double(), [(x, y)], "categorical", progress=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import LinearFactor, RowFactor, add_quads, dense_factor
+from bayesdl.curvature.factor import LinearFactor, RowFactor, add_marginals, add_quads, dense_factor
 
 SHAPES = [(1, 1), (1, 4), (3, 1), (3, 2)]  # groups, positions
 BATCH, COTANGENTS, INPUTS, OUTPUTS = 5, 3, 4, 2
@@ -85,6 +85,9 @@ def test_many_weights_at_once(
     truth = torch.einsum("bkgoi,rgoi,blgoi->rbkl", rows, weights, rows)
     torch.testing.assert_close(factor.quads(values, shifts), truth)
     torch.testing.assert_close(add_quads([factor, factor], [values, values], shifts), 2.0 * truth)
+    variances = truth.diagonal(dim1=2, dim2=3)
+    torch.testing.assert_close(factor.marginals(values, shifts), variances)
+    torch.testing.assert_close(add_marginals([factor, factor], [values, values], shifts), 2.0 * variances)
 
 
 def patches(groups: int, positions: int) -> tuple[LinearFactor, Tensor]:
@@ -193,5 +196,6 @@ def test_cotangents_shared_by_all_examples_answer_the_same(identity: bool) -> No
     torch.testing.assert_close(held.quad(weight), copied.quad(weight))
     torch.testing.assert_close(held.quads(weight, shifts), copied.quads(weight, shifts))
     torch.testing.assert_close(held.marginal(weight), copied.marginal(weight))
+    torch.testing.assert_close(held.marginals(weight, shifts), copied.marginals(weight, shifts))
     for ours, theirs in zip(held.moments(), copied.moments(), strict=True):
         torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs))

@@ -94,7 +94,7 @@ def test_exact_for_a_linear_model_of_constant_curvature() -> None:
         ("batch_norm_2d", ["1"]),
         ("bare_parameters", ["gain"]),
         ("biases_only", ["2.bias"]),
-        ("lstm", ["cell.weight_hh_l0"]),
+        ("bag_by_offsets", ["bag"]),
         ("attention_bias_only", ["attention.in_proj_bias"]),
         ("transposed_conv2d", ["0.bias"]),
     ],

@@ -43,6 +43,36 @@ def test_probit_against_quadrature_within_its_known_error() -> None:
     assert float(error.max()) > 1e-3  # it is an approximation; an exact one would be another link
 
 
+def test_mean_field_link_of_two_classes_is_that_of_their_difference() -> None:
+    # with two classes the formula is sigmoid(d / sqrt(1 + pi/8 var d)): within 0.019 of the integral, whatever is common
+    mean, variance = GRID.T
+    common = 25.0
+    covariance = torch.full((len(mean), 2, 2), common).double()
+    covariance[:, 0, 0] += variance
+    latent = GaussianLatent(torch.stack([mean, 0 * mean], -1), covariance.diagonal(dim1=1, dim2=2), covariance)
+    found = Categorical(link="mean_field").marginal(latent, torch.zeros(1, 2).double()).probs[:, 0]
+    torch.testing.assert_close(found, torch.sigmoid(mean / torch.sqrt(1 + torch.pi / 8 * variance)))
+    assert float((found - sigmoid_mean(mean, variance)).abs().max()) < 0.02
+    # each logit on its own takes the common part for doubt about the class
+    probit = Categorical().marginal(latent, torch.zeros(1, 2).double()).probs[:, 0]
+    assert float((probit - sigmoid_mean(mean, variance)).abs().max()) > 0.1
+
+
+def test_mean_field_link_of_many_classes_against_draws() -> None:
+    g = torch.Generator().manual_seed(0)
+    mean = 2.0 * torch.randn(40, 5, generator=g).double()
+    root = torch.randn(40, 5, 5, generator=g).double()
+    covariance = root @ root.mT
+    latent = GaussianLatent(mean, covariance.diagonal(dim1=1, dim2=2), covariance)
+    # 20,000 draws: standard error below 0.0036; the approximation's own error is what is bounded
+    truth = Categorical(link="mc").marginal(latent, standard_normal((20_000, 5), mean, None)).probs
+    errors = {
+        link: float((Categorical(link=link).marginal(latent, torch.zeros(1, 5).double()).probs - truth).abs().mean())
+        for link in ("mean_field", "probit")
+    }
+    assert errors["mean_field"] < 0.04 and errors["mean_field"] < 0.8 * errors["probit"]
+
+
 def test_monte_carlo_link_converges_to_quadrature() -> None:
     mean, variance = GRID.T
     exact = sigmoid_mean(mean, variance)
@@ -55,7 +85,7 @@ def test_monte_carlo_link_converges_to_quadrature() -> None:
     assert errors[0] < 5 * 0.5 / 10 and errors[1] < 5 * 0.5 / 100
 
 
-@pytest.mark.parametrize("link", ["probit", "bridge", "mc"])
+@pytest.mark.parametrize("link", ["probit", "mean_field", "bridge", "mc"])
 def test_certain_latents_give_the_softmax(link: str) -> None:
     logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 0.0]]).double()
     likelihood = Categorical(link=link)
@@ -223,7 +253,7 @@ def test_unknown_link() -> None:
         Categorical(link="softmax")
 
 
-@pytest.mark.parametrize("link", ["probit", "bridge", "mc"])
+@pytest.mark.parametrize("link", ["probit", "mean_field", "bridge", "mc"])
 def test_permuting_the_classes_permutes_the_answer(link: str) -> None:
     latent = dirichlet_latent(torch.tensor([[3.0, 5.0, 9.0], [20.0, 2.5, 4.0]]).double())
     order = torch.tensor([2, 0, 1])

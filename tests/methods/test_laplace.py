@@ -17,6 +17,7 @@ from bayesdl.curvature.registry import STRUCTURES
 from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
 from bayesdl.model import BayesianModel
 from bayesdl.posteriors import GaussianPosterior
+from bayesdl.posteriors.linear import Jacobians
 from tests import oracles
 from tests.cases import BY_NAME, mlp, real, targets
 
@@ -272,7 +273,7 @@ def test_chunks_of_a_prediction_do_not_matter(monkeypatch: pytest.MonkeyPatch) -
     net, x, y = network()
     bayes = wrapped(net, [(x, y)], "categorical")
     whole = bayes(x).latent
-    monkeypatch.setattr(sys.modules["bayesdl.curvature.estimate"], "DEFAULT_MEMORY", 1)
+    monkeypatch.setattr(sys.modules["bayesdl.curvature.chunking"], "DEFAULT_MEMORY", 1)
     pieces = bayes(x).latent
     close(pieces.mean, whole.mean)
     close(pieces.covariance, whole.covariance)
@@ -384,15 +385,15 @@ def test_many_classes_at_the_last_layer_need_no_cotangent_per_example(monkeypatc
     joint = model(x).latent
     monkeypatch.setattr("bayesdl.posteriors.gaussian.JOINT_OUTPUTS", 2)
     # the first piece is small, the rest runs at once
-    monkeypatch.setattr(sys.modules["bayesdl.curvature.estimate"], "DEFAULT_MEMORY", 7 * 8 * 3 * 9 * 9)
+    monkeypatch.setattr(sys.modules["bayesdl.curvature.chunking"], "DEFAULT_MEMORY", 7 * 8 * 3 * 9 * 9)
     sizes: list[int] = []
-    linearize = GaussianPosterior.linearize
+    parts = Jacobians.parts
 
-    def counted(self: GaussianPosterior, network: Any, inputs: Tensor) -> Any:
+    def counted(self: Jacobians, inputs: Tensor) -> Any:
         sizes.append(batch_size(inputs))
-        return linearize(self, network, inputs)
+        return parts(self, inputs)
 
-    monkeypatch.setattr(GaussianPosterior, "linearize", counted)
+    monkeypatch.setattr(Jacobians, "parts", counted)
     latent = model(x).latent
     assert sizes == [7, 33]
     assert latent.covariance is None

@@ -15,6 +15,7 @@ from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.evidence import effective_parameters, log_evidence
 from bayesdl.model import BayesianModel
 from bayesdl.posteriors import GaussianPosterior
+from bayesdl.tuning.surface import Surface
 from tests import oracles
 
 
@@ -73,6 +74,7 @@ def slopes(model: BayesianModel) -> Tensor:
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, leaves)])
 
 
+PER_PARAMETER = ["diag", "full", "lowrank"]
 CASES = [
     ("categorical", "ggn", 1.0),
     ("categorical", "ggn", 0.4),
@@ -135,12 +137,105 @@ def test_evidence_at_any_noise_equals_a_fit_at_that_noise(structure: str, kind: 
     torch.testing.assert_close(value, oracles.log_evidence(log_lik, dense, 1.0, weights), rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_of_the_evidence() -> None:
-    bayes = fitted("gaussian", structure="kron")
+@pytest.mark.parametrize("prior", ["scalar", "layer", "parameter"])
+@pytest.mark.parametrize("structure", [*sorted(STRUCTURES), {"0": "full", "*": "kron"}])
+def test_gradients_of_the_evidence(structure: Any, prior: str) -> None:
+    bayes = fitted("gaussian", structure=structure)
     posterior = gaussian(bayes)
-    precision = torch.tensor([0.7, 1.9], dtype=torch.float64, requires_grad=True)
+    count = {"scalar": 1, "layer": 2, "parameter": posterior.layout.numel}[prior]
+    precision = torch.linspace(0.7, 1.9, count, dtype=torch.float64, requires_grad=True)
     noise = torch.tensor([0.3, 0.8], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda p, s: log_evidence(posterior, bayes.network, p, s), (precision, noise))
+    heat = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+
+    def value(p: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return log_evidence(posterior, bayes.network, p, s, t)
+
+    if prior == "parameter" and structure not in PER_PARAMETER:
+        with pytest.raises(UnsupportedError, match='structure="diag" or "full"'):
+            value(precision, noise, heat)
+    else:
+        assert torch.autograd.gradcheck(value, (precision, noise, heat))
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+@pytest.mark.parametrize("structure", PER_PARAMETER)
+def test_one_precision_per_parameter(structure: str, likelihood: str) -> None:
+    bayes = fitted(likelihood, structure=structure)
+    gradient = bayes.tune("evidence", prior="parameter", steps=2000)
+    fixed = bayes.tune("evidence", prior="parameter", solver="fixed-point", steps=3000)
+    assert gaussian(gradient).precision.shape == (gaussian(bayes).layout.numel,)
+    assert float(gradient.log_evidence()) > float(bayes.tune("evidence", prior="layer").log_evidence())
+    torch.testing.assert_close(fixed.log_evidence(), gradient.log_evidence(), rtol=1e-6, atol=1e-6)
+    assert float(slopes(fixed).abs().max()) < 1e-3
+    assert float(slopes(gradient).abs().max()) < 1e-3
+
+
+def test_one_precision_per_parameter_in_closed_form() -> None:
+    # diagonal curvature h: theta^2 = 1/d - 1/(h + d), a quadratic in d for every parameter alone
+    bayes = fitted("categorical", structure="diag").tune("evidence", prior="parameter", steps=2000)
+    posterior = gaussian(bayes)
+    h = posterior.curvature.to_dense().diagonal()
+    square = torch.cat([p.flatten() for p in trained("categorical").parameters()]).square()
+    truth = (-h * square + (h.square() * square.square() + 4 * square * h).sqrt()) / (2 * square)
+    torch.testing.assert_close(posterior.precision, truth, rtol=1e-4, atol=0.0)
+
+
+def test_per_parameter_is_refused_where_it_is_not_exact() -> None:
+    for structure in ("kron", "ekfac"):
+        with pytest.raises(UnsupportedError, match='structure="diag" or "full"'):
+            fitted("categorical", structure=structure).tune("evidence", prior="parameter")
+
+
+@pytest.mark.parametrize("prior", ["scalar", "layer", "keep"])
+@pytest.mark.parametrize("structure", [*sorted(STRUCTURES), {"0": "full", "*": "kron"}, {"0": "diag", "*": "full"}])
+@pytest.mark.parametrize("noise", [False, "scalar", "output"])
+def test_eigen_coordinates_change_nothing(structure: Any, prior: str, noise: bool | str) -> None:
+    bayes = fitted("gaussian", structure=structure, temperature=0.5)
+    surface = Surface.of(gaussian(bayes), bayes.network, prior, noise)
+    log_precision, log_noise = surface.start()
+    log_precision = log_precision + 0.3 if prior != "keep" else log_precision
+    log_noise = None if log_noise is None else log_noise - 0.2
+    level = surface.level(log_noise)
+    truth = log_evidence(gaussian(bayes), bayes.network, surface.precision(log_precision), level)
+    torch.testing.assert_close(surface.value(log_precision, log_noise), truth, rtol=1e-10, atol=1e-10)
+
+
+def test_a_common_noise_is_the_best_common_noise() -> None:
+    bayes = fitted("gaussian", structure="kron")
+    common = bayes.tune("evidence", noise="scalar", prior="keep")
+    noise = gaussian(common).noise
+    assert noise is not None and noise[0] == noise[1]
+    fixed = bayes.tune("evidence", noise="scalar", prior="keep", solver="fixed-point", steps=1000)
+    torch.testing.assert_close(gaussian(fixed).noise, noise, rtol=1e-4, atol=0.0)
+    best = float(common.log_evidence())
+    for factor in (0.9, 1.1):
+        assert float(log_evidence(gaussian(common), common.network, noise=noise * factor)) < best
+    assert float(bayes.tune("evidence", noise="output", prior="keep").log_evidence()) > best
+    kept = bayes.tune("evidence", noise=False)
+    torch.testing.assert_close(gaussian(kept).noise, gaussian(bayes).noise, rtol=0.0, atol=0.0)
+
+
+def test_the_evidence_has_no_maximum_in_the_temperature() -> None:
+    # (log-likelihood - scatter / 2) / T, and a rest that no temperature changes
+    bayes = fitted("categorical", structure="full", prior=0.8)
+    posterior = gaussian(bayes)
+    values = [float(log_evidence(posterior, bayes.network, temperature=t)) for t in (0.5, 1.0, 2.0, 4.0)]
+    slope = posterior.log_likelihood - 0.5 * 0.8 * sum(
+        float(p.square().sum()) for p in trained("categorical").parameters()
+    )
+    for t, value in zip((0.5, 2.0, 4.0), (values[0], *values[2:]), strict=True):
+        assert value - values[1] == pytest.approx(slope * (1 / t - 1), rel=1e-9)
+    assert values == sorted(values)
+    with pytest.raises(UnsupportedError, match="no maximum in the temperature"):
+        bayes.tune("evidence", temperature=True)
+
+
+def test_the_temperature_of_a_gaussian_likelihood_is_its_noise() -> None:
+    hot = fitted("gaussian", structure="kron", temperature=3.0).tune("evidence", temperature=True)
+    plain = fitted("gaussian", structure="kron").tune("evidence")
+    assert gaussian(hot).temperature == 1.0
+    torch.testing.assert_close(gaussian(hot).noise, gaussian(plain).noise, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(gaussian(hot).precision, gaussian(plain).precision, rtol=1e-4, atol=0.0)
 
 
 def test_the_prior_is_kept_where_it_was_given() -> None:
@@ -196,6 +291,14 @@ def test_refusals() -> None:
         bayes.tune("evidence", prior="weights")
     with pytest.raises(ArgumentError, match="'adam'"):
         bayes.tune("evidence", algorithm="adam")
+    with pytest.raises(ArgumentError, match="'newton'"):
+        bayes.tune("evidence", solver="newton")
+    with pytest.raises(ArgumentError, match="noise='both'"):
+        bayes.tune("evidence", noise="both")
+    with pytest.raises(UnsupportedError, match="no open noise"):
+        bayes.tune("evidence", noise="scalar")
+    with pytest.raises(UnsupportedError, match="each output alone"):
+        fitted("gaussian", kind="mc").tune("evidence", noise="output")
     plain = bdl.wrap(trained("categorical"), "map", likelihood="categorical")
     with pytest.raises(UnsupportedError, match="heldout"):
         plain.tune("evidence")

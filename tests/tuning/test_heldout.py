@@ -11,6 +11,7 @@ import bayesdl as bdl
 from bayesdl.curvature.registry import STRUCTURES
 from bayesdl.errors import ArgumentError
 from bayesdl.model import BayesianModel
+from bayesdl.tuning.grid import losses, passes
 from tests.tuning.test_evidence import data, fitted, gaussian
 
 GRID = [0.001, 0.01, 0.1, 1.0, 10.0]
@@ -115,3 +116,41 @@ def test_refusals() -> None:
     for grid in ([], [1.0, -1.0], [[1.0]]):
         with pytest.raises(ArgumentError, match="positive"):
             bayes.tune("heldout", [data("categorical")], grid=grid)
+
+
+@pytest.mark.parametrize("link", ["probit", "bridge", "mc"])
+@pytest.mark.parametrize("structure", sorted(STRUCTURES))
+def test_losses_of_a_fine_grid_are_those_of_every_candidate(structure: str, link: str) -> None:
+    # covariances between few precisions are combinations, right to one part in a million
+    bayes = fitted("categorical", structure=structure, temperature=0.7)
+    bayes = bayes.replaced(likelihood=bdl.Categorical(link=link))
+    loader, grid = validation("categorical"), torch.logspace(-3, 3, 60, dtype=torch.float64)
+    table = losses(bayes, gaussian(bayes), grid, passes(bayes, gaussian(bayes), loader, "", False))
+    assert table.shape == (60, 30)
+    for i in range(0, 60, 7):
+        model = at(bayes, float(grid[i]))
+        truth = torch.cat([-model(x).log_prob(y) for x, y in loader])
+        torch.testing.assert_close(table[i], truth, rtol=0.0, atol=3e-6)
+
+
+def test_losses_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    bayes, loader = fitted("categorical", structure="kron"), validation("categorical")
+    grid = torch.logspace(-3, 3, 60, dtype=torch.float64)
+    whole = losses(bayes, gaussian(bayes), grid, passes(bayes, gaussian(bayes), loader, "", False, candidates=60))
+    monkeypatch.setattr("bayesdl.tuning.grid.HELD", 1000)
+    rows = list(passes(bayes, gaussian(bayes), loader, "", False, candidates=60))
+    assert max(len(mean) for mean, _, _ in rows) == 4  # 60 covariances of 2 x 2
+    torch.testing.assert_close(losses(bayes, gaussian(bayes), grid, rows), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_one_standard_error_takes_the_largest_precision_that_is_not_clearly_worse() -> None:
+    bayes, loader = fitted("categorical", structure="kron"), validation("categorical")
+    table = torch.stack([torch.cat([-at(bayes, p)(x).log_prob(y) for x, y in loader]) for p in GRID])
+    gap = table - table[table.mean(1).argmin()]
+    near = gap.mean(1) <= gap.std(1) / 30**0.5
+    assert 1 < int(near.sum()) < len(GRID)
+    tuned = bayes.tune("heldout", loader, grid=GRID, standard_errors=1.0)
+    assert float(gaussian(tuned).precision) == max(p for p, ok in zip(GRID, near, strict=True) if ok)
+    assert "within 1 standard errors" in str([f.text for f in tuned.record.findings])
+    with pytest.raises(ArgumentError, match="standard_errors=-1"):
+        bayes.tune("heldout", loader, standard_errors=-1)

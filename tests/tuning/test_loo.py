@@ -12,7 +12,7 @@ import bayesdl as bdl
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.latent import GaussianLatent
 from bayesdl.tuning.grid import grid_of, passes
-from bayesdl.tuning.loo import _profiled, _scores, cavity
+from bayesdl.tuning.loo import _losses, _profiled, cavity
 
 PRECISION, NOISE = 0.7, 0.3
 
@@ -94,7 +94,7 @@ def test_profiled_noise_equals_a_search_over_noise_scales(outputs: int) -> None:
         for scale in torch.linspace(0.8, 1.2, 41, dtype=torch.float64) * factors[i]:
             noise = (scale * relative).expand(outputs)
             fixed = posterior.with_prior(value / scale**2, noise)
-            total = _scores(bdl.Gaussian(noise), fixed, fixed.precision.reshape(1), rows)
+            total = _losses(bdl.Gaussian(noise), fixed, fixed.precision.reshape(1), rows).mean(1)
             best = min(best, float(total))
         # the profile leaves out the constants of the density and of the relative scales
         constant = outputs * 0.5 * math.log(2 * math.pi) + float(relative.expand(outputs).log().sum())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.posteriors import GaussianPosterior
+from bayesdl.tuning.training import left_out_residuals
 
 LAST = bdl.Laplace(select="last_layer", structure="full")
 
@@ -154,3 +155,18 @@ def test_refuses_what_it_cannot_do(tmp_path) -> None:  # type: ignore[no-untyped
     one = bdl.wrap(regression, "laplace", [(a[:60], b[:60])], likelihood="gaussian", progress=False)
     with pytest.raises(ArgumentError, match="at least 2"):
         one.tune("training", [(a[:1], b[:1])])
+
+
+def test_some_points_stand_for_all_of_them_by_the_ratio_of_their_residuals() -> None:
+    net, x, y = regressor()
+    data = [(x[:60], y[:60]), (x[60:], y[60:])]  # the network knows the first by heart, and the others not at all
+    bayes = bdl.wrap(net, LAST, data, likelihood="gaussian", prior=bdl.GaussianPrior(1.0), progress=False)
+    posterior = bayes.posterior
+    assert isinstance(posterior, GaussianPosterior)
+    residual = (y - net(x)).double().detach()
+    own = residual[:60].square().mean().sqrt()
+    found = left_out_residuals(bayes, posterior, data, 60)
+    alone = bdl.wrap(net, LAST, data[:1], likelihood="gaussian", prior=bdl.GaussianPrior(1.0), progress=False)
+    assert isinstance(alone.posterior, GaussianPosterior)
+    plain = left_out_residuals(alone, alone.posterior, data[:1], 60)
+    torch.testing.assert_close(found, plain * residual.square().mean().sqrt() / own, rtol=1e-5, atol=0.0)

@@ -46,3 +46,17 @@ def test_moves() -> None:
     assert isinstance(prior.precision, torch.Tensor) and prior.precision.dtype is torch.float64
     assert isinstance(prior.mean, torch.Tensor) and prior.mean.dtype is torch.float64
     assert GaussianPrior(precision=2.0).map(torch.Tensor.double) == GaussianPrior(precision=2.0)
+
+
+def test_gradient_and_draws(generator: torch.Generator) -> None:
+    prior = GaussianPrior(precision=torch.linspace(0.5, 3, 8), mean=0.3)
+    wide = {name: value.double() for name, value in THETA.items()}
+    found = torch.cat([value.reshape(-1) for value in prior.grad(wide).values()])
+    assert torch.allclose(found, -torch.linspace(0.5, 3, 8).double() * (FLAT - 0.3))
+    draws = [prior.sample(wide, generator) for _ in range(4000)]
+    flat = torch.stack([torch.cat([value.reshape(-1) for value in draw.values()]) for draw in draws])
+    # variances of 4,000 draws have a relative deviation of sqrt(2 / 4000) = 0.022: 8 within 5 of them fails at 5e-6
+    assert torch.allclose(flat.var(0) * torch.linspace(0.5, 3, 8).double(), torch.ones(8).double(), atol=0.11)
+    assert prior.sample(THETA, generator)["w"].dtype is torch.float32
+    with pytest.raises(ArgumentError, match=r"one per parameter \(8\), got 2"):
+        GaussianPrior(precision=[1.0, 2.0]).sample(THETA)

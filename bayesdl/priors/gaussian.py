@@ -1,8 +1,7 @@
-"""Priors over the selected weights."""
+"""Independent Gaussian weights."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
@@ -11,16 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ArgumentError, as_numbers
-
-
-class Prior(ABC):
-    """p(theta) over the selected parameters."""
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """log p, a scalar, for tensors by parameter name."""
+from bayesdl.priors.base import Prior
 
 
 @final
@@ -57,6 +47,18 @@ class GaussianPrior(Prior):
         offset = flat - torch.as_tensor(self.mean, dtype=flat.dtype, device=flat.device)
         log_precision = precision.log().expand_as(flat)
         return 0.5 * (log_precision - precision * offset.square() - torch.log(flat.new_tensor(2 * torch.pi))).sum()
+
+    def sample(self, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        total = sum(value.numel() for value in parameters.values())
+        precision = as_numbers(self.precision, "precision")
+        if precision.numel() not in (1, total):
+            raise ArgumentError(
+                f"sample needs a scalar precision or one per parameter ({total}), got {precision.numel()}"
+            )
+        noise = torch.randn(total, dtype=torch.float64, generator=generator)
+        flat = torch.as_tensor(self.mean, dtype=torch.float64).cpu() + noise * precision.cpu().rsqrt()
+        pieces = flat.split([value.numel() for value in parameters.values()])
+        return {n: d.view(v.shape).to(v) for (n, v), d in zip(parameters.items(), pieces, strict=True)}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> GaussianPrior:
         """Apply `function` to the tensors held."""

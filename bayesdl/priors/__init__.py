@@ -1,0 +1,18 @@
+"""Priors over the selected weights."""
+
+from bayesdl.priors.base import Prior
+from bayesdl.priors.gaussian import GaussianPrior
+from bayesdl.priors.heavy_tails import CauchyPrior, LaplacePrior, StudentTPrior
+from bayesdl.priors.horseshoe import HorseshoePrior
+from bayesdl.priors.mixtures import HierarchicalPrior, ScaleMixturePrior
+
+__all__ = [
+    "CauchyPrior",
+    "GaussianPrior",
+    "HierarchicalPrior",
+    "HorseshoePrior",
+    "LaplacePrior",
+    "Prior",
+    "ScaleMixturePrior",
+    "StudentTPrior",
+]

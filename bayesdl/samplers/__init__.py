@@ -1,0 +1,48 @@
+"""Samplers that are `torch.optim.Optimizer`s: gradient of the mean loss in, a chain from the posterior out."""
+
+from bayesdl.samplers.baoab import BAOAB
+from bayesdl.samplers.base import Sampler, StepRecord
+from bayesdl.samplers.cyclical import Cyclical
+from bayesdl.samplers.entropy import EntropyMCMC
+from bayesdl.samplers.psgld import PSGLD
+from bayesdl.samplers.sa_sgld import SASGLD, UnweightedChainWarning
+from bayesdl.samplers.sghmc import SGHMC
+from bayesdl.samplers.sgld import SGLD
+from bayesdl.samplers.sgnht import SGNHT
+from bayesdl.samplers.structured import Structured
+from bayesdl.samplers.temperature import (
+    Decreasing,
+    check_loss_scale,
+    effective_temperature,
+    precision_from_weight_decay,
+)
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "sgld": SGLD,
+    "sghmc": SGHMC,
+    "baoab": BAOAB,
+    "sgnht": SGNHT,
+    "psgld": PSGLD,
+    "sa-sgld": SASGLD,
+    "entropy-mcmc": EntropyMCMC,
+}
+
+__all__ = [
+    "BAOAB",
+    "PSGLD",
+    "SAMPLERS",
+    "SASGLD",
+    "SGHMC",
+    "SGLD",
+    "SGNHT",
+    "Cyclical",
+    "Decreasing",
+    "EntropyMCMC",
+    "Sampler",
+    "StepRecord",
+    "Structured",
+    "UnweightedChainWarning",
+    "check_loss_scale",
+    "effective_temperature",
+    "precision_from_weight_decay",
+]
