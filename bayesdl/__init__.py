@@ -36,17 +36,23 @@ _PUBLIC = {
     "SWAG": "bayesdl.methods",
     "StudentTPrior": "bayesdl.priors",
     "Temperature": "bayesdl.methods",
+    "VBLL": "bayesdl.methods",
     "as_module": "bayesdl.functions",
     "compare": "bayesdl.evaluation.compare",
     "evaluate": "bayesdl.evaluation.compare",
     "evidence_training": "bayesdl.marginal",
     "load": "bayesdl.files",
+    "replace": "bayesdl.last_layer",
 }
-_MODULES = ("curvature", "demo", "errors", "evaluation", "likelihoods", "methods", "posteriors", "samplers", "select")
+_MODULES = (
+    *("curvature", "demo", "errors", "evaluation", "last_layer", "likelihoods", "methods", "posteriors", "samplers"),
+    "select",
+)
 
 __all__ = [
     "MAP",
     "SWAG",
+    "VBLL",
     "BayesianModel",
     "Bernoulli",
     "Categorical",
@@ -75,6 +81,7 @@ __all__ = [
     "evaluate",
     "evidence_training",
     "load",
+    "replace",
     "wrap",
 ]
 
@@ -83,9 +90,10 @@ if TYPE_CHECKING:
     from bayesdl.evaluation.report import Report
     from bayesdl.files import load
     from bayesdl.functions import as_module
+    from bayesdl.last_layer import replace
     from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, Poisson
     from bayesdl.marginal import EvidenceTrainer, MinibatchEvidence, evidence_training
-    from bayesdl.methods import MAP, SWAG, Ensemble, Laplace, MCDropout, Temperature
+    from bayesdl.methods import MAP, SWAG, VBLL, Ensemble, Laplace, MCDropout, Temperature
     from bayesdl.model import BayesianModel
     from bayesdl.predictive import Predictive
     from bayesdl.priors import (

@@ -13,6 +13,7 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     Poisson,
+    StudentT,
 )
 
 from bayesdl.errors import UnsupportedError
@@ -47,11 +48,11 @@ def entropy(distribution: Distribution) -> Tensor:
     Families unknown here: a Monte Carlo mean from a fixed seed, which does.
     """
     inner = _without_independent(distribution)
-    if isinstance(inner, (Categorical, Bernoulli, Normal, MultivariateNormal)):
+    if isinstance(inner, (Categorical, Bernoulli, Normal, MultivariateNormal, StudentT)):
         return per_example(distribution, distribution.entropy())
     mixed = isinstance(inner, MixtureSameFamily)
     parts = _components(inner) if isinstance(inner, MixtureSameFamily) else inner
-    if not isinstance(parts, (Normal, Poisson)):
+    if not isinstance(parts, (Normal, Poisson, StudentT)):
         draws = sample(distribution, ENTROPY_POINTS, torch.Generator().manual_seed(0))
         return -per_example(distribution, distribution.log_prob(draws)).mean(0)
     centre = parts.mean if mixed else parts.mean.unsqueeze(1)  # (B, S, C)
@@ -71,10 +72,12 @@ def _unit_points(count: int, like: Tensor) -> Tensor:
     return points.clamp(1e-7, 1.0 - 1e-7).unsqueeze(1).to(like)
 
 
-def _inverse(parts: Normal | Poisson, centre: Tensor, s: int, points: Tensor) -> Tensor:
+def _inverse(parts: Normal | Poisson | StudentT, centre: Tensor, s: int, points: Tensor) -> Tensor:
     """Values `(K, B, C)` of component `s` at the levels `points`."""
     if isinstance(parts, Normal):
         return centre + parts.scale[:, s] * torch.special.ndtri(points)
+    if isinstance(parts, StudentT):
+        return centre + parts.scale[:, s] * _student_quantile(parts.df[:, s], points)
     levels, rates = torch.broadcast_tensors(points, centre)
     flat = rates.reshape(-1, 1, rates.shape[-1])
     return _poisson_quantile(flat, flat.new_ones(1), levels.reshape(-1, levels.shape[-1])).reshape(rates.shape)
@@ -107,6 +110,10 @@ def sample(distribution: Distribution, n: int, generator: torch.Generator | None
         return distribution.loc + torch.einsum("...ij,...j->...i", distribution.scale_tril, noise)
     if isinstance(distribution, Poisson):
         return torch.poisson(distribution.rate.expand(shape), generator=generator)
+    if isinstance(distribution, StudentT):
+        half = 0.5 * distribution.df.expand(shape)
+        mixing = torch._standard_gamma(half, generator) / half
+        return distribution.loc + distribution.scale * _randn(shape, distribution.loc, generator) / mixing.sqrt()
     return _sample_seeded(distribution, n, generator)
 
 
@@ -125,6 +132,8 @@ def quantile(distribution: Distribution, q: float) -> Tensor:
         return distribution.icdf(torch.as_tensor(q, dtype=distribution.loc.dtype, device=distribution.loc.device))
     if isinstance(distribution, MultivariateNormal):
         return quantile(Normal(distribution.loc, distribution.variance.sqrt()), q)
+    if isinstance(distribution, StudentT):
+        return distribution.loc + distribution.scale * _student_quantile(distribution.df, q)
     if isinstance(distribution, Poisson):
         return _poisson_quantile(distribution.rate.unsqueeze(1), distribution.rate.new_ones(1), q)
     if isinstance(distribution, MixtureSameFamily):
@@ -134,6 +143,14 @@ def quantile(distribution: Distribution, q: float) -> Tensor:
         if isinstance(parts, Poisson):
             return _poisson_quantile(parts.rate, weights, q)
     raise UnsupportedError(f"{type(distribution).__name__} has no quantile function; use .sample and take quantiles")
+
+
+def _student_quantile(df: Tensor, q: Tensor | float) -> Tensor:
+    """Quantiles of the standard Student-t with `df` degrees of freedom."""
+    from scipy.special import stdtrit  # torch has no inverse of the incomplete beta function
+
+    levels = q.double().cpu().numpy() if isinstance(q, Tensor) else q
+    return torch.as_tensor(stdtrit(df.double().cpu().numpy(), levels)).to(df)
 
 
 def normal_mixture_quantile(loc: Tensor, scale: Tensor, weights: Tensor, q: float) -> Tensor:

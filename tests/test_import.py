@@ -23,7 +23,7 @@ PUBLIC = {
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SWAG"),
     *("EvidenceTrainer", "MinibatchEvidence", "evidence_training"),
-    *("Temperature", "__version__", "as_module", "compare", "evaluate", "load", "wrap"),
+    *("Temperature", "VBLL", "__version__", "as_module", "compare", "evaluate", "load", "replace", "wrap"),
 }
 
 SCRIPT = """

@@ -114,4 +114,6 @@ class Rotated(Uniform):
         like = self.eigen[0].values
         like = like.new_empty((), dtype=dtype or like.dtype)
         scaling = cast(scale, like)
-        return [scaling * e.values.to(like) + s for e, s in zip(self.eigen, self.layout.shifts(shift, like), strict=True)]
+        return [
+            scaling * e.values.to(like) + s for e, s in zip(self.eigen, self.layout.shifts(shift, like), strict=True)
+        ]

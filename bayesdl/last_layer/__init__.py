@@ -1,6 +1,49 @@
-"""Bayesian last layers: closed forms on the features of a trained network."""
+"""Bayesian last layers: heads with a loss, closed forms on the features of a trained network."""
 
-from bayesdl.last_layer.exact import ConjugateRegression
-from bayesdl.last_layer.statistics import Statistics
+from __future__ import annotations
 
-__all__ = ["ConjugateRegression", "Statistics"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# name -> module; loaded on first use: posteriors need the closed forms here, and the heads need the posteriors
+_PUBLIC = {
+    "Classification": "heads",
+    "ConjugateRegression": "exact",
+    "Head": "head",
+    "HeadOutput": "output",
+    "Regression": "heads",
+    "Statistics": "statistics",
+    "parameter_groups": "surgery",
+    "replace": "surgery",
+}
+
+__all__ = [
+    "Classification",
+    "ConjugateRegression",
+    "Head",
+    "HeadOutput",
+    "Regression",
+    "Statistics",
+    "parameter_groups",
+    "replace",
+]
+
+if TYPE_CHECKING:
+    from bayesdl.last_layer.exact import ConjugateRegression
+    from bayesdl.last_layer.head import Head
+    from bayesdl.last_layer.heads import Classification, Regression
+    from bayesdl.last_layer.output import HeadOutput
+    from bayesdl.last_layer.statistics import Statistics
+    from bayesdl.last_layer.surgery import parameter_groups, replace
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bayesdl.last_layer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"bayesdl.last_layer.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

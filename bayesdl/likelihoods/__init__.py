@@ -9,6 +9,7 @@ from bayesdl.likelihoods.base import Likelihood
 from bayesdl.likelihoods.bernoulli import Bernoulli
 from bayesdl.likelihoods.categorical import Categorical
 from bayesdl.likelihoods.gaussian import Gaussian, Heteroscedastic
+from bayesdl.likelihoods.normal_gamma import NormalGamma
 from bayesdl.likelihoods.poisson import Poisson
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
@@ -16,10 +17,21 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "bernoulli": Bernoulli,
     "gaussian": Gaussian,
     "heteroscedastic": Heteroscedastic,
+    "normal_gamma": NormalGamma,
     "poisson": Poisson,
 }
 
-__all__ = ["LIKELIHOODS", "Bernoulli", "Categorical", "Gaussian", "Heteroscedastic", "Likelihood", "Poisson", "resolve"]
+__all__ = [
+    "LIKELIHOODS",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Heteroscedastic",
+    "Likelihood",
+    "NormalGamma",
+    "Poisson",
+    "resolve",
+]
 
 
 def resolve(likelihood: str | Likelihood | None, **config: Any) -> Likelihood:

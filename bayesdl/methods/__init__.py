@@ -10,15 +10,17 @@ from bayesdl.methods.laplace import Laplace
 from bayesdl.methods.map import MAP
 from bayesdl.methods.swag import SWAG
 from bayesdl.methods.temperature import Temperature
+from bayesdl.methods.vbll import VBLL
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout)
+    method.name: method for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL)
 }
 
 __all__ = [
     "MAP",
     "METHODS",
     "SWAG",
+    "VBLL",
     "Ensemble",
     "Fitted",
     "Laplace",

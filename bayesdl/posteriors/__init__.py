@@ -2,18 +2,28 @@
 
 from bayesdl.posteriors.base import Posterior
 from bayesdl.posteriors.gaussian import GaussianPosterior
+from bayesdl.posteriors.last_layer import LastLayerPosterior
 from bayesdl.posteriors.masks import MaskPosterior
 from bayesdl.posteriors.point import PointPosterior
 from bayesdl.posteriors.samples import SamplePosterior
 from bayesdl.posteriors.scaled import ScaledPosterior
 
 POSTERIORS: dict[str, type[Posterior]] = {
-    kind.kind: kind for kind in (PointPosterior, GaussianPosterior, SamplePosterior, ScaledPosterior, MaskPosterior)
+    kind.kind: kind
+    for kind in (
+        PointPosterior,
+        GaussianPosterior,
+        SamplePosterior,
+        ScaledPosterior,
+        MaskPosterior,
+        LastLayerPosterior,
+    )
 }
 
 __all__ = [
     "POSTERIORS",
     "GaussianPosterior",
+    "LastLayerPosterior",
     "MaskPosterior",
     "PointPosterior",
     "Posterior",

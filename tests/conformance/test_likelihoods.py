@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Laplace, NegativeBinomial, Student
 
 from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, ShapeError, UnknownNameError
 from bayesdl.latent import GaussianLatent, Latent, SampleLatent, point_latent
-from bayesdl.likelihoods import LIKELIHOODS, Gaussian, Likelihood, resolve
+from bayesdl.likelihoods import LIKELIHOODS, Gaussian, Likelihood, NormalGamma, resolve
 from bayesdl.posteriors.base import standard_normal
 from bayesdl.predictive import Predictive
 
@@ -36,10 +36,13 @@ class Robust(Likelihood):
         return StudentT(5.0, f, 0.5)
 
 
+# those that need a noise to say anything
+NOISY: dict[str, Likelihood] = {
+    "gaussian": Gaussian(noise=[0.5, 2.0, 1.0, 0.3]),
+    "normal_gamma": NormalGamma(shape=[3.0, 2.5, 8.0, 4.0], rate=[0.7, 6.0, 7.0, 0.3]),
+}
 CASES: dict[str, Likelihood] = {
-    **{
-        name: Gaussian(noise=[0.5, 2.0, 1.0, 0.3]) if name == "gaussian" else cls() for name, cls in LIKELIHOODS.items()
-    },
+    **{name: NOISY[name] if name in NOISY else cls() for name, cls in LIKELIHOODS.items()},
     "counts": Counts(),
     "robust": Robust(),
 }
@@ -96,7 +99,7 @@ def test_score_is_the_gradient(name: str) -> None:
     assert torch.allclose(likelihood.score(f, y), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("heteroscedastic", "counts", "robust")])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("heteroscedastic", "counts", "robust", "normal_gamma")])
 def test_hessian_root_against_autograd_at_any_target(name: str) -> None:
     # canonical families: the Hessian in f does not depend on y
     likelihood, f = CASES[name], outputs()
@@ -291,7 +294,7 @@ def test_outputs_that_are_not_finite(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].num_targets(1) == 1 and n != "categorical"])
 def test_flat_targets_fit_one_output(name: str) -> None:
-    likelihood = CASES[name] if name != "gaussian" else Gaussian(0.5)
+    likelihood = {"gaussian": Gaussian(0.5), "normal_gamma": NormalGamma(3.0, 2.0)}.get(name, CASES[name])
     f = outputs()[:, :1]
     y = targets(likelihood, f)
     assert torch.equal(likelihood.check_targets(f, y.squeeze(1)), y)

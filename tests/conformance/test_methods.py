@@ -42,10 +42,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "swag": {"swag": bdl.SWAG(epochs=2, lr=0.02, rank=3, num_samples=3)},
     "ensemble": {"ensemble": bdl.Ensemble()},
     "dropout": {"dropout": bdl.MCDropout(num_samples=4)},
+    "vbll": {"vbll": bdl.VBLL(), "vbll-full": bdl.VBLL(mode="full", epochs=2)},
 }
 VARIANTS = {label: method for group in SETTINGS.values() for label, method in group.items()}
 # what differs from one seed to the next: the fit, the prediction, or neither
-RANDOM_FIT = {"swag"}
+RANDOM_FIT = {"swag", "vbll-full"}
 RANDOM_PREDICTION = {"dropout", "laplace-samples"}
 
 
@@ -467,7 +468,7 @@ def test_data_that_is_no_loader(task: str, label: str) -> None:
 @every
 def test_missing_data(task: str, label: str) -> None:
     given = problem(task)
-    needs = label in ("temperature", "laplace", "laplace-samples", "swag") or task == "regression"
+    needs = label in ("temperature", "laplace", "laplace-samples", "swag", "vbll", "vbll-full") or task == "regression"
     if needs:
         with pytest.raises(ArgumentError, match="needs data|no data to choose it from"):
             bdl.wrap(given.models(label), VARIANTS[label], likelihood=given.likelihood)

@@ -1,0 +1,163 @@
+"""Variational classification on cached features: coordinate ascent on the bound, no step size and no samples.
+
+Each round takes the best tilt of the softmax bound, then the covariances that are stationary for it (exact), then a
+damped Newton step of the means, then the prior precision (Knowles and Minka 2011; MacKay 1992). Cost N d^2 K a round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bayesdl.errors import ArgumentError
+from bayesdl.last_layer import bounds
+from bayesdl.last_layer.parameterisation import Covariance
+
+MOST_ROUNDS, TOLERANCE, HALVINGS = 100, 1e-6, 20
+CHUNK = 64 << 20  # bytes of weighted features at once
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Ascent:
+    """Where coordinate ascent ended.
+
+    Attributes:
+        mean: mu, `(K, d')`.
+        prior_precision: lambda, `(d',)`.
+        bounds: value of the evidence lower bound after every round; never falls while the prior is fixed.
+        converged: whether the last round changed the bound by less than the tolerance.
+    """
+
+    mean: Tensor
+    prior_precision: Tensor
+    bounds: tuple[float, ...]
+    converged: bool
+
+
+@torch.no_grad()
+def ascend(
+    phi: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    covariance: Covariance,
+    *,
+    prior_precision: float | None = None,
+    penalised: Tensor | None = None,
+    bound: str = "km",
+    keep_mean: bool = False,
+    rounds: int = MOST_ROUNDS,
+) -> Ascent:
+    """Fit q(W) = prod_k N(mu_k, S_k) to a softmax likelihood; `covariance` is filled in place.
+
+    Args:
+        phi: features with their constant, `(N, d')`.
+        y: one-hot or soft labels `(N, K)`.
+        mean: where to start, `(K, d')`; those of the trained network.
+        covariance: "full", "diag", "shared" or "precision" (their stationary points are closed forms).
+        prior_precision: lambda; None estimates it.
+        penalised: `(d',)` bool, the weights that the estimate of lambda counts (not the intercept).
+        bound: "km" or "jensen".
+        keep_mean: leave the means as they are: the network's own predictions with uncertainty around them.
+        rounds: the most.
+
+    Raises:
+        ArgumentError: a bound or a covariance that has no closed stationary point here.
+    """
+    if bound not in ("km", "jensen"):
+        raise ArgumentError(
+            f'bound="{bound}" has no logit noise to scale with on frozen features; use "km" or "jensen"'
+        )
+    if covariance.name == "lowrank":
+        raise ArgumentError('covariance="lowrank" has no closed stationary point; use "full", "shared" or "diag"')
+    width = phi.shape[1]
+    counted = torch.ones(width, dtype=torch.bool, device=phi.device) if penalised is None else penalised
+    precision = torch.full((width,), float(prior_precision or width), dtype=phi.dtype, device=phi.device)
+    variance = _start(phi, mean, covariance, precision)
+    trace: list[float] = []
+    for _ in range(rounds):
+        if not keep_mean:
+            mean = _step(phi, y, mean, variance, covariance, precision, bound)
+        _, weight = _weights(phi @ mean.mT, variance, bound)
+        covariance.set_precision(_gram(phi, weight) + torch.diag(precision).double())
+        variance = covariance.quad(phi)
+        if prior_precision is None:
+            spread = mean.square() + covariance.diagonal()
+            precision = torch.full_like(precision, float(counted.sum() * len(mean) / spread[:, counted].sum()))
+        trace.append(float(_bound(phi, y, mean, variance, covariance, precision, bound)))
+        if len(trace) > 1 and abs(trace[-1] - trace[-2]) <= TOLERANCE * abs(trace[-1]):
+            return Ascent(mean, precision, tuple(trace), True)
+    return Ascent(mean, precision, tuple(trace), False)
+
+
+def _start(phi: Tensor, mean: Tensor, covariance: Covariance, precision: Tensor) -> Tensor:
+    """The curvature of the softmax at the means alone."""
+    share = torch.softmax(phi @ mean.mT, -1)
+    covariance.set_precision(_gram(phi, share * (1.0 - share)) + torch.diag(precision).double())
+    return covariance.quad(phi)
+
+
+def _upper(mean: Tensor, variance: Tensor, bound: str) -> Tensor:
+    return bounds.km(mean, variance) if bound == "km" else bounds.jensen(mean, variance)
+
+
+def _weights(mean: Tensor, variance: Tensor, bound: str) -> tuple[Tensor, Tensor]:
+    """dU/dm and 2 dU/dv, `(N, K)` each: gradients of the bound in its moments."""
+    if bound == "jensen":
+        share = torch.softmax(mean + 0.5 * variance, -1)
+        return share, share
+    tilt = bounds.best_tilt(mean, variance)
+    share = torch.softmax(mean + (0.5 - tilt) * variance, -1)
+    # a^2 + (1 - 2 a) p = (a - p)^2 + p (1 - p): positive for any a
+    return share, (tilt - share).square() + share * (1.0 - share)
+
+
+def _gram(phi: Tensor, weight: Tensor) -> Tensor:
+    """sum_n w_nk phi_n phi_n^T, `(K, d', d')` in float64, a few classes at a time."""
+    step = max(1, CHUNK // max(1, phi.element_size() * phi.numel()))
+    parts = [
+        torch.einsum("nki,nj->kij", phi.unsqueeze(1) * weight[:, k : k + step].unsqueeze(2), phi)
+        for k in range(0, weight.shape[1], step)
+    ]
+    return torch.cat(parts).double()
+
+
+def _bound(
+    phi: Tensor, y: Tensor, mean: Tensor, variance: Tensor, covariance: Covariance, precision: Tensor, bound: str
+) -> Tensor:
+    logits = phi @ mean.mT
+    fit = (y * logits).sum(-1) - y.sum(-1) * _upper(logits, variance, bound)
+    spread = (precision * (mean.square() + covariance.diagonal())).sum(-1)
+    divergence = 0.5 * (spread - precision.log().sum() - covariance.logdet() - len(precision))
+    return fit.double().sum() - divergence.double().sum()
+
+
+def _step(
+    phi: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    covariance: Covariance,
+    precision: Tensor,
+    bound: str,
+) -> Tensor:
+    """One preconditioned step of the means, halved until the bound rises; the covariance stays."""
+    share, _ = _weights(phi @ mean.mT, variance, bound)
+    slope = (y - y.sum(-1, keepdim=True) * share).mT @ phi - precision * mean
+    direction = torch.einsum("kij,kj->ki", covariance.dense().to(slope), slope)
+
+    def value(candidate: Tensor) -> Tensor:
+        logits = phi @ candidate.mT
+        fit = (y * logits).sum(-1) - y.sum(-1) * _upper(logits, variance, bound)
+        return fit.double().sum() - 0.5 * (precision * candidate.square()).double().sum()
+
+    before, size = value(mean), 1.0
+    for _ in range(HALVINGS):
+        candidate = mean + size * direction
+        if bool(value(candidate) >= before):
+            return candidate
+        size /= 2.0
+    return mean

@@ -1,0 +1,85 @@
+"""Features of a whole data set, computed once: in memory, or in a temporary file where they are too many."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from bayesdl.data import batches, in_batch
+from bayesdl.errors import ShapeError, check_finite
+from bayesdl.last_layer.features import features, features_and_outputs
+from bayesdl.network import Network
+
+AGREEMENT = 1e-3  # of the head applied to the features with the network's own outputs
+
+
+def each_batch(
+    network: Network, layer: str, data: Iterable[Any], *, progress: bool
+) -> Iterator[tuple[int, Tensor, Any]]:
+    """Yield `(number, features (B, d), target)`; the first batch proves that the layer makes the outputs.
+
+    Raises:
+        ShapeError: the layer applied to the features is not the network's output (something follows the layer).
+        NonFiniteError: NaN or infinity in the features; the batch is named.
+    """
+    with torch.no_grad():
+        for number, inputs, target in batches(network, data, progress=progress, describe="features"):
+            with in_batch(number):
+                if number:
+                    phi = features(network, layer, inputs)
+                else:
+                    phi, outputs = features_and_outputs(network, layer, inputs)
+                    _prove(network, layer, phi, outputs)
+                check_finite(phi, "features")
+            yield number, phi.flatten(0, -2), target
+
+
+@contextmanager
+def gathered(parts: Iterable[tuple[Tensor, Tensor]], budget: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All features `(N, d)` and targets of `parts`; features beyond `budget` bytes live in a temporary file."""
+    with tempfile.TemporaryDirectory(prefix="bayesdl-") as folder, (Path(folder) / "features").open("wb") as file:
+        held: list[Tensor] = []
+        targets: list[Tensor] = []
+        rows = size = spilled = width = 0
+        dtype, device = torch.float32, torch.device("cpu")
+        for phi, y in parts:
+            rows, width, dtype, device = rows + len(phi), phi.shape[1], phi.dtype, phi.device
+            held.append(phi)
+            targets.append(y)
+            size += phi.numel() * phi.element_size()
+            if size > budget:
+                spilled += _spill(file, held)
+                held, size = [], 0
+        if not spilled:
+            yield torch.cat(held), torch.cat(targets)
+            return
+        _spill(file, held)
+        file.flush()
+        mapped = torch.from_file(file.name, shared=False, size=rows * width, dtype=dtype).reshape(rows, width)
+        yield mapped.to(device), torch.cat(targets)
+
+
+def _spill(file: BinaryIO, held: list[Tensor]) -> int:
+    for phi in held:
+        file.write(phi.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return len(held)
+
+
+def _prove(network: Network, layer: str, phi: Tensor, outputs: Tensor) -> None:
+    module = network.module().get_submodule(layer)
+    found = module(phi)
+    found = getattr(found, "logits", found)
+    if found.shape != outputs.shape or not torch.allclose(
+        found, outputs, rtol=AGREEMENT, atol=AGREEMENT * float(outputs.abs().max().clamp(min=1e-6))
+    ):
+        raise ShapeError(
+            f"layer {layer!r} applied to its features gives {tuple(found.shape)} values that differ from the network's "
+            f"outputs {tuple(outputs.shape)}: something follows the layer. A Bayesian last layer needs the layer whose "
+            "output is the network's output"
+        )

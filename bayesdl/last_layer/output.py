@@ -1,0 +1,91 @@
+"""HeadOutput: what a Bayesian head returns; closed forms in, no samples drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, final
+
+from torch import Tensor
+
+from bayesdl.errors import ShapeError, UnsupportedError
+from bayesdl.latent import GaussianLatent
+from bayesdl.predictive import Predictive
+
+if TYPE_CHECKING:
+    from bayesdl.last_layer.head import Head
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HeadOutput:
+    """Belief of a head over its outputs at given features.
+
+    Attributes:
+        head: the head that made it.
+        mean: `(..., K)` mean of the noise-free outputs.
+        variance: `(..., K)` their variance; for heads whose weights scale with the noise, in units of the noise.
+        features: `(..., d)`, what the head was given.
+    """
+
+    head: Head
+    mean: Tensor
+    variance: Tensor
+    features: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """The mean: what a plain linear head would return."""
+        return self.mean
+
+    def loss(self, y: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Negative evidence lower bound per example: the mean over kept elements, plus `kl_weight` times the KL.
+
+        Args:
+            y: targets for the leading shape of `mean`: class indices or soft labels `(..., K)` for classification,
+                real `(..., K)` for regression (`(...,)` where K = 1).
+            mask: bool `(...,)`; False elements do not count.
+            weight: `(...,)` non-negative weights of the elements.
+
+        Raises:
+            ShapeError, LabelError, NonFiniteError: targets or weights do not fit.
+        """
+        return self.head.loss(self, y, mask=mask, weight=weight)
+
+    @cached_property
+    def latent(self) -> GaussianLatent:
+        """Belief over the noise-free outputs; leading axes flattened, `(B, K)`."""
+        return self.head.latent(self.mean.flatten(0, -2), self.variance.flatten(0, -2))
+
+    @cached_property
+    def predictive(self) -> Predictive:
+        """The predictive distribution, in closed form: two calls give the same numbers in any mode."""
+        mean = self.latent.mean
+        return self.head.likelihood().predictive(self.latent, mean.new_zeros(1, mean.shape[-1]))
+
+    def ood_score(self, kind: str = "variance") -> Tensor:
+        """`(...,)`; higher means further from the training data.
+
+        Args:
+            kind: "variance" (mean latent variance), "entropy", "epistemic" or "max_prob" (less the largest
+                probability; classification).
+
+        Raises:
+            UnsupportedError: this head has no such score.
+        """
+        predictive, shape = self.predictive, self.mean.shape[:-1]
+        regression = predictive.task == "regression"
+        if kind == "variance":
+            score = self.latent.variance.mean(-1)
+        elif kind == "entropy":
+            score = predictive.entropy
+        elif kind == "epistemic":
+            score = predictive.epistemic.mean(-1) if regression else predictive.epistemic
+        elif kind == "max_prob" and not regression:
+            score = -predictive.probs.amax(-1)
+        else:
+            known = "variance, entropy, epistemic" + ("" if regression else ", max_prob")
+            raise UnsupportedError(f"this head has no score {kind!r}; choose one of {known}")
+        if score.shape[0] != self.latent.mean.shape[0]:
+            raise ShapeError(f"the score has shape {tuple(score.shape)} for {self.latent.mean.shape[0]} inputs")
+        return score.reshape(shape)

@@ -1,0 +1,69 @@
+"""Prior and noise of an exact regression by predictive scores: leave-one-out in closed form, or held-out data.
+
+For a ratio rho both have residuals r_n and spreads c_n with y_n ~ N(prediction, s^2 c_n), so that the best noise is
+the closed form s^2 = mean r_n^2 / c_n. Leaving out point n of leverage h_n gives r_n / (1 - h_n) and 1 / (1 - h_n).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bayesdl.last_layer.exact import ConjugateRegression
+
+GRID = 121
+LOW, HIGH = 1e-10, 1e4
+CHUNK = 64 << 20
+
+
+def leave_one_out(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> ConjugateRegression:
+    """rho and s^2 of the best leave-one-out log-density on the training pairs `(N, d)`, `(N, K)`."""
+    return _best(regression, phi, y, left_out=True)
+
+
+def held_out(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> ConjugateRegression:
+    """rho and s^2 of the best log-density on pairs that the regression has not seen."""
+    return _best(regression, phi, y, left_out=False)
+
+
+def leave_one_out_residuals(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Residuals on the training pairs, as fitted and left out: two `(N, K)`. Exact at fixed rho and s^2."""
+    fitted = y.double() - regression.latent(phi.double())[0]
+    return fitted, fitted / (1.0 - regression.leverage(phi.double())).clamp(min=1e-12)
+
+
+def _best(regression: ConjugateRegression, phi: Tensor, y: Tensor, left_out: bool) -> ConjugateRegression:
+    scale = float(regression.values.max().clamp(min=torch.finfo(torch.float64).tiny))
+    ratios = torch.logspace(math.log10(LOW), math.log10(HIGH), GRID, dtype=torch.float64, device=phi.device) * scale
+    scores, noises = [], []
+    for ratio in ratios:
+        candidate = regression.with_hyperparameters(
+            ratio.expand(regression.num_outputs), torch.ones_like(regression.ratio)
+        )
+        squares, logs = _sums(candidate, phi, y, left_out)
+        variance = (squares / len(phi)).clamp(min=torch.finfo(torch.float64).tiny)
+        scores.append(0.5 * (variance.log() + logs / len(phi)))
+        noises.append(variance)
+    chosen = torch.stack(scores).argmin(0)
+    columns = torch.arange(regression.num_outputs, device=phi.device)
+    return regression.with_hyperparameters(ratios[chosen], torch.stack(noises)[chosen, columns])
+
+
+def _sums(candidate: ConjugateRegression, phi: Tensor, y: Tensor, left_out: bool) -> tuple[Tensor, Tensor]:
+    """sum r^2 / c and sum log c per output, in chunks of rows."""
+    step = max(1, CHUNK // (8 * max(1, phi.shape[1])))
+    squares = torch.zeros_like(candidate.ratio)
+    logs = torch.zeros_like(candidate.ratio)
+    for rows, targets in zip(phi.split(step), y.split(step), strict=True):
+        mean, leverage = candidate.latent(rows.double())  # unit noise: the variance is the leverage
+        residual = targets.double() - mean
+        if left_out:
+            rest = (1.0 - leverage).clamp(min=1e-12)
+            residual, spread = residual / rest, 1.0 / rest
+        else:
+            spread = 1.0 + leverage
+        squares = squares + (residual.square() / spread).sum(0)
+        logs = logs + spread.log().sum(0)
+    return squares, logs

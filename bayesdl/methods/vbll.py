@@ -1,0 +1,268 @@
+"""Bayesian last layers: exact for regression, variational for classification, the trunk as it is or trained along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from bayesdl.data import in_batch
+from bayesdl.diagnose import Finding
+from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
+from bayesdl.last_layer.ascent import ascend
+from bayesdl.last_layer.cache import each_batch, gathered
+from bayesdl.last_layer.exact import ConjugateRegression
+from bayesdl.last_layer.features import last_linear, linear_layer
+from bayesdl.last_layer.parameterisation import make
+from bayesdl.last_layer.rules import leave_one_out, leave_one_out_residuals
+from bayesdl.last_layer.search import SHARINGS, maximise
+from bayesdl.last_layer.statistics import Statistics
+from bayesdl.likelihoods import Categorical, Gaussian, Likelihood, NormalGamma
+from bayesdl.methods.base import Fitted, Method, Task
+from bayesdl.network import first_inputs
+from bayesdl.posteriors.last_layer import ConjugateWeights, GaussianWeights, LastLayerPosterior
+from bayesdl.priors import GaussianPrior
+from bayesdl.select import Selector
+
+MODES = ("frozen", "full")
+RULES = ("evidence", "loo")
+OVERFITTED = 1.5  # left-out over fitted residuals from which on a warning is given
+
+
+@final
+@dataclass(frozen=True)
+class VBLL(Method):
+    """A Bayesian last layer (Harrison, Willes and Snoek 2024); exact where a closed form exists.
+
+    Frozen regression is conjugate: one pass over the data, no gradient step. Frozen classification maximises a bound on
+    features that are computed once.
+
+    Args:
+        mode: "frozen" (the trunk stays as it is) or "full" (a private copy is trained with a Bayesian head).
+        layer: name of the `nn.Linear` whose output is the network's output; "auto" finds it.
+        covariance: of a classification or trained head: "full", "diag", "shared", "precision" or, trained only,
+            "lowrank".
+        bound: on the softmax: "km", "jensen", or trained only "km_reduced".
+        noise: "point" or "gamma" (unknown noise, Student-t predictive).
+        mean: frozen classification: "refit" the means, or "keep" those of the network.
+        intercept: frozen regression: "flat", "proper" or "none".
+        prior_sharing: frozen regression: one prior precision per "output", or "shared".
+        tuning: frozen regression: prior and noise by "evidence" or by exact leave-one-out ("loo").
+        rank: of "lowrank".
+        epochs: mode "full".
+        lr: mode "full", AdamW.
+        weight_decay: mode "full", on the trunk alone.
+        cache_bytes: features beyond this live in a temporary file.
+        noise_prior: (a, b) of the gamma prior over 1 / s^2 for noise="gamma"; None is the reference prior (frozen).
+        select: not used; a last layer is chosen by `layer`.
+    """
+
+    mode: str = "frozen"
+    layer: str = "auto"
+    covariance: str = "full"
+    bound: str = "km"
+    noise: str = "point"
+    mean: str = "refit"
+    intercept: str = "flat"
+    prior_sharing: str = "output"
+    tuning: str = "evidence"
+    rank: int = 8
+    epochs: int = 20
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    cache_bytes: int = 2**31
+    noise_prior: tuple[float, float] | None = None
+    select: Selector | None = None
+
+    name: ClassVar[str] = "vbll"
+    trains: ClassVar[bool] = True
+
+    def fit(self, task: Task) -> Fitted:
+        self._check()
+        data = task.need_data(self.name)
+        layer = self._layer(task, data)
+        if self.mode == "full":
+            from bayesdl.last_layer.training import train
+
+            return train(self, task, layer, data)
+        if isinstance(task.likelihood, Gaussian):
+            return self._regression(task, layer, data)
+        if isinstance(task.likelihood, Categorical):
+            return self._classification(task, layer, data, task.likelihood)
+        raise UnsupportedError(
+            f"the {task.likelihood.name} likelihood has no closed-form last layer; use "
+            'bdl.Laplace(select="last_layer"), or likelihood="gaussian" or "categorical"'
+        )
+
+    def _check(self) -> None:
+        for name, value, known in (
+            ("mode", self.mode, MODES),
+            ("tuning", self.tuning, RULES),
+            ("mean", self.mean, ("refit", "keep")),
+            ("noise", self.noise, ("point", "gamma")),
+            ("prior_sharing", self.prior_sharing, SHARINGS),
+        ):
+            if value not in known:
+                raise UnknownNameError(f"{name}={value!r} is not known; choose one of {known}")
+
+    def _layer(self, task: Task, data: Iterable[Any]) -> str:
+        if self.layer == "auto":
+            return last_linear(task.network, first_inputs(data, task.network.batch))
+        linear_layer(task.network, self.layer)
+        return self.layer
+
+    def _regression(self, task: Task, layer: str, data: Iterable[Any]) -> Fitted:
+        given = task.likelihood
+        family = given.with_noise(1.0) if isinstance(given, Gaussian) and given.noise is None else given
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for number, phi, target in each_batch(task.network, layer, data, progress=task.progress):
+                with in_batch(number):
+                    outputs = family.check_outputs(phi.new_zeros(len(phi), width))
+                    y = family.check_targets(outputs, target)
+                yield phi, y
+
+        width = linear_layer(task.network, layer).out_features
+        moments: list[Statistics] = []
+        with gathered(_tap(pairs(), moments), self.cache_bytes) as (phi, y):
+            regression, findings = self._hyperparameters(moments[0], task, phi, y)
+            findings += _overfitted(regression, phi, y)
+        likelihood, regression = self._likelihood(task, regression)
+        return Fitted(LastLayerPosterior(layer, ConjugateWeights(regression)), likelihood, findings)
+
+    def _hyperparameters(
+        self, total: Statistics, task: Task, phi: Tensor, y: Tensor
+    ) -> tuple[ConjugateRegression, tuple[Finding, ...]]:
+        start = ConjugateRegression.decompose(total, intercept=self.intercept)
+        outputs, like = start.num_outputs, start.values
+        prior = task.gaussian_prior()
+        precision = None if prior is None else _per_output(prior, outputs, like)
+        variance = None
+        if isinstance(task.likelihood, Gaussian) and task.likelihood.noise is not None:
+            variance = task.likelihood.scale(like.new_zeros(1, outputs)).square()
+        if self.tuning == "loo" and precision is None and variance is None:
+            best, edge = leave_one_out(start, phi, y), torch.zeros(outputs, dtype=torch.bool)
+        else:
+            best, edge = maximise(start, sharing=self.prior_sharing, prior_precision=precision, noise_variance=variance)
+        findings = []
+        if precision is None:
+            text = ", ".join(f"{float(v):.3g}" for v in best.prior_precision)
+            findings.append(Finding("info", f"prior precision {text} by {self.tuning}", topic="prior"))
+        if variance is None:
+            text = ", ".join(f"{float(v):.3g}" for v in best.noise_variance.sqrt())
+            findings.append(Finding("info", f"noise {text} by {self.tuning}", topic="noise"))
+        if bool(edge.any()):
+            findings.append(
+                Finding(
+                    "warning",
+                    f"the prior precision of outputs {edge.nonzero().flatten().tolist()} lies at the end of the range "
+                    "searched: the features explain all, or none, of the targets (are they constant?)",
+                    "check the targets, or fix the prior: prior=bdl.GaussianPrior(precision=...)",
+                )
+            )
+        return best, tuple(findings)
+
+    def _likelihood(self, task: Task, regression: ConjugateRegression) -> tuple[Likelihood, ConjugateRegression]:
+        if self.noise == "point":
+            given = isinstance(task.likelihood, Gaussian) and task.likelihood.noise is not None
+            return task.likelihood if given else Gaussian(noise=regression.noise_variance.sqrt()), regression
+        if isinstance(task.likelihood, Gaussian) and task.likelihood.noise is not None:
+            raise ArgumentError('noise="gamma" infers the noise; leave bdl.Gaussian() without one')
+        a0, b0 = self.noise_prior or (0.0, 0.0)
+        shape = a0 + 0.5 * regression.degrees
+        rate = b0 + 0.5 * regression.misfit(regression.ratio)
+        if not shape > 1:
+            raise ArgumentError(f"{regression.statistics.count} examples give a noise without a variance; use more")
+        scaled = regression.with_hyperparameters(regression.ratio, rate / (shape - 1.0))
+        return NormalGamma(torch.full_like(rate, shape), rate), scaled
+
+    def _classification(self, task: Task, layer: str, data: Iterable[Any], likelihood: Categorical) -> Fitted:
+        linear = linear_layer(task.network, layer)
+        classes, bias = linear.out_features, linear.bias is not None
+        prior = task.gaussian_prior()
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for number, phi, target in each_batch(task.network, layer, data, progress=task.progress):
+                with in_batch(number):
+                    outputs = likelihood.check_outputs(phi.new_zeros(len(phi), classes))
+                    labels = likelihood.check_targets(outputs, target)
+                wide = phi.float() if phi.dtype in (torch.float16, torch.bfloat16) else phi
+                yield (torch.cat([wide, wide.new_ones(len(wide), 1)], 1) if bias else wide), labels
+
+        with gathered(pairs(), self.cache_bytes) as (phi, labels):
+            start = (
+                linear.weight.detach()
+                if linear.bias is None
+                else torch.cat([linear.weight.detach(), linear.bias.detach().unsqueeze(1)], 1)
+            )
+            with torch.device(phi.device):
+                covariance = make(self.covariance, phi.shape[1], classes).to(phi.dtype)
+            counted = torch.ones(phi.shape[1], dtype=torch.bool, device=phi.device)
+            counted[-1] = not bias
+            hard = nn.functional.one_hot(labels, classes).to(phi.dtype)
+            found = ascend(
+                phi,
+                hard,
+                start.to(phi.dtype),
+                covariance,
+                prior_precision=None if prior is None else float(_per_output(prior, 1, phi)[0]),
+                penalised=counted,
+                bound=self.bound,
+                keep_mean=self.mean == "keep",
+            )
+        scale = torch.ones(2, classes, dtype=phi.dtype, device=phi.device)
+        belief = GaussianWeights.of(found.mean, covariance, scale, bias)
+        precision = float(found.prior_precision[0])
+        findings = [
+            Finding(
+                "info",
+                f"prior precision {precision:.3g} {'by the bound' if prior is None else 'as given'}",
+                topic="prior",
+            )
+        ]
+        if not found.converged:
+            findings.append(
+                Finding("warning", f"the bound still moved after {len(found.bounds)} rounds", "fix the prior")
+            )
+        return Fitted(
+            LastLayerPosterior(layer, belief),
+            likelihood,
+            tuple(findings),
+            cost=(("bound", found.bounds[-1]), ("rounds", float(len(found.bounds)))),
+        )
+
+
+def _tap(parts: Iterable[tuple[Tensor, Tensor]], totals: list[Statistics]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hand pairs on and keep their statistics."""
+    for phi, y in parts:
+        totals[:] = [totals[0] + Statistics.of(phi, y)] if totals else [Statistics.of(phi, y)]
+        yield phi, y
+
+
+def _per_output(prior: GaussianPrior, outputs: int, like: Tensor) -> Tensor:
+    value = torch.as_tensor(prior.precision, dtype=like.dtype, device=like.device)
+    mean = torch.as_tensor(prior.mean)
+    if value.numel() not in (1, outputs) or bool(mean.any()):
+        raise ArgumentError(
+            f"a Bayesian last layer takes a prior of mean zero with one precision, or one per output ({outputs}); "
+            f"got {value.numel()} precisions"
+        )
+    return value.reshape(-1).expand(outputs)
+
+
+def _overfitted(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> tuple[Finding, ...]:
+    fitted, left_out = leave_one_out_residuals(regression, phi, y)
+    ratio = (left_out.square().mean(0) / fitted.square().mean(0).clamp(min=1e-300)).sqrt()
+    if not bool((ratio > OVERFITTED).any()):
+        return ()
+    return (
+        Finding(
+            "warning",
+            f"left-out residuals are {float(ratio.max()):.2g} times the fitted ones: the last layer fits noise",
+            "choose prior and noise on held-out data: wrap(..., validation=loader)",
+            "overfit",
+        ),
+    )

@@ -1,0 +1,238 @@
+"""Posterior over a last layer: features from the network, the rest in closed form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor
+
+from bayesdl.errors import SelectionError
+from bayesdl.last_layer.exact import ConjugateRegression
+from bayesdl.last_layer.features import features
+from bayesdl.last_layer.parameterisation import Covariance, make
+from bayesdl.last_layer.statistics import Statistics
+from bayesdl.latent import GaussianLatent, Latent
+from bayesdl.network import Network
+from bayesdl.posteriors.base import Function, Posterior, standard_normal
+
+
+class Belief(ABC):
+    """A distribution over linear maps from features to outputs."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def latent(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the outputs at `(B, d)`: two `(B, K)`."""
+
+    @abstractmethod
+    def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Weights `(n, K, d)` and biases `(n, K)`."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Stored tensors by name."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON-ready rest."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        """Inverse of `tensors` and `config`."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ConjugateWeights(Belief):
+    """The exact posterior of a regression."""
+
+    regression: ConjugateRegression
+
+    name: ClassVar[str] = "conjugate"
+
+    def latent(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        return self.regression.latent(phi)
+
+    def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        values = self.regression.values
+        outputs, width = self.regression.num_outputs, len(values)
+        noise = standard_normal((n, outputs, width + 1), values, generator)
+        return self.regression.draw(noise[..., :width], noise[..., width])
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = self.regression
+        kept = {"values": own.values, "vectors": own.vectors, "target": own.target, "ratio": own.ratio}
+        kept["noise_variance"] = own.noise_variance
+        return kept | {f"statistics.{name}": value for name, value in own.statistics.tensors().items()}
+
+    def config(self) -> dict[str, Any]:
+        return {"count": self.regression.statistics.count, "intercept": self.regression.intercept}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        prefix = "statistics."
+        moments = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        own = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+        statistics = Statistics(count=int(config["count"]), **moments)
+        return cls(ConjugateRegression(statistics=statistics, intercept=str(config["intercept"]), **own))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GaussianWeights(Belief):
+    """q(W) = prod_k N(mu_k, S_k).
+
+    Attributes:
+        mean: mu, `(K, d')`.
+        covariance: S.
+        scale: `(2, K)`; factors of mean and variance of the outputs (logit noise is aleatoric).
+        bias: whether the last weight belongs to a constant 1.
+    """
+
+    mean: Tensor
+    covariance: Covariance
+    scale: Tensor
+    bias: bool
+
+    name: ClassVar[str] = "gaussian"
+
+    @classmethod
+    def of(cls, mean: Tensor, covariance: Covariance, scale: Tensor, bias: bool) -> Self:
+        """A detached copy: training on the head leaves it as it is."""
+        held = {name: value.detach().clone() for name, value in covariance.state_dict().items()}
+        return cls(mean.detach().clone(), _rebuilt(covariance, held), scale.detach().clone(), bias)
+
+    def latent(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        phi = phi.to(self.mean.dtype)
+        if self.bias:
+            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
+        return (phi @ self.mean.mT) * self.scale[0], self.covariance.quad(phi) * self.scale[1]
+
+    def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        noise = standard_normal((n, len(self.mean), self.covariance.width), self.mean, generator)
+        weights = self.mean * self.scale[0].unsqueeze(1)
+        weights = weights + self.covariance.sample(noise) * self.scale[1].sqrt().unsqueeze(1)
+        if self.bias:
+            return weights[..., :-1], weights[..., -1]
+        return weights, weights.new_zeros(weights.shape[:2])
+
+    def tensors(self) -> dict[str, Tensor]:
+        held = {f"covariance.{name}": value for name, value in self.covariance.state_dict().items()}
+        return {"mean": self.mean, "scale": self.scale, **held}
+
+    def config(self) -> dict[str, Any]:
+        own = self.covariance
+        return {"covariance": own.name, "rank": own.rank, "memory": own.memory, "bias": self.bias}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        prefix = "covariance."
+        held = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        mean = tensors["mean"]
+        options = {"rank": int(config["rank"]), "memory": int(config["memory"])}
+        with torch.device(mean.device):
+            empty = make(str(config["covariance"]), mean.shape[1], mean.shape[0], **options)
+        return cls(mean, _filled(empty, held), tensors["scale"], bool(config["bias"]))
+
+
+BELIEFS: dict[str, type[Belief]] = {belief.name: belief for belief in (ConjugateWeights, GaussianWeights)}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LastLayerPosterior(Posterior):
+    """A belief over the last layer; the rest of the network is taken as it is.
+
+    Attributes:
+        layer: name of the layer, or None for the one `Head` of the network.
+        belief: over its weights.
+        trunk: tensors by name that replace the network's own, where the network was trained along.
+    """
+
+    layer: str | None
+    belief: Belief
+    trunk: Mapping[str, Tensor] = field(default_factory=dict)
+
+    kind: ClassVar[str] = "last_layer"
+
+    def push(self, network: Network, inputs: Any, state: Any) -> Latent:
+        phi = features(network, self.layer_of(network), inputs, self._cast(network))
+        shape = phi.shape[:-1]
+        mean, variance = self.belief.latent(phi.flatten(0, -2))
+        return GaussianLatent(mean.reshape(*shape, -1), variance.reshape(*shape, -1))
+
+    def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
+        weights, biases = self.belief.draw(n, generator)
+        layer, held = self.layer_of(network), self._cast(network)
+
+        def function(weight: Tensor, bias: Tensor) -> Function:
+            def outputs(inputs: Any) -> Tensor:
+                phi = features(network, layer, inputs, held)
+                return phi @ weight.mT.to(phi) + bias.to(phi)
+
+            return outputs
+
+        return [function(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    def layer_of(self, network: Network) -> str:
+        """Name of the layer.
+
+        Raises:
+            SelectionError: no name was given, and the network has no Bayesian head, or several.
+        """
+        from bayesdl.last_layer.head import Head
+
+        if self.layer is not None:
+            return self.layer
+        found = [name for name, module in network.template.named_modules() if isinstance(module, Head)]
+        if len(found) != 1:
+            raise SelectionError(
+                f"the network has {len(found)} Bayesian heads ({found}); build the posterior with the name of its "
+                "layer: head.posterior(layer='...')"
+            )
+        return found[0]
+
+    @property
+    def forward_passes(self) -> float:
+        return 1.0
+
+    @property
+    def over_weights(self) -> bool:
+        return True
+
+    def _cast(self, network: Network) -> dict[str, Tensor]:
+        # the network may have been moved to half precision, where the trunk is not kept
+        own = network.tensors
+        return {name: value.to(own[name].dtype) for name, value in self.trunk.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.belief.tensors(), **{f"trunk.{name}": value for name, value in self.trunk.items()}}
+
+    def config(self) -> dict[str, Any]:
+        return {"layer": self.layer, "belief": self.belief.name, **self.belief.config()}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
+        prefix = "trunk."
+        trunk = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        own = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+        return cls(config["layer"], BELIEFS[str(config["belief"])].restore(own, config), trunk)
+
+
+def _rebuilt(covariance: Covariance, tensors: Mapping[str, Tensor]) -> Covariance:
+    empty = make(
+        covariance.name, covariance.features, covariance.outputs, rank=covariance.rank, memory=covariance.memory
+    )
+    return _filled(empty, tensors)
+
+
+def _filled(covariance: Covariance, tensors: Mapping[str, Tensor]) -> Covariance:
+    # assign keeps dtype and device of the stored tensors
+    covariance.load_state_dict(dict(tensors), assign=True)
+    return covariance.requires_grad_(False)
