@@ -29,6 +29,15 @@ from bayesdl.network import Network
 
 # what torch's functions raise on shapes that they cannot take
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+_RANDOM = (
+    "two forward passes on the same inputs give different outputs, in eval mode: something in the network is random "
+    "there (F.dropout without training=self.training, a noise layer, a sampled latent?). Curvature belongs to one "
+    "function: switch the randomness off"
+)
+_MIXED = (
+    "the network's output for an example depends on the other examples in the batch (batch statistics, attention over "
+    "the batch axis?); curvature per example is not defined for such a network"
+)
 _Owned = tuple[tuple[str, str | None], ...]  # a layer's own parameter names and their full names
 
 
@@ -55,7 +64,9 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
         alone, two = tapped_forward(network, pair, hooked)
         among, three = tapped_forward(network, _rows(network, example, 3), hooked)
         truth = _true_gradients(network, pair)
-        _check_independent(alone.detach(), among.detach(), truth.kind)
+        again = network.forward(network.module(), pair)
+        _check_same(alone.detach(), again.detach(), truth.kind, _RANDOM)
+        _check_same(alone.detach(), among.detach()[:2], truth.kind, _MIXED)
     outputs = truth[0].shape[2:]
     proof = _Proof(network, pair, truth, two)
     blocks = [_repeated(block, two, three, proof) or _placed(block, two, three) for block in blocks]
@@ -82,15 +93,12 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
     return layout if network.elements is None else restricted(layout, network.elements)
 
 
-def _check_independent(alone: Tensor, among: Tensor, kind: torch.dtype) -> None:
-    """Raise unless two examples have the outputs that they have next to a third."""
+def _check_same(one: Tensor, other: Tensor, kind: torch.dtype, message: str) -> None:
+    """Raise unless the outputs of two examples are what they were before."""
     # the outputs of a deep network in bfloat16 agree to a few per cent
-    slack = min(tolerance(kind), 0.1) * float(1e-3 + alone.abs().max())
-    if not float((alone - among[:2]).abs().max()) <= slack:
-        raise UnsupportedError(
-            "the network's output for an example depends on the other examples in the batch (batch statistics, "
-            "attention over the batch axis, randomness?); curvature per example is not defined for such a network"
-        )
+    slack = min(tolerance(kind), 0.1) * float(1e-3 + one.abs().max())
+    if not float((one - other).abs().max()) <= slack:
+        raise UnsupportedError(message)
 
 
 def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: torch.Size) -> Layout:

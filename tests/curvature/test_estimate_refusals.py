@@ -156,6 +156,34 @@ def test_a_network_that_mixes_examples_is_refused() -> None:
         estimate(norm, [(x, y)], "categorical", progress=False)
 
 
+class Noisy(nn.Module):
+    """Dropout that stays on in eval mode."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.inner, self.head, self.form = nn.Linear(4, 4), nn.Linear(4, 3), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        if self.form == "dropout":
+            h = nn.functional.dropout(h, 0.5)
+        if self.form == "noise":
+            h = h + 0.01 * torch.randn_like(h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("form", ["dropout", "noise"])
+def test_randomness_that_stays_on_in_eval_mode_is_refused(form: str) -> None:
+    x, y = real(4)(torch.Generator().manual_seed(0)), targets("categorical")
+    with pytest.raises(UnsupportedError, match="two forward passes on the same inputs.*eval mode"):
+        estimate(Noisy(form).double(), [(x, y)], "categorical", progress=False)
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).double().train()
+    before = net[1].running_mean.clone()
+    first, again = (estimate(net, [(x, y)], "categorical", progress=False).to_dense() for _ in range(2))
+    assert torch.equal(first, again) and net.training and torch.equal(net[1].running_mean, before)
+    assert torch.equal(first, estimate(net.eval(), [(x, y)], "categorical", progress=False).to_dense())
+
+
 def test_a_network_that_refuses_single_examples_is_refused_where_it_has_no_closed_form() -> None:
     class Several(nn.Module):
         def __init__(self) -> None:
