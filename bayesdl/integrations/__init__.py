@@ -1,0 +1,1 @@
+"""Bridges to other libraries: one file each, and the library itself is imported when it is used."""
