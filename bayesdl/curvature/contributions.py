@@ -4,6 +4,9 @@ Outputs at T positions make T C outputs of one example. Lambda is block diagonal
 takes T C cotangents, each zero at all positions but one; they go back a few at a time. A Monte-Carlo or empirical
 score covers all positions with one cotangent per draw. The last layer alone needs none of this: each of its outputs
 depends on the features of its own position, which then is an example of its own (`Head`).
+
+Where a target is ignored every cotangent is exactly zero, and the positions of a last layer are left out altogether. In
+front of it the input factors of kron average over all positions of an example with any target that counts.
 """
 
 from __future__ import annotations
@@ -137,7 +140,7 @@ class Seeds:
         every = torch.arange(len(flat), device=flat.device) if mask is None else mask.nonzero().squeeze(1)
         count = flat.shape[-1] if self.kind == "ggn" and not alone else 1
         step = cotangent_width(curvature.layout, curvature, dtype, torch.Size((count, flat.shape[-1])), memory)
-        for index in every.split(step):
+        for index in every.split(step) if len(every) else ():
             some, labels = flat[index], goal[index]
             vectors = self.likelihood.hessian_diagonal(some).sqrt()[None] if alone else self.rule(some, labels)
             yield head.factors(vectors.to(dtype), index)

@@ -14,7 +14,7 @@ from bayesdl.curvature.contributions import Seeds
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import in_batch
 from bayesdl.distributed import Group
-from bayesdl.errors import ArgumentError, NumericalError
+from bayesdl.errors import ArgumentError, LabelError, NumericalError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.network import Network
 
@@ -123,7 +123,9 @@ class Tally:
         self.count, self.examples = (int(value) for value in counts)
 
     def result(self) -> tuple[Fit, float]:
-        """The fit, and sum_n |log p(y_n | f_n)|."""
+        """The fit, and sum_n |log p(y_n | f_n)|. Raises `LabelError` where no target counts."""
+        if self.examples and not self.count:
+            raise LabelError(f"all targets of {self.examples} examples are ignored; at least one has to count")
         total = self.curvature
         if self.parts:
             total = self.parts[0]
