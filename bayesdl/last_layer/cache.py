@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from bayesdl.data import batches, in_batch
-from bayesdl.errors import ShapeError, check_finite
-from bayesdl.last_layer.features import features, features_and_outputs
+from bayesdl.errors import BayesDLError, ShapeError, check_finite
+from bayesdl.last_layer.features import features
 from bayesdl.network import Network
 
+_FOLLOWED = (
+    "layer {!r} applied to its features does not give the network's outputs: something follows the layer. A Bayesian "
+    "last layer needs the layer whose output is the network's output"
+)
 AGREEMENT = 1e-3  # of the head applied to the features with the network's own outputs
 
 
@@ -34,8 +38,7 @@ def each_batch(
                 if number:
                     phi = features(network, layer, inputs)
                 else:
-                    phi, outputs = features_and_outputs(network, layer, inputs)
-                    _prove(network, layer, phi, outputs)
+                    phi = _proven(network, layer, inputs)
                 check_finite(phi, "features")
             yield number, phi.flatten(0, -2), target
 
@@ -71,15 +74,21 @@ def _spill(file: BinaryIO, held: list[Tensor]) -> int:
     return len(held)
 
 
-def _prove(network: Network, layer: str, phi: Tensor, outputs: Tensor) -> None:
-    module = network.module().get_submodule(layer)
-    found = module(phi)
+def _proven(network: Network, layer: str, inputs: Any) -> Tensor:
+    """Features of a batch for which the layer makes the network's outputs from them."""
+    outputs = network(inputs)
+    try:
+        phi = features(network, layer, inputs)
+        found = network.module().get_submodule(layer)(phi)
+    except RuntimeError as error:
+        if isinstance(error, BayesDLError):
+            raise
+        raise ShapeError(
+            f"{_FOLLOWED.format(layer)} (the rest of the network cannot take its features: {error})"
+        ) from error
     found = getattr(found, "logits", found)
     if found.shape != outputs.shape or not torch.allclose(
         found, outputs, rtol=AGREEMENT, atol=AGREEMENT * float(outputs.abs().max().clamp(min=1e-6))
     ):
-        raise ShapeError(
-            f"layer {layer!r} applied to its features gives {tuple(found.shape)} values that differ from the network's "
-            f"outputs {tuple(outputs.shape)}: something follows the layer. A Bayesian last layer needs the layer whose "
-            "output is the network's output"
-        )
+        raise ShapeError(_FOLLOWED.format(layer))
+    return phi

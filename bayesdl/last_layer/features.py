@@ -22,11 +22,6 @@ def features(network: Network, layer: str, inputs: Any, tensors: Mapping[str, Te
         return network(inputs, tensors)
 
 
-def features_and_outputs(network: Network, layer: str, inputs: Any) -> tuple[Tensor, Tensor]:
-    """`features`, and the network's own outputs for the same batch."""
-    return features(network, layer, inputs), network(inputs)
-
-
 def linear_layer(network: Network, name: str) -> nn.Linear:
     """The layer of that name. Raises `ArgumentError` that lists the linear layers where there is none."""
     modules = dict(network.template.named_modules())

@@ -17,6 +17,7 @@ from bayesdl import linalg
 from bayesdl.errors import ArgumentError, ShapeError, UnknownNameError
 
 LARGEST = 1 << 26  # scalars of a (K, d, d) factor that are held without asking
+ALTERNATIONS = 100  # of the two halves of a shared covariance; few are needed
 DEFAULT_MEMORY = 256 << 20  # bytes of one (K, B, d) product
 
 
@@ -253,15 +254,22 @@ class Shared(Covariance):
 
     @torch.no_grad()
     def set_precision(self, precision: Tensor) -> None:
-        """The mean precision over outputs, each output with the scale that keeps its own trace of P S."""
+        """The member closest in KL(q || N(mu, P_k^-1)), by alternating its two stationary points.
+
+        Given v the best L has (L L^T)^-1 = mean_k v_k P_k, given L the best v_k is d / tr(P_k L L^T).
+        """
         wanted = self._check(precision)
-        factor = linalg.cholesky(wanted.mean(0), "mean precision of the last layer")
-        covariance = torch.cholesky_inverse(factor)
+        variance = wanted.new_ones(self.outputs)
+        for _ in range(ALTERNATIONS):
+            mean = torch.einsum("k,kij->ij", variance, wanted) / self.outputs
+            covariance = torch.cholesky_inverse(linalg.cholesky(mean, "mean precision of the last layer"))
+            before, variance = variance, self.features / torch.einsum("kij,ji->k", wanted, covariance)
+            if bool(((variance / before).log().abs() < 1e-9).all()):
+                break
         root = linalg.cholesky(covariance, "covariance of the last layer")
         self.log_diagonal.copy_(root.diagonal().log())
         self.lower.copy_(root.tril(-1))
-        # the minimum over v of KL(q || N(mu, P_k^-1)): v = d / tr(P_k L L^T)
-        self.log_variance.copy_(math.log(self.features) - torch.einsum("kij,ji->k", wanted, covariance).log())
+        self.log_variance.copy_(variance.log())
 
 
 @final

@@ -1,0 +1,216 @@
+"""VBLL in one call: equal to exact regression, one pass, any last layer, and its words."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bayesdl as bdl
+from bayesdl.errors import ArgumentError, SelectionError, ShapeError, UnknownNameError, UnsupportedError
+from tests.untouched import untouched
+
+CALLS = [0]  # of any copy of the network below
+
+
+class Counting(nn.Module):
+    """A trunk that counts how often it is called."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(3, 6), nn.Tanh())
+        self.fc = nn.Linear(6, outputs)
+
+    def forward(self, x):
+        CALLS[0] += 1
+        return self.fc(self.trunk(x))
+
+
+def data(outputs=2, n=90):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, generator=generator)
+    noise = torch.tensor([0.1, 0.5])[:outputs]
+    y = torch.stack([x.sin().sum(1), x[:, 0] * x[:, 1]], 1)[:, :outputs]
+    return x, y + noise * torch.randn(n, outputs, generator=generator)
+
+
+def batches(x, y, size=32):
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def wrapped(net, x, y, **options):
+    return bdl.wrap(net, bdl.VBLL(**options), batches(x, y), likelihood="gaussian", progress=False)
+
+
+def test_regression_is_the_exact_posterior_at_the_evidence_optimum():
+    x, y = data()
+    net = Counting(2)
+    bayes = wrapped(net, x, y)
+    fresh, _ = data(n=20)
+    latent = bayes(fresh).latent
+    with torch.no_grad():
+        phi, at = net.trunk(x).double(), net.trunk(fresh).double()
+    f, t = phi.mean(0), y.double().mean(0)
+    precision = bayes.posterior.belief.regression.prior_precision
+    for k in range(2):
+        s2 = float(bayes.likelihood.noise[k]) ** 2
+        inner = (phi - f).mT @ (phi - f) / s2 + precision[k] * torch.eye(6).double()
+        mean = t[k] + (at - f) @ torch.linalg.solve(inner, (phi - f).mT @ (y[:, k].double() - t[k])) / s2
+        variance = s2 / 90 + torch.einsum("bi,ij,bj->b", at - f, torch.linalg.inv(inner), at - f)
+        assert torch.allclose(latent.mean[:, k].double(), mean, atol=1e-4)
+        assert torch.allclose(latent.variance[:, k].double(), variance, rtol=1e-3)
+    assert bayes.likelihood.noise[0] < bayes.likelihood.noise[1]  # one noise per output
+    assert {f.topic for f in bayes.diagnose().findings} >= {"prior", "noise"}
+
+
+def test_the_trunk_runs_once_over_the_data():
+    x, y = data()
+    net = Counting(2)
+    CALLS[0] = 0
+    bayes = wrapped(net, x, y)
+    assert CALLS[0] == 3 + 2  # three batches, the first one's outputs for the proof, and the search for the last layer
+    CALLS[0] = 0
+    bayes(x)
+    assert CALLS[0] == 1
+
+
+def test_student_t_has_the_same_mean_and_wider_tails():
+    x, y = data(1, n=12)
+    net = Counting(1)
+    plain, heavy = wrapped(net, x, y), wrapped(net, x, y, noise="gamma")
+    p, h = plain(x), heavy(x)
+    assert torch.allclose(p.mean, h.mean)
+    assert torch.allclose(h.distribution.df, torch.full((12, 1), 11.0))
+    far = p.mean + 6 * p.variance.sqrt()
+    assert bool((h.log_prob(far) > p.log_prob(far)).all())
+    # its scale is that of the plain noise: rate / shape = R / (n - 1)
+    assert torch.allclose(h.likelihood.parameters(p.mean)[1] / 5.5, plain.likelihood.noise.float() ** 2, rtol=1e-4)
+    assert torch.allclose(h.total, h.aleatoric + h.epistemic)
+
+
+@pytest.mark.parametrize("tuning", ["evidence", "loo"])
+def test_given_noise_and_prior_are_kept(tuning):
+    x, y = data()
+    prior = bdl.GaussianPrior(precision=3.0)
+    bayes = bdl.wrap(
+        Counting(2),
+        bdl.VBLL(tuning=tuning),
+        batches(x, y),
+        likelihood=bdl.Gaussian(noise=[0.2, 0.3]),
+        prior=prior,
+        progress=False,
+    )
+    assert bayes.likelihood.config() == {"noise": [0.2, 0.3]}
+    assert torch.allclose(bayes.posterior.belief.regression.prior_precision, torch.tensor(3.0).double())
+
+
+def test_leave_one_out_is_that_of_refits():
+    x, y = data(1, n=30)
+    net = Counting(1)
+    bayes = wrapped(net, x, y, tuning="loo")
+    regression = bayes.posterior.belief.regression
+    from bayesdl.last_layer import ConjugateRegression, Statistics
+    from bayesdl.last_layer.rules import leave_one_out_residuals
+
+    with torch.no_grad():
+        phi = net.trunk(x)
+    _, left_out = leave_one_out_residuals(regression, phi, y)
+    for n in range(0, 30, 7):
+        rest = torch.arange(30) != n
+        refit = ConjugateRegression.decompose(Statistics.of(phi[rest], y[rest]))
+        refit = refit.with_hyperparameters(regression.ratio, regression.noise_variance)
+        mean, _ = refit.latent(phi[n : n + 1].double())
+        assert torch.allclose(y[n].double() - mean[0], left_out[n], rtol=1e-8)
+
+
+def labelled():
+    x, y = data()
+    return x, (y[:, 0] > 0).long() + (y[:, 1] > 0.5).long()
+
+
+def trained_classifier(x, labels):
+    net = Counting(3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+    return net
+
+
+def test_classification_keeps_the_networks_means_on_request():
+    x, labels = labelled()
+    net = trained_classifier(x, labels)
+    loader = batches(x, labels)
+    kept = bdl.wrap(net, bdl.VBLL(mean="keep"), loader, likelihood="categorical", progress=False)
+    assert torch.allclose(kept(x).latent.mean, net(x), atol=1e-5)
+    assert float(kept(x).epistemic.min()) > 0
+    refit = bdl.wrap(net, "vbll", loader, likelihood="categorical", progress=False)
+    assert refit.cost["bound"] > kept.cost["bound"]
+    far = bdl.wrap(
+        net, "vbll", loader, likelihood="categorical", prior=bdl.GaussianPrior(precision=1e6), progress=False
+    )
+    assert float(far(x).epistemic.max()) < 1e-3
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag", "shared"])
+def test_classifier_is_uncertain_far_from_its_data(covariance):
+    x, labels = labelled()
+    net = trained_classifier(x, labels)
+    bayes = bdl.wrap(net, bdl.VBLL(covariance=covariance), batches(x, labels), likelihood="categorical", progress=False)
+    assert bayes(x).epistemic.mean() < bayes(30 * x).epistemic.mean()
+
+
+def test_features_beyond_the_budget_go_through_a_file():
+    x, labels = labelled()
+    net = trained_classifier(x, labels)
+    inside = bdl.wrap(net, "vbll", batches(x, labels), likelihood="categorical", progress=False)
+    outside = bdl.wrap(net, bdl.VBLL(cache_bytes=500), batches(x, labels), likelihood="categorical", progress=False)
+    assert torch.equal(inside(x).mean, outside(x).mean)
+
+
+def test_full_training_learns_noise_and_leaves_the_network_alone():
+    x, y = data(1, n=200)
+    net = Counting(1)
+    loader = DataLoader(TensorDataset(x, y), batch_size=20)
+    with untouched(net):
+        bayes = bdl.wrap(net, bdl.VBLL(mode="full", epochs=60, lr=1e-2), loader, likelihood="gaussian", progress=False)
+    before = (net(x) - y).square().mean()
+    assert (bayes(x).mean - y).square().mean() < 0.5 * before
+    assert 0.05 < float(bayes.likelihood.noise) < 1.0
+
+
+def test_errors_name_the_layers():
+    x, y = data()
+    net = Counting(2)
+    with pytest.raises(ArgumentError, match=r"choose one of \['trunk.0', 'fc'\]"):
+        wrapped(net, x, y, layer="head")
+    with pytest.raises(ShapeError, match="something follows the layer"):
+        wrapped(net, x, y, layer="trunk.0")
+    with pytest.raises(SelectionError, match="linear layers are"):
+        wrapped(nn.Sequential(nn.Linear(3, 2), nn.Softplus()), x, y)
+    with pytest.raises(UnsupportedError, match="poisson"):
+        bdl.wrap(net, "vbll", batches(x, y), likelihood="poisson", progress=False)
+    with pytest.raises(UnknownNameError, match="mode='frosen'"):
+        wrapped(net, x, y, mode="frosen")
+    with pytest.raises(ArgumentError, match="at least 3"):
+        wrapped(net, x[:2], y[:2])
+    with pytest.raises(ArgumentError, match="leave bdl.Gaussian"):
+        bdl.wrap(net, bdl.VBLL(noise="gamma"), batches(x, y), likelihood=bdl.Gaussian(0.1), progress=False)
+
+
+def test_constant_targets_are_told():
+    x, y = data(1)
+    bayes = wrapped(Counting(1), x, torch.zeros_like(y) + 1.0)
+    assert any("end of the range" in finding.text for finding in bayes.diagnose().warnings)
+
+
+def test_an_interpolating_last_layer_is_told():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(24, 3, generator=generator), torch.randn(24, 1, generator=generator)
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 1))
+    bayes = bdl.wrap(
+        wide, "vbll", [(x, y)], likelihood="gaussian", prior=bdl.GaussianPrior(precision=1e-6), progress=False
+    )
+    assert any("left-out residuals" in finding.text for finding in bayes.diagnose().warnings)
