@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from bayesdl.network import Network
     from bayesdl.posteriors.gaussian import GaussianPosterior
 
+LOG_BOUND = 18.0  # precisions and noise variances are searched within exp(+-18)
+
 
 def log_evidence(
     posterior: GaussianPosterior,
@@ -66,8 +68,19 @@ def scatter(posterior: GaussianPosterior, network: Network, precision: Tensor | 
 
 def squared_offsets(posterior: GaussianPosterior, network: Network) -> list[Tensor]:
     """(theta - prior mean)^2 per block, float64."""
-    flat = posterior.layout.flatten({k: v.detach() for k, v in network.parameters.items()}).double()
-    return [part.square() for part in posterior.layout.split(flat - posterior.prior_mean.to(flat))]
+    layout, values = posterior.layout, {name: value.detach() for name, value in network.parameters.items()}
+    mean = posterior.prior_mean.double()
+    means = [mean] * len(layout.blocks) if mean.numel() == 1 else layout.split(mean)
+    # block by block and in place: a last layer of many classes is large
+    return [
+        _own(block.pack(values)).sub_(centre.reshape(()) if centre.numel() == 1 else centre).square_()
+        for block, centre in zip(layout.blocks, means, strict=True)
+    ]
+
+
+def _own(weights: Tensor) -> Tensor:
+    """A float64 copy that may be written to."""
+    return weights.to(torch.float64, copy=True)
 
 
 def log_prior_precision(posterior: GaussianPosterior, precision: Tensor) -> Tensor:

@@ -222,9 +222,22 @@ class BayesianModel(nn.Module):
 
         save(self, path)
 
-    def diagnose(self) -> Diagnosis:
-        """What was chosen, and what looks wrong."""
-        return diagnose(self)
+    def diagnose(self, data: Iterable[Any] | None = None, *, progress: bool = False) -> Diagnosis:
+        """What was chosen, and what looks wrong, each with what to do about it.
+
+        Of a Laplace posterior without data: effective parameters, a prior that dominates, lies at its bound or far from
+        the weights, layers without curvature, NaN. With the training loader, for one pass over it: whether the weights
+        are the mode, whether training and leave-one-out residuals disagree, how the variance spreads over the data.
+
+        Args:
+            data: the training loader.
+            progress: show a progress bar.
+
+        Raises:
+            ArgumentError: other data than those of the fit.
+            UnsupportedError: data given to a method other than "laplace".
+        """
+        return diagnose(self, data, progress=progress)
 
     @property
     def fit_data(self) -> Iterable[Any] | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, UnsupportedError
+from bayesdl.evidence import LOG_BOUND
 from bayesdl.likelihoods import Gaussian
 from bayesdl.network import Network
 from bayesdl.posteriors.gaussian import GaussianPosterior
@@ -30,7 +31,6 @@ from bayesdl.tuning.surface import Surface, check_choice
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
 
-LOG_BOUND = 18.0  # precisions and noise variances stay within exp(+-18)
 SOLVERS = ("gradient", "fixed-point")
 
 
