@@ -139,24 +139,26 @@ def keeps_order(data: Iterable[Any]) -> bool:
 
 
 def warn_if_unsteady(data: Iterable[Any]) -> None:
-    """Warn of a data set that answers differently when it is asked for the same example again.
+    """Warn of a loader that repeats examples, or whose data set answers differently when it is asked again.
 
-    Three examples are read three times each: random flips escape with a chance below one in 200. Only where the loader
-    reads in this process itself: a data set that opens files in its workers must not be read here before them. Loaders
-    that keep their order need none of it: `batches` compares their first batch.
+    Three examples are read three times each: flips of every second example escape once in 64 times. Only where the
+    loader reads in this process itself: a data set that opens files in its workers must not be read here before them.
+    Loaders that keep their order need none of it: `batches` compares their first batch.
     """
-    if (
-        not isinstance(data, DataLoader)
-        or keeps_order(data)
-        or data.num_workers
-        or not isinstance(data.dataset, Dataset)
-    ):
+    if not isinstance(data, DataLoader):
         return
-    if isinstance(data.dataset, IterableDataset):
+    if getattr(data.sampler, "replacement", False) and type(data.batch_sampler) in (BatchSampler, type(None)):
+        warnings.warn(
+            f"the loader draws with replacement ({type(data.sampler).__name__}): curvature then counts some examples "
+            "several times and leaves others out. Fit with a loader that yields every example once",
+            stacklevel=2,
+        )
+    whole = isinstance(data.dataset, Dataset) and not isinstance(data.dataset, IterableDataset)
+    count = count_batches(data.dataset) if whole else None  # type: ignore[arg-type]  # may know no length
+    if not count or keeps_order(data) or data.num_workers:
         return
-    count = len(data.dataset)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
-        for index in sorted({0, count // 2, count - 1}) if count else ():
+        for index in sorted({0, count // 2, count - 1}):
             first = data.dataset[index]
             if not all(_same(first, data.dataset[index]) for _ in range(2)):
                 _warn_of_randomness(f"its example {index} differed between two reads")
