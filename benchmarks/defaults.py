@@ -242,7 +242,9 @@ def problems(options: Any) -> Iterator[tuple[str, Callable[[], Problem]]]:
     if options.data is None:
         return
     for path in sorted((options.data / "uci").glob("*.npz")):
-        for split in range(options.splits):
+        with np.load(path) as archive:
+            published = len(archive["train_idx"])
+        for split in range(min(options.splits, published)):
             yield f"uci/{path.stem}", lambda name=path.stem, split=split: uci(options.data, name, split)
     for name in TABULAR if (options.data / "tabular").exists() else ():
         for split in range(options.splits):

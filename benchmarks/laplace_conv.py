@@ -7,19 +7,20 @@ sum_t g'_t a'_t^T, weighting and contracting it for the predictive. Norm layers 
 
     python benchmarks/laplace_conv.py [--device cuda] [--json benchmarks/results/laplace_conv.json]
 
-Equality with laplace-torch is checked on LeNet, in float64; the script fails above 1e-4 relative.
+What is equal is checked before anything is timed: the Kronecker factors with curvlinops, ASDL and BackPACK (reported,
+for not all of them compute the same), the covariances with laplace-torch in float64 and the losses of the grid with
+predictions at its candidates (the script fails above 1e-4).
 """
 
 from __future__ import annotations
 
-import statistics
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _measure import alternate, arguments, finish, peak_bytes
+from _peers import against_laplace_torch, against_peers
 from defaults import LeNet, ResNet20
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ import bayesdl as bdl
 from bayesdl.curvature.estimate import fit_curvature
 from bayesdl.curvature.plan import plan
 from bayesdl.network import Network
+from bayesdl.tuning.grid import losses, passes
 
 CLASSES, CANDIDATES = 10, 100
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
@@ -34,7 +36,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "ResNet-20": (ResNet20, (3, 32, 32), 16),
 }
 LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
-PEER_BATCHES = (1, 4)
 TOLERANCE = 1e-4
 Pair = tuple[Tensor, Tensor]
 
@@ -144,6 +145,11 @@ def convolutional(name: str, options: Any) -> dict[str, Any]:
     def predict() -> Any:
         return bayes.posterior.push(bayes.network, x, None)
 
+    peers: dict[str, Any] = {}
+    if not options.no_peer:
+        peers["kron fit against"] = against_peers(net, x, y, options.repeats, options.device)
+        peers["laplace-torch"] = against_laplace_torch(make, x, y, options.device)
+    grid_figures = grid_error(bayes, data, grid)
     floor = Floor(net, x)
     work: dict[str, Callable[[], Any]] = {
         "forward": floor.forward,
@@ -168,72 +174,21 @@ def convolutional(name: str, options: Any) -> dict[str, Any]:
         "held-out grid of 41 (default) / predict": round(seconds["held-out grid of 41"] / seconds["predict"], 2),
         f"leave-one-out grid of {CANDIDATES} / predict": round(seconds["leave-one-out grid"] / seconds["predict"], 2),
     }
-    if name == "LeNet" and not options.no_peer:
-        figures["laplace-torch"] = against_peer(make, x, y, seconds, predict, options)
-    return figures
+    return figures | grid_figures | peers
 
 
-def against_peer(
-    make: Callable[[], nn.Module], x: Tensor, y: Tensor, ours: dict[str, float], predict: Any, options: Any
-) -> dict[str, Any]:
-    """Equality of the covariances, then CPU time of the fit, CPU time and memory of the predictive per point."""
-    from laplace import Laplace
-    from laplace.curvature import AsdlGGN, BackPackGGN
-
-    points = len(x)
-    found: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-
-        def network(dtype: torch.dtype, biased: bool) -> nn.Module:
-            torch.manual_seed(0)
-            net = make().to(options.device, dtype).eval()
-            for module in net.modules():
-                if isinstance(module, nn.Conv2d) and not biased:
-                    module.bias = None
-            return net
-
-        def fitted(backend: Any = None, dtype: torch.dtype = torch.float32, biased: bool = True) -> Any:
-            net = network(dtype, biased)
-            data = torch.utils.data.TensorDataset(x.to(dtype), y)
-            loader = torch.utils.data.DataLoader(data, batch_size=points)
-            extra = {} if backend is None else {"backend": backend}
-            peer = Laplace(net, "classification", "all", "kron", prior_precision=1.0, **extra)
-            peer.fit(loader)
-            return peer
-
-        fits = {"default": lambda: fitted(), "backpack": lambda: fitted(BackPackGGN), "asdl": lambda: fitted(AsdlGGN)}
-        # in float64, where only a wrong number can differ, and without biases of convolutions, whose curvature is exact
-        # here and approximated there
-        exact, few = fitted(dtype=torch.float64, biased=False), x[: PEER_BATCHES[-1]].double()
-        net = network(torch.float64, False)
-        prior = bdl.GaussianPrior(precision=1.0)
-        method = bdl.Laplace(bias="separate")
-        same = bdl.wrap(net, method, [(x.double(), y)], likelihood="categorical", prior=prior, progress=False)
-        mean, covariance = exact._glm_predictive_distribution(few)
-        latent = same(few).latent
-        assert torch.allclose(latent.mean, mean)
-        difference = float((latent.covariance - covariance).abs().max() / covariance.abs().max())
-        assert difference < TOLERANCE, f"covariances differ by {difference:.2e} relative"
-        found["covariance difference in float64, relative"] = difference
-        peer = fits["default"]()
-        found["fit, ratio"] = {}
-        for name, fit in fits.items():
-            try:
-                seconds = alternate({name: fit}, 1, options.device)[name]
-            except NotImplementedError as error:  # a backend that knows nn.Sequential alone
-                found["fit, ratio"][name] = f"fails: {error}"
-            else:
-                found["fit, ratio"][name] = round(seconds / ours["fit"], 1)
-        per_point, memory = [], []
-        for batch in PEER_BATCHES:
-            call = lambda batch=batch: peer._glm_predictive_distribution(x[:batch])  # noqa: E731
-            per_point.append(alternate({"peer": call}, 3, options.device)["peer"] / batch)
-            memory.append(peak_bytes(call, options.device) / batch)
-    own = statistics.median([peak_bytes(predict, options.device) for _ in range(3)]) / points
-    found["predict, CPU time per point, ratio"] = round(min(per_point) / (ours["predict"] / points))
-    found["predict, peak memory per point, ratio"] = round(min(memory) / own)
-    return found
+def grid_error(bayes: bdl.BayesianModel, data: list[Pair], grid: list[float]) -> dict[str, Any]:
+    """Largest difference between the grid's losses and those of predictions at each candidate, which must be small."""
+    posterior = bayes.posterior
+    candidates = torch.tensor(grid, dtype=torch.float64)
+    found = losses(bayes, posterior, candidates, passes(bayes, posterior, data, "", False, candidates=len(grid)))
+    worst = 0.0
+    for i in range(0, len(grid), 11):
+        model = bayes.replaced(posterior=posterior.with_prior(candidates[i].to(posterior.precision)))
+        truth = torch.cat([-model(x).log_prob(y) for x, y in data]).double().cpu()
+        worst = max(worst, float((found[i] - truth).abs().max()))
+    assert worst < TOLERANCE, f"losses differ by {worst:.2e}"
+    return {"held-out grid: largest difference of a point's NLL, nats": float(f"{worst:.1g}")}
 
 
 def last_layer(options: Any) -> dict[str, Any]:

@@ -41,29 +41,30 @@ def problem(name: str, task: str) -> tuple[nn.Module, Tensor, Tensor]:
     return net, x, targets("categorical" if task == "classification" else "gaussian")
 
 
-def peer(net: nn.Module, x: Tensor, y: Tensor, task: str, structure: str) -> Any:
+def peer(net: nn.Module, x: Tensor, y: Tensor, task: str, subset: str, structure: str) -> Any:
     laplace = pytest.importorskip("laplace")
     noise = {"sigma_noise": NOISE} if task == "regression" else {}
     fitted = laplace.Laplace(
-        net, task, subset_of_weights="all", hessian_structure=structure, prior_precision=2.0, **noise
+        net, task, subset_of_weights=subset, hessian_structure=structure, prior_precision=2.0, **noise
     )
     fitted.fit(DataLoader(TensorDataset(x, y), batch_size=3))
     return fitted
 
 
-def ours(net: nn.Module, x: Tensor, y: Tensor, task: str, structure: str) -> BayesianModel:
+def ours(net: nn.Module, x: Tensor, y: Tensor, task: str, subset: str, structure: str) -> BayesianModel:
     likelihood = "categorical" if task == "classification" else bdl.Gaussian(NOISE)
-    method = bdl.Laplace(structure=structure, bias="separate" if structure == "kron" else "joint")
+    method = bdl.Laplace(select=subset, structure=structure, bias="separate" if structure == "kron" else "joint")
     loader = DataLoader(TensorDataset(x, y), batch_size=3)
     return bdl.wrap(net, method, loader, likelihood=likelihood, prior=bdl.GaussianPrior(2.0), progress=False)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
 @pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
 @pytest.mark.parametrize("name", ["mlp", "conv"])
-def test_curvature_evidence_and_predictions(name: str, task: str, structure: str) -> None:
+def test_curvature_evidence_and_predictions(name: str, subset: str, task: str, structure: str) -> None:
     net, x, y = problem(name, task)
-    theirs, mine = peer(net, x, y, task, structure), ours(net, x, y, task, structure)
+    theirs, mine = peer(net, x, y, task, subset, structure), ours(net, x, y, task, subset, structure)
     assert isinstance(mine.posterior, GaussianPosterior)
     torch.testing.assert_close(
         mine.log_evidence(), theirs.log_marginal_likelihood().squeeze().detach(), rtol=1e-8, atol=1e-8
