@@ -16,6 +16,7 @@ _PUBLIC = {
     "Bernoulli": "bayesdl.likelihoods",
     "Categorical": "bayesdl.likelihoods",
     "CauchyPrior": "bayesdl.priors",
+    "ELLA": "bayesdl.methods",
     "Ensemble": "bayesdl.methods",
     "EvidenceTrainer": "bayesdl.marginal",
     "Gaussian": "bayesdl.likelihoods",
@@ -34,8 +35,10 @@ _PUBLIC = {
     "Prior": "bayesdl.priors",
     "Report": "bayesdl.evaluation.report",
     "SWAG": "bayesdl.methods",
+    "SubsetGP": "bayesdl.methods",
     "StudentTPrior": "bayesdl.priors",
     "Temperature": "bayesdl.methods",
+    "VaLLA": "bayesdl.methods",
     "VBLL": "bayesdl.methods",
     "as_module": "bayesdl.functions",
     "compare": "bayesdl.evaluation.compare",
@@ -50,6 +53,7 @@ _MODULES = (
 )
 
 __all__ = [
+    "ELLA",
     "MAP",
     "SWAG",
     "VBLL",
@@ -74,7 +78,9 @@ __all__ = [
     "Prior",
     "Report",
     "StudentTPrior",
+    "SubsetGP",
     "Temperature",
+    "VaLLA",
     "__version__",
     "as_module",
     "compare",
@@ -93,7 +99,7 @@ if TYPE_CHECKING:
     from bayesdl.last_layer import replace
     from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, Poisson
     from bayesdl.marginal import EvidenceTrainer, MinibatchEvidence, evidence_training
-    from bayesdl.methods import MAP, SWAG, VBLL, Ensemble, Laplace, MCDropout, Temperature
+    from bayesdl.methods import ELLA, MAP, SWAG, VBLL, Ensemble, Laplace, MCDropout, SubsetGP, Temperature, VaLLA
     from bayesdl.model import BayesianModel
     from bayesdl.predictive import Predictive
     from bayesdl.priors import (

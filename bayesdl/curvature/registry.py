@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from bayesdl.curvature.diag import Diag
+from bayesdl.curvature.dual import Dual
 from bayesdl.curvature.ekfac import EKFAC
 from bayesdl.curvature.full import Full
 from bayesdl.curvature.kron import Kron
@@ -22,6 +23,7 @@ STRUCTURES: dict[str, type[Uniform]] = {
     "kron": Kron,
     "ekfac": EKFAC,
     "lowrank": LowRank,
+    "dual": Dual,
 }
 
 # a name, or names by layer pattern

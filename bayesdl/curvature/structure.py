@@ -93,7 +93,7 @@ class Structure(ABC):
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
         """P^-1/2 noise for base noise `(S, P)`: draws of N(0, P^-1).
 
-        The symmetric root is used, but by `LowRank` with a shift that is no scalar, whose root is another.
+        The symmetric root is used, but by `LowRank` and `Dual` with a shift that is no scalar, whose root is another.
         """
 
     @abstractmethod

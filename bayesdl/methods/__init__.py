@@ -6,6 +6,7 @@ from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.methods.dropout import MCDropout
 from bayesdl.methods.ensemble import Ensemble
+from bayesdl.methods.function_space import ELLA, SubsetGP, VaLLA
 from bayesdl.methods.laplace import Laplace
 from bayesdl.methods.map import MAP
 from bayesdl.methods.swag import SWAG
@@ -13,10 +14,12 @@ from bayesdl.methods.temperature import Temperature
 from bayesdl.methods.vbll import VBLL
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL)
+    method.name: method
+    for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, SubsetGP, ELLA, VaLLA)
 }
 
 __all__ = [
+    "ELLA",
     "MAP",
     "METHODS",
     "SWAG",
@@ -26,8 +29,10 @@ __all__ = [
     "Laplace",
     "MCDropout",
     "Method",
+    "SubsetGP",
     "Task",
     "Temperature",
+    "VaLLA",
     "resolve",
 ]
 

@@ -70,7 +70,7 @@ class Laplace(Method):
     distributed: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
-        self._check()
+        self.check()
         data = task.need_data(self.name)
         prior = task.gaussian_prior()
         with together(resolve_group(task.distributed)):
@@ -95,6 +95,10 @@ class Laplace(Method):
             every=self.every,
             example=example,
         )
+        return self.finish(fit, task, prior)
+
+    def finish(self, fit: Fit, task: Task, prior: GaussianPrior | None) -> Fitted:
+        """The posterior of a fit, with what the user left open at the maximum of the evidence."""
         posterior = self._posterior(fit, task, prior)
         rule = "scalar" if prior is None else "keep"
         findings: tuple[Finding, ...] = ()
@@ -105,7 +109,8 @@ class Laplace(Method):
             likelihood = likelihood.with_noise(posterior.noise)
         return Fitted(posterior, likelihood, findings)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise where an argument has a value that is not accepted."""
         check_recipe(self.structure, self.rank)
         if self.kind not in CURVATURE_KINDS:
             raise UnknownNameError(f"kind {self.kind!r} is not known; choose one of {CURVATURE_KINDS}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.diag import Diag
+from bayesdl.curvature.dual import Dual
 from bayesdl.curvature.mixed import Mixed
 from bayesdl.curvature.rotated import Rotated
 from bayesdl.curvature.structure import Structure
@@ -47,6 +48,8 @@ class Spectrum:
 
 def spectrum(structure: Structure, prior: str) -> Spectrum | None:
     """The spectrum under a prior of one precision ("scalar"), one per "layer" or per "parameter"; None without one."""
+    if isinstance(structure, Dual) and structure.gap:  # a bound on log|P|, with a term that no eigenvalue holds
+        return None
     blocks = structure.layout.blocks
     if prior == "scalar" or (len(blocks) == 1 and prior == "layer"):
         values = structure.eigenvalues()

@@ -39,6 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "map": {"map": bdl.MAP()},
     "temperature": {"temperature": bdl.Temperature()},
     "laplace": {"laplace": bdl.Laplace(), "laplace-samples": bdl.Laplace(structure="diag", predictive="samples")},
+    "gp": {"laplace-gp": bdl.SubsetGP(num_points=30)},
+    "ella": {"laplace-ella": bdl.ELLA(num_points=6)},
+    "valla": {"laplace-valla": bdl.VaLLA(num_inducing=6)},
     "swag": {"swag": bdl.SWAG(epochs=2, lr=0.02, rank=3, num_samples=3)},
     "ensemble": {"ensemble": bdl.Ensemble()},
     "dropout": {"dropout": bdl.MCDropout(num_samples=4)},
@@ -46,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 VARIANTS = {label: method for group in SETTINGS.values() for label, method in group.items()}
 # what differs from one seed to the next: the fit, the prediction, or neither
-RANDOM_FIT = {"swag", "vbll-full"}
+RANDOM_FIT = {"laplace-gp", "laplace-ella", "laplace-valla", "swag", "vbll-full"}
 RANDOM_PREDICTION = {"dropout", "laplace-samples"}
 
 
@@ -468,7 +471,7 @@ def test_data_that_is_no_loader(task: str, label: str) -> None:
 @every
 def test_missing_data(task: str, label: str) -> None:
     given = problem(task)
-    needs = label in ("temperature", "laplace", "laplace-samples", "swag", "vbll", "vbll-full") or task == "regression"
+    needs = label in ("temperature", "swag", "vbll", "vbll-full") or label.startswith("laplace") or task == "regression"
     if needs:
         with pytest.raises(ArgumentError, match="needs data|no data to choose it from"):
             bdl.wrap(given.models(label), VARIANTS[label], likelihood=given.likelihood)

@@ -44,7 +44,7 @@ def test_probit_against_quadrature_within_its_known_error() -> None:
 
 
 def test_mean_field_link_of_two_classes_is_that_of_their_difference() -> None:
-    # with two classes the formula is sigmoid(d / sqrt(1 + pi/8 var d)): within 0.019 of the integral, whatever is common
+    # with two classes the formula is sigmoid(d / sqrt(1 + pi/8 var d)), whatever is common: 0.019 from the integral
     mean, variance = GRID.T
     common = 25.0
     covariance = torch.full((len(mean), 2, 2), common).double()
