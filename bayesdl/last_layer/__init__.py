@@ -11,6 +11,7 @@ _PUBLIC = {
     "ConjugateRegression": "exact",
     "Head": "head",
     "HeadOutput": "output",
+    "RecursiveRegression": "online",
     "Regression": "heads",
     "Statistics": "statistics",
     "parameter_groups": "surgery",
@@ -22,6 +23,7 @@ __all__ = [
     "ConjugateRegression",
     "Head",
     "HeadOutput",
+    "RecursiveRegression",
     "Regression",
     "Statistics",
     "parameter_groups",
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from bayesdl.last_layer.exact import ConjugateRegression
     from bayesdl.last_layer.head import Head
     from bayesdl.last_layer.heads import Classification, Regression
+    from bayesdl.last_layer.online import RecursiveRegression
     from bayesdl.last_layer.output import HeadOutput
     from bayesdl.last_layer.statistics import Statistics
     from bayesdl.last_layer.surgery import parameter_groups, replace
