@@ -189,6 +189,17 @@ class BayesianModel(nn.Module):
         with torch.inference_mode(False):
             return first_decides(resolve_group(distributed), self, lambda: tune(self, rule, data, **options))
 
+    def update(self, data: Iterable[Any], *, retune: bool = False, progress: bool = False) -> BayesianModel:
+        """A new model that has seen more data; exact, for last-layer regressions. See `bayesdl.last_layer.online`.
+
+        Raises:
+            UnsupportedError: the method has no exact update.
+        """
+        from bayesdl.last_layer.online import update
+
+        with torch.inference_mode(False):
+            return update(self, data, retune=retune, progress=progress)
+
     def draw(self, n: int, *, generator: torch.Generator | None = None) -> list[Function]:
         """`n` functions from the posterior: callables `x -> outputs (B, C)` that answer the same at every call."""
         if n < 1:
