@@ -45,8 +45,13 @@ def cholesky(matrix: Tensor, what: str = "matrix") -> Tensor:
     )
 
 
-def eigh(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
-    """Eigenvalues (clamped at zero) and eigenvectors of positive semi-definite `(..., n, n)`, computed in float64.
+def eigh(matrix: Tensor, what: str = "matrix", semidefinite: bool = True) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric `(..., n, n)`, computed in float64.
+
+    Args:
+        matrix: the matrix.
+        what: its name in errors.
+        semidefinite: it is positive semi-definite by construction: eigenvalues below zero are rounding, and clamped.
 
     Raises:
         NonFiniteError: NaN or infinity in the input.
@@ -58,7 +63,7 @@ def eigh(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError as error:
         raise NumericalError(f"{what} of shape {tuple(matrix.shape)}: the eigensolver failed ({error})") from error
-    return values.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)
+    return (values.clamp(min=0) if semidefinite else values).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 def symmetric_root(matrix: Tensor) -> Tensor:

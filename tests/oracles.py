@@ -204,6 +204,38 @@ def linear_kron(calls: Sequence[tuple[nn.Module, Tensor, Tensor]], bias: bool = 
     return result
 
 
+def reduced_kron(
+    calls: Sequence[tuple[nn.Module, Tensor, Tensor]], bias: bool = True, first: bool = True
+) -> list[tuple[Tensor, Tensor]]:
+    """KFAC (reduce form): per group A = sum_n m_n m_n^T / N and G = sum_nk s_nk s_nk^T, where m_n is the mean of the
+    inputs and s_nk the sum of the gradients over all positions, and calls, of example n.
+
+    Args:
+        calls: what `captures` returned.
+        bias: whether a one is appended to the inputs.
+        first: whether examples are on the first axis of a linear layer's input, else on the second.
+    """
+    module = calls[0][0]
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    groups = getattr(module, "groups", 1)
+
+    def examples(value: Tensor, skip: int) -> Tensor:
+        if convolution or first or value.dim() < 3 + skip:
+            return value
+        return value.transpose(skip, skip + 1)
+
+    count = len(examples(calls[0][1], 0))
+    inputs = torch.cat([patches(m, examples(a, 0)).unflatten(1, (count, -1)) for m, a, _ in calls], 2)
+    means = inputs.mean(2)  # (groups, N, in)
+    if bias:
+        means = torch.cat([means, means.new_ones(*means.shape[:-1], 1)], -1)
+    gradients = [g.movedim(2, -1) if convolution else examples(g, 1) for _, _, g in calls]
+    summed = torch.stack([g.flatten(2, -2).sum(2) if g.dim() > 3 else g for g in gradients]).sum(0)  # (K, N, out)
+    flat = summed.flatten(0, 1)
+    pairs = zip(means, flat.chunk(groups, -1), strict=True)
+    return [(m.T @ m / count, g.T @ g) for m, g in pairs]
+
+
 def kron_block(factors: Sequence[tuple[Tensor, Tensor]], bias: bool = True) -> Tensor:
     """The block-diagonal G (x) A over groups, in the flat order weight, then bias."""
     matrix = torch.block_diag(*[torch.kron(outer, inner) for inner, outer in factors])
@@ -283,3 +315,25 @@ def log_evidence(
     log_prior = 0.5 * (precision.log() - math.log(2 * math.pi) - precision * offset**2).sum()
     posterior = curvature + torch.diag(precision)
     return log_lik + log_prior + 0.5 * size * math.log(2 * math.pi) - 0.5 * torch.linalg.slogdet(posterior)[1]
+
+
+# --- linear stochastic recursions ---------------------------------------------------------------------------------
+
+
+def discrete_lyapunov(a: Tensor, b: Tensor) -> Tensor:
+    """Sigma = A Sigma A^T + B B^T, by the linear system over all its entries; A `(n, n)` must be a contraction."""
+    assert float(torch.linalg.eigvals(a).abs().max()) < 1, "the recursion is unstable: it has no stationary law"
+    n = a.shape[0]
+    system = torch.eye(n * n, dtype=a.dtype) - torch.kron(a, a)
+    return torch.linalg.solve(system, (b @ b.T).reshape(-1)).reshape(n, n)
+
+
+def linear_law(step: Callable[[Tensor, Tensor], Tensor], state: int, noise: int) -> tuple[Tensor, Tensor]:
+    """A and its stationary covariance for a map `x' = step(x, xi)` that is linear in both; xi standard normal."""
+    zero = torch.zeros(noise, dtype=torch.float64)
+    a = torch.stack([step(e, zero) for e in torch.eye(state, dtype=torch.float64)], 1)
+    origin = torch.zeros(state, dtype=torch.float64)
+    b = torch.stack([step(origin, e) for e in torch.eye(noise, dtype=torch.float64)], 1)
+    x, xi = torch.linspace(-1, 2, state).double(), torch.linspace(1, -3, noise).double()
+    assert torch.allclose(step(x, xi), a @ x + b @ xi, rtol=1e-10), "the map is not linear"
+    return a, discrete_lyapunov(a, b)

@@ -12,7 +12,7 @@ from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
-from bayesdl.curvature.registry import Recipe, check_recipe
+from bayesdl.curvature.registry import Recipe, check_recipe, check_shared
 from bayesdl.curvature.run import Run, read_run
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import check_batch, in_batch
@@ -44,7 +44,7 @@ class Accumulator:
 
     Args:
         model: trained network; never written to.
-        likelihood, structure, kind, select, bias, batch, samples, generator, dtype, memory, rank: see
+        likelihood, structure, kind, select, bias, batch, samples, generator, dtype, memory, rank, shared: see
             `bayesdl.curvature.estimate`.
     """
 
@@ -63,8 +63,10 @@ class Accumulator:
         dtype: torch.dtype | None = None,
         memory: int | None = None,
         rank: int | None = None,
+        shared: str = "expand",
     ) -> None:
         check_recipe(structure, rank)
+        check_shared(structure, shared)
         self._model, self._likelihood, self._select, self._bias = model, resolve(likelihood), select, bias
         self._batch = batch
         self._options: dict[str, Any] = {
@@ -75,6 +77,7 @@ class Accumulator:
             "dtype": dtype,
             "memory": memory,
             "rank": rank,
+            "shared": shared,
         }
         self._run: Run | None = None
 

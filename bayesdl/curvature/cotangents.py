@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bayesdl.errors import ArgumentError, UnknownNameError
+from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
 from bayesdl.likelihoods import Likelihood
 
 __all__ = ["CURVATURE_KINDS", "KINDS", "cotangent_rule"]
@@ -24,6 +24,7 @@ def cotangent_rule(
 
     Raises:
         UnknownNameError: no such kind.
+        UnsupportedError: kind "hessian", which has none.
     """
     if kind == "ggn":
         return lambda f, y: likelihood.hessian_root(f)
@@ -43,4 +44,9 @@ def cotangent_rule(
             return torch.stack([likelihood.score(f, t) for t in targets]) / samples**0.5
 
         return drawn
+    if kind == "hessian":
+        raise UnsupportedError(
+            "a Hessian is no sum of outer products of cotangents; fit it with bdl.curvature.estimate or bdl.Laplace, "
+            'or use kind="ggn"'
+        )
     raise UnknownNameError(f"kind {kind!r} is not known; choose one of {KINDS}")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from bayesdl.batch import BatchAdapter, resolve_adapter
+from bayesdl.curvature.hessian import fit_hessian
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
@@ -19,7 +20,7 @@ from bayesdl.curvature.run import Run
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import batches, check_rereadable, keeps_order, peek, warn_if_unsteady
 from bayesdl.distributed import Group, check_total, resolve_group, same_network, share_of, together
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.likelihoods import Likelihood, resolve
 from bayesdl.network import Network
 from bayesdl.select import Selector
@@ -47,6 +48,7 @@ def estimate(
     allow_partial: bool = False,
     progress: bool = True,
     rank: int | None = None,
+    shared: str = "expand",
     distributed: Processes = None,
     resume: str | Path | None = None,
     every: int = 100,
@@ -59,7 +61,9 @@ def estimate(
         likelihood: name or object.
         structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary
             from layer patterns to these, e.g. `{"head": "full", "*": "kron"}`; see `bayesdl.curvature.mixed.Mixed`.
-        kind: "ggn" (exact), "mc" (Fisher from sampled targets), "empirical" (from the true targets).
+        kind: "ggn" (exact), "mc" (Fisher from sampled targets), "empirical" (from the true targets) or "hessian" (of
+            -sum log p(y | f(theta)); "full", "diag" or "lowrank"). At weights that are no minimum a Hessian has
+            negative eigenvalues: queries refuse a shift that leaves scale * H + diag(shift) not positive definite.
         select: which parameters; see `bayesdl.select.resolve`.
         bias: "joint" (weight and bias of a layer are one block) or "separate".
         batch: batch adapter.
@@ -70,6 +74,9 @@ def estimate(
         allow_partial: accept a loader that skips part of its data set (drop_last).
         progress: whether to show progress bars.
         rank: of structure "lowrank"; default 32.
+        shared: for "kron" and "ekfac", how a weight that meets several positions of an example (convolutions,
+            sequences) is treated: "expand" (every position a datum) or "reduce" (inputs averaged, cotangents summed
+            over positions first); see `bayesdl.curvature.kron.Kron`.
         distributed: True, or a process group of torch: every process calls this with its own share of the data, and
             all of them get the curvature of the whole (one reduction a pass). Never on its own, because a call on one
             process alone would wait for the others for ever: by default a loader that visibly holds a share (a
@@ -110,6 +117,7 @@ def estimate(
         allow_partial=allow_partial,
         progress=progress,
         rank=rank,
+        shared=shared,
         distributed=distributed,
         resume=resume,
         every=every,
@@ -132,6 +140,7 @@ def fit_curvature(
     allow_partial: bool = False,
     progress: bool = True,
     rank: int | None = None,
+    shared: str = "expand",
     distributed: Processes = None,
     resume: str | Path | None = None,
     every: int = 100,
@@ -145,6 +154,24 @@ def fit_curvature(
     group = resolve_group(distributed)
     if every < 1:
         raise ArgumentError(f"every={every}; expected a positive number of batches")
+    if kind == "hessian":
+        if group is not None or resume is not None:
+            given = "distributed=" if group is not None else "resume="
+            raise UnsupportedError(f'kind="hessian" runs in one process and in one go, without {given}; or use "ggn"')
+        share_of(data, distributed, group)
+        return fit_hessian(
+            network,
+            layout,
+            data,
+            likelihood,
+            structure=structure,
+            dtype=dtype,
+            memory=memory,
+            allow_partial=allow_partial,
+            progress=progress,
+            rank=rank,
+            shared=shared,
+        )
     if group is not None and generator is None:
         generator = torch.Generator(network.device).manual_seed(group.rank)
     run = Run(
@@ -158,6 +185,7 @@ def fit_curvature(
         dtype=dtype,
         memory=memory,
         rank=rank,
+        shared=shared,
     )
     with together(group):
         if run.passes > 1:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Self, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layout import Layout, cast
-from bayesdl.curvature.structure import Shift, Uniform, check_noise
+from bayesdl.curvature.structure import Shift, Uniform, check_noise, check_positive
 from bayesdl.errors import UnsupportedError
 from bayesdl.linalg import cholesky, eigh
 
@@ -26,9 +26,11 @@ class Full(Uniform):
 
     Attributes:
         matrix: `(P, P)` in block order (blocks one after another, each flattened).
+        signed: whether eigenvalues may be negative, as those of an exact Hessian.
     """
 
     matrix: Tensor
+    signed: bool = False
 
     name: ClassVar[str] = "full"
 
@@ -42,6 +44,17 @@ class Full(Uniform):
                 'use structure="kron" or "diag", or select fewer parameters, e.g. select="last_layer"'
             )
         return cls(layout, torch.zeros(layout.numel, layout.numel, dtype=dtype, device=device))
+
+    @classmethod
+    def of_dense(cls, layout: Layout, matrix: Tensor, signed: bool) -> Self:
+        """From H `(P, P)` in flat order, as `to_dense` returns it."""
+        found = cls(layout, matrix, signed)
+        where = found._order.argsort()
+        return replace(found, matrix=matrix[where][:, where])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"signed": True} if self.signed else {}
 
     def update(self, factors: Sequence[Factor]) -> None:
         rows = _rows(factors).flatten(0, 1)
@@ -59,10 +72,10 @@ class Full(Uniform):
         return 1
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(self.layout, self.matrix + other.matrix)
+        return replace(self, matrix=self.matrix + other.matrix)
 
     def scaled(self, weight: Tensor) -> Self:
-        return type(self)(self.layout, weight.to(self.matrix) * self.matrix)
+        return replace(self, matrix=weight.to(self.matrix) * self.matrix)
 
     def logdet(self, scale: Shift, shift: Shift) -> Tensor:
         if torch.as_tensor(shift).numel() == 1:
@@ -98,6 +111,7 @@ class Full(Uniform):
         if torch.as_tensor(shift).numel() == 1:
             values, basis = self._precision(scale, shift), self._eigen[1]
         else:
+            self._root(scale, shift)  # refuses what is not positive definite
             values, basis = eigh(self._dense_precision(scale, shift), "posterior precision")
         return self._flat(((self._blocks(noise) @ basis) / values.sqrt()) @ basis.T)
 
@@ -105,18 +119,22 @@ class Full(Uniform):
         return self._eigen[0]
 
     def to_dense(self) -> Tensor:
-        order = self._flat(torch.arange(self.layout.numel, device=self.matrix.device, dtype=torch.float64)).long()
-        return self.matrix[order][:, order]
+        return self.matrix[self._order][:, self._order]
+
+    @property
+    def _order(self) -> Tensor:
+        """Place in block order of every parameter in flat order."""
+        return self._flat(torch.arange(self.layout.numel, device=self.matrix.device, dtype=torch.float64)).long()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"matrix": self.matrix}
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
-        return type(self)(self.layout, tensors["matrix"])
+        return replace(self, matrix=tensors["matrix"])
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        return eigh(self.matrix, "full curvature")
+        return eigh(self.matrix, "full curvature", not self.signed)
 
     def _shift(self, shift: Shift) -> Tensor:
         parts = self.layout.shifts(shift, self.matrix)
@@ -124,7 +142,10 @@ class Full(Uniform):
         return torch.cat([p.expand(size).flatten() for p, size in zip(parts, sizes, strict=True)])
 
     def _root(self, scale: Shift, shift: Shift) -> Tensor:
-        return cholesky(self._dense_precision(scale, shift), "posterior precision")
+        precision = self._dense_precision(scale, shift)
+        if self.signed and bool(torch.linalg.cholesky_ex(precision)[1]):
+            check_positive(torch.linalg.eigvalsh(precision.detach()))
+        return cholesky(precision, "posterior precision")
 
     def _dense_precision(self, scale: Shift, shift: Shift) -> Tensor:
         return cast(scale, self.matrix) * self.matrix + torch.diag(self._shift(shift))
@@ -132,7 +153,10 @@ class Full(Uniform):
     def _precision(self, scale: Shift, shift: Shift, dtype: torch.dtype | None = None) -> Tensor:
         """Eigenvalues of P for a scalar shift, `(P,)`."""
         values = self._eigen[0].to(dtype or self.matrix.dtype)
-        return cast(scale, values) * values + self.layout.shifts(shift, values)[0]
+        found = cast(scale, values) * values + self.layout.shifts(shift, values)[0]
+        if self.signed:
+            check_positive(found.detach())
+        return found
 
     def _whitened(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         rows = factors[0].g[0, :, :, 0].transpose(0, 1)  # (B, K, P) in the eigenbasis of H

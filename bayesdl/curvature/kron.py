@@ -1,22 +1,25 @@
-"""Kronecker-factored curvature: per layer A (x) G from second moments of inputs and cotangents (KFAC, expand form)."""
+"""Kronecker-factored curvature (KFAC): per layer A (x) G from second moments of inputs and cotangents."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Self, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.rotated import Eigen, Rotated
+from bayesdl.errors import UnsupportedError
 from bayesdl.linalg import eigh
 
 # blocks without a Kronecker form (norms, bare parameters) keep their exact matrix up to this size, the diagonal above
 EXACT = 1024
+# how positions of one example are treated; the first is the default
+SHARED = ("expand", "reduce")
 
 
 @final
@@ -24,19 +27,29 @@ EXACT = 1024
 class Kron(Rotated):
     """One pair of factors per block: H_block = (sum a a^T / R) (x) (sum g g^T), R rows of a.
 
-    Every position of a shared weight counts as a datum. With one datum and one position the product is exact.
-    An embedding's A is diagonal and stored as counts. Blocks of kinds other than "linear" and "rows" have A = 1, so
-    that G is their exact matrix, unless they exceed `EXACT` parameters: then only the diagonal is kept.
+    With one datum and one position the product is exact. A weight that meets T positions of an example (convolutions,
+    tokens, several uses) is treated in one of two ways (Eschenhagen et al. 2023):
+
+    - "expand": every position counts as a datum, R = N T; exact for a deep linear network whose loss is a sum over
+      positions.
+    - "reduce": a is averaged and g is summed over the positions of an example first, R = N; exact for a deep linear
+      network whose outputs are means over positions, and cheaper: second moments of N rows instead of N T.
+
+    An embedding's A is diagonal, because every look-up counts ("expand" in both), and stored as counts. Blocks of kinds
+    other than "linear" and "rows" have A = 1, so that G is their exact matrix, unless they exceed `EXACT` parameters:
+    then only the diagonal is kept.
 
     Attributes:
         inner: `(G, in, in)`, or `(G, in)` for embeddings; a scalar one for diagonal blocks.
         outer: `(G, out, out)`, or `(G, out, in)` for diagonal blocks.
         rows: `()` float64 counts R.
+        shared: "expand" or "reduce".
     """
 
     inner: tuple[Tensor, ...]
     outer: tuple[Tensor, ...]
     rows: tuple[Tensor, ...]
+    shared: str = SHARED[0]
 
     name: ClassVar[str] = "kron"
 
@@ -52,6 +65,10 @@ class Kron(Rotated):
         rows = tuple(torch.zeros((), dtype=torch.float64, device=device) for _ in layout.blocks)
         return cls(layout, tuple(inner), tuple(outer), rows)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {} if self.shared == SHARED[0] else {"shared": self.shared}
+
     def update(self, factors: Sequence[Factor]) -> None:
         for b, inner, outer, rows, factor in zip(
             self.layout.blocks, self.inner, self.outer, self.rows, factors, strict=True
@@ -59,6 +76,8 @@ class Kron(Rotated):
             if _is_diagonal(b.kind, b.rows):
                 outer += factor.square()
                 continue
+            if self.shared == "reduce" and isinstance(factor, LinearFactor) and factor.positions > 1:
+                factor = reduced(factor)
             a, g, count = factor.moments()
             inner += a
             outer += g
@@ -76,15 +95,20 @@ class Kron(Rotated):
         def total(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(a + b for a, b in zip(mine, theirs, strict=True))
 
-        return type(self)(
-            self.layout,
-            total(self.inner, other.inner),
-            total(self.outer, other.outer),
-            total(self.rows, other.rows),
+        if self.shared != other.shared:
+            raise UnsupportedError(
+                f"two Kronecker curvatures were added, one fitted with shared={self.shared!r} and one with "
+                f"shared={other.shared!r}; fit both alike"
+            )
+        return replace(
+            self,
+            inner=total(self.inner, other.inner),
+            outer=total(self.outer, other.outer),
+            rows=total(self.rows, other.rows),
         )
 
     def scaled(self, weight: Tensor) -> Self:
-        return type(self)(self.layout, self.inner, tuple(weight.to(g) * g for g in self.outer), self.rows)
+        return replace(self, outer=tuple(weight.to(g) * g for g in self.outer))
 
     @cached_property
     def eigen(self) -> tuple[Eigen, ...]:
@@ -112,12 +136,20 @@ class Kron(Rotated):
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         count = range(len(self.layout.blocks))
-        return type(self)(
-            self.layout,
-            tuple(tensors[f"inner.{i}"] for i in count),
-            tuple(tensors[f"outer.{i}"] for i in count),
-            tuple(tensors[f"rows.{i}"] for i in count),
+        return replace(
+            self,
+            inner=tuple(tensors[f"inner.{i}"] for i in count),
+            outer=tuple(tensors[f"outer.{i}"] for i in count),
+            rows=tuple(tensors[f"rows.{i}"] for i in count),
         )
+
+
+def reduced(factor: LinearFactor) -> LinearFactor:
+    """Mean of a and sum of g over the positions of each example; groups of fewer positions over their own."""
+    a = factor.a.sum(2, keepdim=True)
+    lengths = factor.lengths or (factor.positions,) * len(a)
+    a = a / a.new_tensor([max(1, n) for n in lengths])[:, None, None, None]
+    return replace(factor, a=a, g=factor.g.sum(3, keepdim=True), lengths=())
 
 
 def _is_diagonal(kind: str, size: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesdl.batch import flatten_tensors
 from bayesdl.curvature.backward import backward, muted
-from bayesdl.curvature.chunking import chunk_size, chunks
+from bayesdl.curvature.chunking import UNFACTORED, chunk_size, chunks
 from bayesdl.curvature.cotangents import cotangent_rule
 from bayesdl.curvature.factors import layer_factors
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.products import times, transposed_times
 from bayesdl.data import batches, in_batch
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, UnsupportedError, check_finite
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.network import Network
 
@@ -39,7 +39,7 @@ class Local:
     """Curvature H_n summed over the examples of one chunk.
 
     Attributes:
-        f: outputs `(B, C)`.
+        f: outputs `(B, C)`, or `(B, positions..., C)`.
         y: targets as the likelihood's `check_targets` returns them.
         product: directions `(r, P)` in flat order -> H times each, `(r, P)`.
     """
@@ -54,7 +54,7 @@ class Seen:
     """What one pass saw, to tell whether another pass saw the same.
 
     Attributes:
-        num_data: N.
+        num_data: N, the observations that count.
         log_likelihood, absolute: sum of log p(y | f) and of its absolute values.
         ordered: sum with weights that depend on the place in the pass.
         squared_error: `(C,)` sum of squared residuals, Gaussian only.
@@ -124,15 +124,27 @@ class Problem:
                 with in_batch(number), torch.inference_mode(False), torch.enable_grad():
                     local = make(rows, labels)
                     use(local)
-                each = self.likelihood.log_prob(local.f, local.y).double()
+                each = self.likelihood.log_prob(local.f, local.y).double().flatten()
                 place = torch.arange(count, count + len(each), device=each.device)
                 sums += torch.stack([each.sum(), each.abs().sum(), (each * (1.0 + place % 97)).sum()])
-                count += len(local.f)
+                mask = self.likelihood.counted(local.y)
+                count += len(each) if mask is None else int(mask.sum())
                 if isinstance(self.likelihood, Gaussian):
                     residual = (local.y - local.f).double().square().sum(0)
                     squared = residual if squared is None else squared + residual
         total, absolute, ordered = sums.tolist()
         return Seen(count, total, absolute, ordered, squared)
+
+    def times(self, rows: Tensor, progress: bool = False) -> tuple[Tensor, Seen]:
+        """H times directions `(r, P)` by one pass over the data: `(r, P)`."""
+        total = torch.zeros_like(rows)
+
+        def add(local: Local) -> None:
+            total.add_(local.product(rows))
+
+        seen = self.visit(add, len(rows), "product with the curvature", progress)
+        check_finite(total, "the product with the curvature")
+        return total, seen
 
     def check_same(self, before: Seen, after: Seen) -> None:
         """Raise `ArgumentError` unless two passes saw the same data; for kind "mc" in the same order."""
@@ -155,14 +167,30 @@ class Problem:
         """How a chunk becomes a map, and the number of copies of its activations that this takes."""
         if self.kind == "hessian":
             return self._hessian, 2 * min(GROUP, directions)
+        if self._needs_slopes(directions):
+            return self._by_slopes, 4
         rule = cotangent_rule(self.likelihood, self.kind, self.samples, self._generator())
-        width = {"mc": self.samples, "empirical": 1}.get(self.kind, self.layout.outputs)
-        dense = sum(block.numel for block in self.layout.blocks if block.kind == "dense")
-        work = width * (self.layout.activations + dense)
-        least = COTANGENTS_PER_DIRECTION * directions * self.layout.activations
-        if self.kind == "ggn" and self.slopes is not None and work > least:
-            return lambda rows, labels: self._by_slopes(rows, labels, rule), 4
-        return lambda rows, labels: self._by_factors(rows, labels, rule), width
+        return lambda rows, labels: self._by_factors(rows, labels, rule), self._cotangents
+
+    @property
+    def _cotangents(self) -> int:
+        """Per example, of the kind."""
+        return {"mc": self.samples, "empirical": 1}.get(self.kind, self.layout.outputs)
+
+    def _needs_slopes(self, directions: int) -> bool:
+        """Whether J v and J^T u for each direction cost less than the factors of all cotangents."""
+        if self.kind != "ggn":
+            return False
+        if self.layout.positions:  # one cotangent per output and position would be needed
+            if self.slopes is None:
+                raise UnsupportedError(
+                    'products with the "ggn" of outputs at every position need J v, and an operation of this network '
+                    'has neither forward mode nor a second derivative; use kind="mc" or "empirical"'
+                )
+            return True
+        dense = sum(block.numel for block in self.layout.blocks if block.kind in UNFACTORED)
+        work = self._cotangents * (self.layout.activations + dense)
+        return self.slopes is not None and work > COTANGENTS_PER_DIRECTION * directions * self.layout.activations
 
     def _generator(self) -> torch.Generator | None:
         if self.seed is None:
@@ -177,7 +205,8 @@ class Problem:
 
         def cotangents(f: Tensor) -> Tensor:
             seen["f"], seen["y"] = self._checked(f, labels)
-            return rule(seen["f"], seen["y"])
+            vectors, mask = rule(seen["f"], seen["y"]), self.likelihood.counted(seen["y"])
+            return vectors if mask is None else vectors * mask.unsqueeze(-1)
 
         _, factors = layer_factors(self.network, self.layout, rows, cotangents, self.dtype)
         pairs = list(zip(factors, self.layout.blocks, strict=True))
@@ -190,19 +219,19 @@ class Problem:
 
         return Local(seen["f"], seen["y"], product)
 
-    def _by_slopes(self, rows: Any, labels: Any, rule: Cotangents) -> Local:
-        """J v, V V^T times it, J^T back; one direction at a time."""
+    def _by_slopes(self, rows: Any, labels: Any) -> Local:
+        """J v, Lambda times it, J^T back; one direction at a time."""
         call, leaves = self._call(rows), self._leaves()
-        nodes = list(leaves.values())
         with unfused():
             output = self.network.forward(self.network.module(), call, leaves)
         f, y = self._checked(output.detach(), labels)
-        root = rule(f, y).to(output)
+        mask, flat = self.likelihood.counted(y), f.flatten(0, -2)
         slope = self._slopes(call, output, leaves)
 
         def single(direction: Tensor) -> Tensor:
-            weighted = torch.einsum("kbc,kb->bc", root, torch.einsum("kbc,bc->kb", root, slope(direction)))
-            return self._flat(backward(output, nodes, weighted.unsqueeze(0), keep=True), 1)[0]
+            weighted = self.likelihood.hessian_times(flat, slope(direction).flatten(0, -2)).view(output.shape)
+            weighted = weighted if mask is None else weighted * mask.unsqueeze(-1)
+            return self._flat(backward(output, list(leaves.values()), weighted.unsqueeze(0), keep=True), 1)[0]
 
         def product(directions: Tensor) -> Tensor:
             # forward mode alone does not know that padding is a constant by convention
@@ -211,11 +240,11 @@ class Problem:
         return Local(f, y, product)
 
     def _slopes(self, call: Any, output: Tensor, leaves: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        """A flat direction -> J v `(B, C)`."""
+        """A flat direction -> J v, of the outputs' shape."""
         if self.slopes == "forward":
             plain = {name: leaf.detach() for name, leaf in leaves.items()}
             return lambda direction: push_forward(self.network, call, plain, self.layout.to_dict(direction))
-        turned, pulled = pull_back(output, list(leaves.values()))
+        turned, pulled = pull_back(self.layout, output, leaves)
         return lambda direction: push_twice(turned, pulled, direction)
 
     def _hessian(self, rows: Any, labels: Any) -> Local:
@@ -227,8 +256,7 @@ class Problem:
             f, y = self._checked(output, labels)
             loss = -self.likelihood.log_prob(f, y).sum()
             gradients = torch.autograd.grad(loss, nodes, create_graph=True, allow_unused=True)
-        parts = zip(nodes, gradients, strict=True)
-        slope = torch.cat([(torch.zeros_like(n) if g is None else g).flatten() for n, g in parts])
+        slope = named(self.layout, leaves, gradients)
 
         def product(directions: Tensor) -> Tensor:
             groups = directions.split(GROUP)
@@ -251,9 +279,9 @@ class Problem:
 
     def _flat(self, gradients: list[Tensor | None], count: int) -> Tensor:
         """Gradients `(r, *shape)` by parameter -> `(r, P)`; None counts as zero."""
-        pairs = zip(gradients, self.layout.shapes, strict=True)
-        like = next(iter(self.network.parameters.values()))
-        return torch.cat([(like.new_zeros(count, *s) if g is None else g).reshape(count, -1) for g, s in pairs], -1)
+        pairs = zip(self.network.parameters.items(), gradients, strict=True)
+        values = {n: p.new_zeros(count, *p.shape) if g is None else g for (n, p), g in pairs}
+        return self.layout.flatten(values, 1)
 
 
 @contextmanager
@@ -266,7 +294,7 @@ def unfused() -> Iterator[None]:
         yield
 
 
-def find_slopes(network: Network, inputs: Any) -> str | None:
+def find_slopes(network: Network, layout: Layout, inputs: Any) -> str | None:
     """How J v can be had: "forward" (mode), "backward" (twice), or None; tried on the inputs given."""
     call = network.prepare(inputs)
     plain = {name: p.detach().clone() for name, p in network.parameters.items()}
@@ -279,7 +307,7 @@ def find_slopes(network: Network, inputs: Any) -> str | None:
         with torch.inference_mode(False), torch.enable_grad(), unfused():
             leaves = {name: value.requires_grad_() for name, value in plain.items()}
             output = network.forward(network.module(), call, leaves)
-            turned, pulled = pull_back(output, list(leaves.values()))
+            turned, pulled = pull_back(layout, output, leaves)
             push_twice(turned, pulled, torch.ones_like(pulled))
         return "backward"
     except RuntimeError:
@@ -287,7 +315,7 @@ def find_slopes(network: Network, inputs: Any) -> str | None:
 
 
 def push_forward(network: Network, call: Any, plain: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
-    """J v `(B, C)` by forward mode."""
+    """J v by forward mode, of the outputs' shape."""
     module = network.module()
     # torch's first use of forward mode warns about torch's own use of torch.jit.script
     with muted(".*torch.jit.script.*", DeprecationWarning), unfused(), torch.no_grad():
@@ -295,13 +323,18 @@ def push_forward(network: Network, call: Any, plain: dict[str, Tensor], directio
     return pair[1]
 
 
-def pull_back(output: Tensor, nodes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A cotangent u `(B, C)` and J^T u `(P,)` as a function of it."""
+def pull_back(layout: Layout, output: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A cotangent u of the outputs' shape, and J^T u `(P,)` as a function of it."""
     turned = torch.zeros_like(output, requires_grad=True)
     with unfused():
-        found = torch.autograd.grad(output, nodes, turned, create_graph=True, allow_unused=True)
-    parts = zip(nodes, found, strict=True)
-    return turned, torch.cat([(torch.zeros_like(n) if g is None else g).flatten() for n, g in parts])
+        found = torch.autograd.grad(output, list(leaves.values()), turned, create_graph=True, allow_unused=True)
+    return turned, named(layout, leaves, found)
+
+
+def named(layout: Layout, leaves: dict[str, Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Gradients in the order of the leaves -> flat `(P,)`; None counts as zero."""
+    pairs = zip(leaves.items(), gradients, strict=True)
+    return layout.flatten({name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs})
 
 
 def push_twice(turned: Tensor, pulled: Tensor, direction: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.products import times, transposed_times
-from bayesdl.curvature.structure import Shift, Structure, Uniform, check_noise
-from bayesdl.linalg import eigh
+from bayesdl.curvature.structure import Shift, Structure, Uniform, check_noise, check_positive
+from bayesdl.linalg import cholesky, eigh
 
 DEFAULT_RANK = 32
 # columns beyond the rank while the span is looked for (Halko, Martinsson and Tropp 2011, section 4.2)
@@ -36,6 +36,7 @@ class LowRank(Uniform):
         image: while the span is looked for, H U `(P, r)`; None in a finished fit.
         pending: passes that are still to come.
         rank: r asked for; fewer where H has fewer non-zero eigenvalues.
+        signed: whether M may have negative eigenvalues, as those of an exact Hessian.
     """
 
     basis: Tensor
@@ -43,6 +44,7 @@ class LowRank(Uniform):
     image: Tensor | None = None
     pending: int = 0
     rank: int = DEFAULT_RANK
+    signed: bool = False
 
     name: ClassVar[str] = "lowrank"
     num_passes: ClassVar[int] = 3
@@ -81,6 +83,10 @@ class LowRank(Uniform):
         core = basis.new_zeros(basis.shape[1], basis.shape[1])
         return cls(layout, basis, core, torch.zeros_like(basis) if pending else None, pending, rank)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"signed": True} if self.signed else {}
+
     def fresh(self) -> Self:
         return self._zero(self.layout, self.basis, self.pending, self.rank)
 
@@ -107,7 +113,7 @@ class LowRank(Uniform):
             return replace(self, core=self.core + other.core, image=image)
         basis, turn = torch.linalg.qr(torch.cat([self.basis, other.basis], 1))
         core = turn @ torch.block_diag(self.core, other.core) @ turn.mT
-        return type(self)(self.layout, basis, core, rank=basis.shape[1])
+        return type(self)(self.layout, basis, core, rank=basis.shape[1], signed=self.signed or other.signed)
 
     def scaled(self, weight: Tensor) -> Self:
         return replace(self, core=weight.to(self.core) * self.core)
@@ -115,6 +121,7 @@ class LowRank(Uniform):
     def logdet(self, scale: Shift, shift: Shift) -> Tensor:
         diagonal = self._diagonal(shift, torch.float64)
         core, gram = self._core(scale), self._gram(shift, diagonal)
+        self._check(core, gram)
         return diagonal.log().sum() + torch.linalg.slogdet(_one(core) + gram @ core)[1]
 
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
@@ -149,19 +156,21 @@ class LowRank(Uniform):
         return wide - ((inner @ self._middle(scale, shift)) * inner).sum(-1)
 
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
-        """D^-1/2 (I + Z Z^T)^-1/2 noise with Z Z^T = scale D^-1/2 U M U^T D^-1/2: symmetric where D is a scalar."""
+        """D^-1/2 (I + scale D^-1/2 U M U^T D^-1/2)^-1/2 noise: symmetric where D is a scalar."""
         check_noise(noise, self.layout.numel)
         root = self._diagonal(shift).rsqrt()
-        values, vectors = eigh(self._core(scale), "low-rank curvature")
-        z = root.unsqueeze(1) * (self.basis @ (vectors * values.sqrt()).to(self.basis))
-        spread, turn = eigh(z.T @ z, "low-rank curvature")
-        grown = (1.0 + spread).sqrt()
-        directions = z @ turn
-        draws = noise.to(self.basis)
-        return root * (draws - ((draws @ directions) / (grown * (1.0 + grown))) @ directions.T)
+        core, gram = self._core(scale), self._gram(shift, self._diagonal(shift, torch.float64))
+        self._check(core, gram)
+        # D^-1/2 U = Q L^T with orthonormal Q, and L^T scale M L = V diag(spread) V^T
+        lower = cholesky(gram, "low-rank curvature")
+        spread, turn = eigh(lower.T @ core @ lower, "low-rank curvature", not self.signed)
+        turn = torch.linalg.solve_triangular(lower.T, turn, upper=True)
+        directions = root.unsqueeze(1) * (self.basis @ turn.to(self.basis))
+        draws, shrunk = noise.to(self.basis), ((1.0 + spread).rsqrt() - 1.0).to(self.basis)
+        return root * (draws + ((draws @ directions) * shrunk) @ directions.T)
 
     def eigenvalues(self) -> Tensor:
-        values = eigh(self.core, "low-rank curvature")[0]
+        values = eigh(self.core, "low-rank curvature", not self.signed)[0]
         return torch.cat([values, values.new_zeros(self.layout.numel - len(values))])
 
     def to_dense(self) -> Tensor:
@@ -199,9 +208,17 @@ class LowRank(Uniform):
         basis = self.basis.double()
         return (basis / diagonal.unsqueeze(1)).T @ basis
 
+    def _check(self, core: Tensor, gram: Tensor) -> None:
+        """Refuse what is not positive definite; `gram` is U^T D^-1 U."""
+        if self.signed:
+            lower = cholesky(gram.detach(), "low-rank curvature")
+            values = 1.0 + torch.linalg.eigvalsh(lower.T @ core.detach() @ lower)
+            check_positive(values, "its smallest eigenvalue, as a multiple of the shift,")
+
     def _middle(self, scale: Shift, shift: Shift) -> Tensor:
         """scale M (I + scale U^T D^-1 U M)^-1, symmetric."""
         core, gram = self._core(scale), self._gram(shift, self._diagonal(shift, torch.float64))
+        self._check(core, gram)
         solved = torch.linalg.solve(_one(core) + core @ gram, core)
         return (0.5 * (solved + solved.T)).to(self.basis)
 

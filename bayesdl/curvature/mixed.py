@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import ClassVar, Self, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
@@ -53,6 +53,13 @@ class Mixed(Structure):
     @property
     def recipe(self) -> str | dict[str, str]:
         return dict(self.patterns)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for part in self.parts for name, value in part.options.items()}
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        return self.with_parts([part.with_options(options) for part in self.parts])
 
     @cached_property
     def members(self) -> tuple[tuple[int, ...], ...]:

@@ -70,6 +70,7 @@ def operator(
     example = first_inputs(data, model.batch if isinstance(model, Network) else resolve_adapter(batch))
     network = model if isinstance(model, Network) else Network(model, select=select, batch=batch, example=example)
     family = resolve(likelihood)
+    network = network.reading(family.output_axis)
     if isinstance(family, Gaussian) and family.noise is None:
         family = family.with_noise(1.0)
     wanted = dtype or torch.promote_types(network.dtype or torch.float32, torch.float32)
@@ -85,7 +86,7 @@ def operator(
         samples,
         None if generator is None else (generator.device, generator.get_state()),
         memory,
-        find_slopes(running, pair) if kind == "ggn" else None,
+        find_slopes(running, layout, pair) if kind == "ggn" else None,
         allow_partial,
     )
     return CurvatureOperator(problem, network)
@@ -162,16 +163,11 @@ class CurvatureOperator:
         self._source.check_values()
         with torch.inference_mode(False):
             rows = v.detach().T.to(device=self.device, dtype=self.dtype, copy=True)
-            total = torch.zeros_like(rows)
-
-            def add(local: Local) -> None:
-                total.add_(local.product(rows))
-
-            if len(rows):
-                seen = self._problem.visit(add, len(rows), "product with the curvature")
-                self._problem.check_same(self._first, seen)
-                check_finite(total, "the product with the curvature")
-        return total.T
+            if not len(rows):
+                return rows.T
+            found, seen = self._problem.times(rows)
+        self._problem.check_same(self._first, seen)
+        return found.T
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.matvec(v) if v.dim() == 1 else self.matmat(v)

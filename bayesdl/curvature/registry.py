@@ -10,7 +10,7 @@ from bayesdl.curvature.diag import Diag
 from bayesdl.curvature.dual import Dual
 from bayesdl.curvature.ekfac import EKFAC
 from bayesdl.curvature.full import Full
-from bayesdl.curvature.kron import Kron
+from bayesdl.curvature.kron import SHARED, Kron
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.lowrank import LowRank
 from bayesdl.curvature.mixed import Mixed
@@ -59,6 +59,22 @@ def num_passes(recipe: Recipe) -> int:
     """How often the data are read."""
     names = recipe.values() if isinstance(recipe, Mapping) else [recipe]
     return max(STRUCTURES[name].num_passes for name in names)
+
+
+def check_shared(recipe: Recipe, shared: str) -> None:
+    """Raise unless `shared=` is known, and of use to a recipe that `check_recipe` has passed.
+
+    Raises:
+        UnknownNameError: no such way of sharing.
+        ArgumentError: nothing in the recipe has Kronecker factors.
+    """
+    if shared not in SHARED:
+        raise UnknownNameError(f"shared={shared!r} is not known; choose one of {SHARED}")
+    names = list(recipe.values()) if isinstance(recipe, Mapping) else [recipe]
+    if shared != SHARED[0] and not {"kron", "ekfac"} & set(names):
+        raise ArgumentError(
+            f'shared={shared!r} was given with structure={recipe!r}; it belongs to structure="kron" or "ekfac"'
+        )
 
 
 def empty(recipe: Recipe, layout: Layout, dtype: torch.dtype, device: torch.device) -> Structure:

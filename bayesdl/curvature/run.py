@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.passes import Fit, Tally, check_curvature, check_same_data
-from bayesdl.curvature.registry import Recipe, check_recipe, first, following, num_passes
+from bayesdl.curvature.registry import Recipe, check_recipe, check_shared, first, following, num_passes
 from bayesdl.curvature.structure import Structure
 from bayesdl.distributed import Group
 from bayesdl.errors import FileFormatError
@@ -30,7 +30,8 @@ class Run:
     Args:
         network: whose curvature it is.
         layout: its blocks.
-        likelihood, structure, kind, samples, generator, dtype, memory, rank: see `bayesdl.curvature.estimate`.
+        likelihood, structure, kind, samples, generator, dtype, memory, rank, shared: see
+            `bayesdl.curvature.estimate`.
 
     Attributes:
         number: of the present pass, from 0.
@@ -50,10 +51,13 @@ class Run:
         dtype: torch.dtype | None = None,
         memory: int | None = None,
         rank: int | None = None,
+        shared: str = "expand",
     ) -> None:
         check_recipe(structure, rank)
+        check_shared(structure, shared)
         self.network, self.layout, self.likelihood = network, layout, likelihood
         self.structure, self.kind, self.samples, self.memory, self.rank = structure, kind, samples, memory, rank
+        self.shared = shared
         self.dtype = dtype or torch.promote_types(network.dtype or torch.float32, torch.float32)
         if generator is None and kind == "mc":  # the global state is the user's
             generator = torch.Generator(network.device).manual_seed(0)
@@ -61,7 +65,9 @@ class Run:
         self._start = None if generator is None else generator.get_state()
         self.number = self.batches = 0
         self._before: Fit | None = None
-        self._tally = self._fresh(first(structure, layout, self.dtype, network.device, rank))
+        self._tally = self._fresh(
+            first(structure, layout, self.dtype, network.device, rank).with_options({"shared": shared})
+        )
 
     @property
     def passes(self) -> int:
@@ -202,6 +208,7 @@ class Run:
             "dtype": str(self.dtype),
             "memory": self.memory,
             "rank": self.rank,
+            "shared": self.shared,
         }
 
 

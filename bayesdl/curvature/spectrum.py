@@ -10,10 +10,9 @@ from torch import Tensor
 
 from bayesdl.curvature.krylov import lanczos
 from bayesdl.curvature.layout import cast
+from bayesdl.curvature.structure import Shift, check_positive
 from bayesdl.curvature.traces import Estimate, Probes
-from bayesdl.errors import ArgumentError, NumericalError
-
-Shift = Tensor | float
+from bayesdl.errors import ArgumentError
 
 # bytes that the Lanczos vectors of the probes treated together may take
 MEMORY = 1 << 30
@@ -113,16 +112,6 @@ def whitened_logdet(probes: Probes, scale: Tensor, shift: Tensor, count: int, st
     slope = torch.cat(slopes).mean()
     surrogate = ((shift - fixed) * inverse).sum() + (scale - heat) * slope
     return Estimate(fixed.log().sum() + plain.value + surrogate, plain.standard_error)
-
-
-def check_positive(values: Tensor) -> None:
-    """Raise `NumericalError` that names the smallest eigenvalue unless all are positive."""
-    least = values.min()
-    if not bool(least > 0):
-        raise NumericalError(
-            f"scale * H + diag(shift) is not positive definite: its smallest eigenvalue is about {float(least):.4g}. "
-            'Use a larger shift (prior precision), or kind="ggn", which is positive semi-definite'
-        )
 
 
 def _over_probes(each: Tensor, exact: bool) -> Estimate:

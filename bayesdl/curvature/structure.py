@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from bayesdl.curvature.cross import through_solve
 from bayesdl.curvature.factor import Factor
 from bayesdl.curvature.layout import Layout
-from bayesdl.errors import ArgumentError, NonFiniteError
+from bayesdl.errors import ArgumentError, NonFiniteError, NumericalError
 
 Shift = Tensor | float
 
@@ -37,6 +37,16 @@ class Structure(ABC):
     def recipe(self) -> str | dict[str, str]:
         """What `structure=` is given to fit this: a name, or names by layer pattern."""
         return self.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `recipe` leaves open about the tensors, JSON-ready; without what is the default."""
+        return {}
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """The same structure under the options of another; those that it does not have are left out."""
+        own = {field.name for field in fields(self)}
+        return replace(self, **{name: value for name, value in options.items() if name in own})
 
     @abstractmethod
     def update(self, factors: Sequence[Factor]) -> None:
@@ -189,6 +199,19 @@ def weighted_curvature(parts: Sequence[Structure], weights: Tensor) -> Structure
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total = total + part.scaled(weight)
     return total
+
+
+def check_positive(values: Tensor, what: str = "its smallest eigenvalue") -> None:
+    """Raise `NumericalError` unless all eigenvalues of scale * H + diag(shift) are positive.
+
+    Only the exact Hessian can have others: at weights that are no minimum, or by the network's own curvature.
+    """
+    least = values.min()
+    if not bool(least > 0):
+        raise NumericalError(
+            f"scale * H + diag(shift) is not positive definite: {what} is about {float(least):.4g}. Use a larger shift "
+            '(prior precision), or kind="ggn", which is positive semi-definite'
+        )
 
 
 def check_noise(noise: Tensor, numel: int) -> None:

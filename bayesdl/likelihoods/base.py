@@ -118,6 +118,11 @@ class Likelihood(ABC):
             )
         return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).to(f.dtype).permute(2, 0, 1)
 
+    def hessian_times(self, f: Tensor, vectors: Tensor) -> Tensor:
+        """Lambda u for vectors u `(B, C)`; families with a closed form need no root for it."""
+        root = self.hessian_root(f).to(vectors)
+        return torch.einsum("kbc,kb->bc", root, torch.einsum("kbc,bc->kb", root, vectors))
+
     def hessian_diagonal(self, f: Tensor) -> Tensor:
         """The diagonal of Lambda, `(B, C)`: all that a last layer's diagonal curvature depends on."""
         return self.hessian_root(f).square().sum(0)

@@ -137,6 +137,10 @@ class Categorical(Likelihood):
     def hessian_root(self, f: Tensor) -> Tensor:
         return self.root_columns(f, 0, f.shape[-1])
 
+    def hessian_times(self, f: Tensor, vectors: Tensor) -> Tensor:
+        p = torch.softmax(f, -1).to(vectors)
+        return p * (vectors - (p * vectors).sum(-1, keepdim=True))
+
     def num_roots(self, f: Tensor) -> int:
         return int(f.shape[-1])
 

@@ -9,11 +9,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.cotangents import CURVATURE_KINDS
+from bayesdl.curvature.cotangents import KINDS
 from bayesdl.curvature.estimate import fit_curvature
 from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
-from bayesdl.curvature.registry import Recipe, check_recipe
+from bayesdl.curvature.registry import Recipe, check_recipe, check_shared
 from bayesdl.diagnose import Finding
 from bayesdl.distributed import resolve_group, together
 from bayesdl.errors import ArgumentError, UnknownNameError
@@ -36,7 +36,10 @@ class Laplace(Method):
             single elements (`bdl.select.largest_magnitude` and its kin).
         structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary from
             layer patterns to these, e.g. `{"head": "full", "*": "kron"}`.
-        kind: "ggn", "mc" (Fisher from sampled targets) or "empirical".
+        kind: "ggn", "mc" (Fisher from sampled targets), "empirical" or "hessian" (exact, of the log-likelihood;
+            structures "full", "diag", "lowrank"). Where the Hessian has negative eigenvalues, as at weights that are no
+            minimum, give a prior whose precision outweighs them: the evidence has no maximum there, and every query
+            refuses a precision that is not positive definite.
         bias: "joint" (weight and bias of a layer share one block) or "separate".
         predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).
         temperature: T of the posterior p^(1/T), which multiplies its covariance by T; 1 is Bayes.
@@ -45,6 +48,8 @@ class Laplace(Method):
         memory: bytes that one chunk of examples may take while fitting.
         allow_partial: accept a loader that skips part of its data (drop_last).
         rank: of structure "lowrank"; default 32.
+        shared: for "kron" and "ekfac", how positions of convolutions and sequences are treated: "expand" or "reduce";
+            see `bayesdl.curvature.kron.Kron`.
         resume: a file that keeps the state of the fit, from which an interrupted one goes on; the loader must keep its
             order.
         every: batches after which that file is written anew.
@@ -61,6 +66,7 @@ class Laplace(Method):
     memory: int | None = None
     allow_partial: bool = False
     rank: int | None = None
+    shared: str = "expand"
     resume: str | Path | None = None
     every: int = 100
 
@@ -89,6 +95,7 @@ class Laplace(Method):
             memory=self.memory,
             allow_partial=self.allow_partial,
             rank=self.rank,
+            shared=self.shared,
             progress=task.progress,
             distributed=task.distributed,
             resume=self.resume,
@@ -112,8 +119,9 @@ class Laplace(Method):
     def check(self) -> None:
         """Raise where an argument has a value that is not accepted."""
         check_recipe(self.structure, self.rank)
-        if self.kind not in CURVATURE_KINDS:
-            raise UnknownNameError(f"kind {self.kind!r} is not known; choose one of {CURVATURE_KINDS}")
+        check_shared(self.structure, self.shared)
+        if self.kind not in KINDS:
+            raise UnknownNameError(f"kind {self.kind!r} is not known; choose one of {KINDS}")
         if self.predictive not in ("linearized", "samples"):
             raise ArgumentError(f"predictive={self.predictive!r}; choose 'linearized' or 'samples'")
         if not self.temperature > 0:

@@ -42,7 +42,7 @@ class GaussianPosterior(Posterior):
         noise: standard deviations `(C,)` that still scale H; None where H contains the likelihood's noise.
         temperature: T of the posterior p^(1/T), which multiplies the covariance by T; 1 is Bayes.
         num_data, log_likelihood, squared_error: what the evidence needs (see `Fit`).
-        fisher: "ggn", "mc" or "empirical".
+        fisher: "ggn", "mc", "empirical" or "hessian".
         predictive: "linearized" (f_MAP + J (theta - theta_MAP)) or "samples" (weights drawn, network run).
         memory: bytes that may live at once while predicting; None: chosen.
     """
@@ -273,6 +273,7 @@ class GaussianPosterior(Posterior):
         recipe = self.curvature.recipe  # patterns as pairs: their order counts, and JSON objects promise none
         return {
             "structure": recipe if isinstance(recipe, str) else [list(pair) for pair in recipe.items()],
+            "options": self.curvature.options,
             "layout": self.layout.to_json(),
             "parts": len(self.parts),
             "temperature": self.temperature,
@@ -290,7 +291,8 @@ class GaussianPosterior(Posterior):
 
         def structure(prefix: str) -> Structure:
             inner = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-            return empty(recipe, layout, torch.float32, torch.device("meta")).with_tensors(inner)
+            shell = empty(recipe, layout, torch.float32, torch.device("meta"))
+            return shell.with_options(config.get("options", {})).with_tensors(inner)  # absent from older files
 
         parts = tuple(structure(f"parts.{c}.") for c in range(int(config["parts"])))
         total = structure("curvature.") if not parts else _sum(parts)

@@ -51,6 +51,8 @@ def spectrum(structure: Structure, prior: str) -> Spectrum | None:
     if isinstance(structure, Dual) and structure.gap:  # a bound on log|P|, with a term that no eigenvalue holds
         return None
     blocks = structure.layout.blocks
+    if structure.options.get("signed"):  # it knows itself where it is not positive definite
+        return None
     if prior == "scalar" or (len(blocks) == 1 and prior == "layer"):
         values = structure.eigenvalues()
         return Spectrum(values.double(), torch.tensor([len(values)], device=values.device))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import bayesdl as bdl
 from bayesdl.curvature import estimate
 from bayesdl.curvature.kron import Kron
+from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
 from bayesdl.likelihoods import resolve
 from bayesdl.network import Network
 from tests import oracles
@@ -148,3 +151,97 @@ def test_exact_where_the_input_is_constant() -> None:
     jac = oracles.jacobian(net, x, ["weight", "bias"])
     truth = oracles.ggn(jac, oracles.lambda_formula("categorical", oracles.outputs(net, x)))
     torch.testing.assert_close(found.to_dense(), truth, rtol=1e-8, atol=1e-12)
+
+
+# --- shared="reduce" ---
+
+REDUCED = [row for row in DEFINED if row[0] not in ("flat_tokens", "frames")]
+
+
+@pytest.mark.parametrize(("name", "layer", "bias"), REDUCED)
+def test_reduced_block_equals_the_definition(name: str, layer: str, bias: bool) -> None:
+    case = BY_NAME[name]
+    net, x = case.network(), case.data()
+    own = {id(p) for p in net.get_submodule(layer).parameters()}
+    names = [n for n, p in net.named_parameters() if id(p) in own]
+    found = fitted(net, x, targets("categorical"), select=names, shared="reduce")
+    calls = oracles.captures(net, layer, x, roots(oracles.outputs(net, x)))
+    block = oracles.kron_block(oracles.reduced_kron(calls, bias, first=name != "sequence_first"), bias)
+    torch.testing.assert_close(found.to_dense(), block, rtol=1e-8, atol=1e-12)
+    plain = fitted(net, x, targets("categorical"), select=names)
+    single = name in ("mlp", "linear_without_bias")
+    assert torch.allclose(plain.to_dense(), found.to_dense(), rtol=1e-8) is single  # T = 1: one and the same
+
+
+class Pooled(nn.Module):
+    """Token-wise linear layers behind which positions are averaged: linear throughout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 5, bias=False), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x)).mean(1)
+
+
+def test_reduce_is_exact_for_a_linear_network_that_averages_positions() -> None:
+    torch.manual_seed(0)
+    net, x = Pooled().double(), real(6, 4)(torch.Generator().manual_seed(1))
+    for name in ("inner", "head"):
+        found = fitted(net, x, targets("gaussian"), "gaussian", select=name, shared="reduce")
+        jac = oracles.jacobian(net, x, found.layout.names)
+        exact = oracles.ggn(jac, torch.eye(3, dtype=torch.float64).expand(len(x), 3, 3))
+        torch.testing.assert_close(found.to_dense(), exact, rtol=1e-8, atol=1e-12)
+        plain = fitted(net, x, targets("gaussian"), "gaussian", select=name)
+        assert float((plain.to_dense() - exact).norm() / exact.norm()) > 0.1
+
+
+def test_reduce_averages_projections_over_their_own_positions() -> None:
+    case = BY_NAME["attention_across"]  # three queries, five keys and values
+    net, x = case.network(), case.data()
+    found = fitted(net, x, targets("categorical"), select=["attention.in_proj_weight"], shared="reduce")
+    means = [part.mean(1) for part in x]
+    expected = torch.stack([m.T @ m / len(m) for m in means])
+    torch.testing.assert_close(found.inner[0] / found.rows[0], expected, rtol=1e-8, atol=1e-12)
+
+
+def test_reduced_sums_of_batches_parts_and_bases() -> None:
+    net, x, y = BY_NAME["sequence"].network(), BY_NAME["sequence"].data(), targets("categorical")
+    whole = fitted(net, x, y, shared="reduce")
+    parts = fitted(net, x[:3], y[:3], shared="reduce") + fitted(net, x[3:], y[3:], shared="reduce")
+    torch.testing.assert_close(parts.to_dense(), whole.to_dense(), rtol=1e-8, atol=1e-12)
+    assert whole.options == parts.fresh().options == {"shared": "reduce"}
+    with pytest.raises(UnsupportedError, match="fit both alike"):
+        _ = whole + fitted(net, x, y)
+    bases = estimate(net, [(x, y)], "categorical", structure="ekfac", shared="reduce", progress=False)
+    exact = estimate(net, [(x, y)], "categorical", structure="full", progress=False).to_dense()
+    torch.testing.assert_close(bases.eigenvalues().sum(), exact.trace(), rtol=1e-8, atol=0.0)
+    mixed = {"inner": "kron", "*": "diag"}
+    group = estimate(net, [(x, y)], "categorical", structure=mixed, shared="reduce", progress=False)
+    assert group.options == {"shared": "reduce"}
+    width = len(next(part for part in group.parts if isinstance(part, Kron)).to_dense())  # type: ignore[attr-defined]
+    alone = fitted(net, x, y, select="inner", shared="reduce").to_dense()
+    assert len(alone) == width
+
+
+def test_reduced_laplace_survives_a_file(tmp_path: Path) -> None:
+    net, x, y = BY_NAME["sequence"].network(), BY_NAME["sequence"].data(), targets("categorical")
+    prior = bdl.GaussianPrior(precision=1.0)
+    bayes = bdl.wrap(net, bdl.Laplace(shared="reduce"), [(x, y)], likelihood="categorical", prior=prior, progress=False)
+    bayes.save(tmp_path / "b.safetensors")
+    again = bdl.load(tmp_path / "b.safetensors", net)
+    assert again.posterior.curvature.options == {"shared": "reduce"}  # type: ignore[attr-defined]
+    assert torch.equal(again(x).mean, bayes(x).mean)
+    plain = bdl.wrap(net, bdl.Laplace(), [(x, y)], likelihood="categorical", prior=prior, progress=False)
+    assert not torch.allclose(plain(x).mean, bayes(x).mean)
+
+
+def test_sharing_that_is_unknown_or_of_no_use_is_refused() -> None:
+    net, data = BY_NAME["mlp"].network(), [(BY_NAME["mlp"].data(), targets("categorical"))]
+    with pytest.raises(UnknownNameError, match="shared='mean' is not known"):
+        estimate(net, data, "categorical", shared="mean", progress=False)
+    with pytest.raises(ArgumentError, match='belongs to structure="kron" or "ekfac"'):
+        estimate(net, data, "categorical", structure="full", shared="reduce", progress=False)
+    with pytest.raises(ArgumentError, match='belongs to structure="kron" or "ekfac"'):
+        method = bdl.Laplace(structure={"*": "diag"}, shared="reduce")
+        bdl.wrap(net, method, data, likelihood="categorical", progress=False)

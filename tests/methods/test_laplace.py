@@ -332,7 +332,7 @@ def test_threads_predict_while_the_users_own_thread_runs_the_network(name: str) 
     ("options", "error", "text"),
     [
         ({"structure": "dense"}, UnknownNameError, "'dense'.*full"),
-        ({"kind": "hessian"}, UnknownNameError, "'hessian'.*ggn"),
+        ({"kind": "exact"}, UnknownNameError, "'exact'.*ggn"),
         ({"predictive": "exact"}, ArgumentError, "linearized"),
         ({"temperature": 0.0}, ArgumentError, "positive"),
         ({"temperature": float("nan")}, ArgumentError, "positive"),
