@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.diag import Diag
+from bayesdl.curvature.logsum import log_sum
 from bayesdl.curvature.dual import Dual
 from bayesdl.curvature.mixed import Mixed
 from bayesdl.curvature.rotated import Rotated
@@ -32,7 +33,7 @@ class Spectrum:
     """Eigenvalues of H where the prior precision is diagonal too.
 
     Attributes:
-        values: `(P,)` float64, those under one precision side by side.
+        values: `(P,)`, those under one precision side by side; float64 unless there is one precision for all.
         sizes: how many of them each precision holds for, `(G,)`.
     """
 
@@ -41,6 +42,8 @@ class Spectrum:
 
     def logdet(self, scale: Tensor, shift: Tensor) -> Tensor:
         """log|scale H + diag(shift)| for precisions `(G,)`."""
+        if len(self.sizes) == 1:
+            return log_sum(self.values, scale, shift.reshape(()))
         if len(self.sizes) != len(self.values):
             shift = shift.repeat_interleave(self.sizes, output_size=len(self.values))
         return torch.addcmul(shift, scale, self.values).log().sum()
@@ -51,11 +54,9 @@ def spectrum(structure: Structure, prior: str) -> Spectrum | None:
     if isinstance(structure, Dual) and structure.gap:  # a bound on log|P|, with a term that no eigenvalue holds
         return None
     blocks = structure.layout.blocks
-    if structure.options.get("signed"):  # it knows itself where it is not positive definite
-        return None
     if prior == "scalar" or (len(blocks) == 1 and prior == "layer"):
         values = structure.eigenvalues()
-        return Spectrum(values.double(), torch.tensor([len(values)], device=values.device))
+        return Spectrum(values, torch.tensor([len(values)], device=values.device))
     if prior == "parameter":
         if not isinstance(structure, Diag):
             return None
