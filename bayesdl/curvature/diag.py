@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from bayesdl.curvature.cross import cross
 from bayesdl.curvature.factor import Factor, add_marginals, add_quads
 from bayesdl.curvature.layout import Layout, cast
 from bayesdl.curvature.logsum import log_sum
-from bayesdl.curvature.structure import Shift, Uniform, check_noise
+from bayesdl.curvature.structure import Shift, Uniform, check_noise, check_positive
 
 
 @final
@@ -23,9 +23,11 @@ class Diag(Uniform):
 
     Attributes:
         diagonal: `(G, rows, columns)` per block.
+        signed: whether entries may be negative, as those of an exact Hessian.
     """
 
     diagonal: tuple[Tensor, ...]
+    signed: bool = False
 
     name: ClassVar[str] = "diag"
     separates_outputs: ClassVar[bool] = True
@@ -37,6 +39,10 @@ class Diag(Uniform):
             tuple(torch.zeros(b.groups, b.rows, b.columns, dtype=dtype, device=device) for b in layout.blocks),
         )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"signed": True} if self.signed else {}
+
     def update(self, factors: Sequence[Factor]) -> None:
         for total, factor in zip(self.diagonal, factors, strict=True):
             total += factor.square()
@@ -45,15 +51,15 @@ class Diag(Uniform):
         return self.diagonal
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(self.layout, tuple(a + b for a, b in zip(self.diagonal, other.diagonal, strict=True)))
+        return replace(self, diagonal=tuple(a + b for a, b in zip(self.diagonal, other.diagonal, strict=True)))
 
     def scaled(self, weight: Tensor) -> Self:
-        return type(self)(self.layout, tuple(weight.to(d) * d for d in self.diagonal))
+        return replace(self, diagonal=tuple(weight.to(d) * d for d in self.diagonal))
 
     def logdet(self, scale: Shift, shift: Shift) -> Tensor:
         like = self.diagonal[0].new_empty((), dtype=torch.float64)
         shifts = self.layout.shifts(shift, like)
-        if any(s.numel() > 1 for s in shifts):
+        if self.signed or any(s.numel() > 1 for s in shifts):
             return torch.stack([p.log().sum() for p in self._precision(scale, shift, torch.float64)]).sum()
         scaling = cast(scale, like)
         return torch.stack([log_sum(d, scaling, s) for d, s in zip(self.diagonal, shifts, strict=True)]).sum()
@@ -67,6 +73,8 @@ class Diag(Uniform):
         return torch.stack([f.quad(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
 
     def quads_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        if self.signed:
+            self._precision(scale, shifts.min())  # refuses what is not positive definite
         return add_quads(factors, [cast(scale, d) * d for d in self.diagonal], shifts)
 
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
@@ -74,6 +82,8 @@ class Diag(Uniform):
         return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
 
     def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
+        if self.signed:
+            self._precision(scale, shifts.min())
         return add_marginals(factors, [cast(scale, d) * d for d in self.diagonal], shifts)
 
     def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
@@ -95,10 +105,13 @@ class Diag(Uniform):
         return {f"diag.{i}": d for i, d in enumerate(self.diagonal)}
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
-        return type(self)(self.layout, tuple(tensors[f"diag.{i}"] for i in range(len(self.layout.blocks))))
+        return replace(self, diagonal=tuple(tensors[f"diag.{i}"] for i in range(len(self.layout.blocks))))
 
     def _precision(self, scale: Shift, shift: Shift, dtype: torch.dtype | None = None) -> list[Tensor]:
         like = self.diagonal[0].new_empty((), dtype=dtype or self.diagonal[0].dtype)
         scaling = cast(scale, like)
         shifts = self.layout.shifts(shift, like)
-        return [scaling * d.to(like) + s for d, s in zip(self.diagonal, shifts, strict=True)]
+        found = [scaling * d.to(like) + s for d, s in zip(self.diagonal, shifts, strict=True)]
+        if self.signed:
+            check_positive(torch.stack([part.detach().min() for part in found]), "its smallest entry")
+        return found

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.diag import Diag
-from bayesdl.curvature.logsum import log_sum
 from bayesdl.curvature.dual import Dual
+from bayesdl.curvature.logsum import log_sum
 from bayesdl.curvature.mixed import Mixed
 from bayesdl.curvature.rotated import Rotated
 from bayesdl.curvature.structure import Structure
@@ -54,6 +54,8 @@ def spectrum(structure: Structure, prior: str) -> Spectrum | None:
     if isinstance(structure, Dual) and structure.gap:  # a bound on log|P|, with a term that no eigenvalue holds
         return None
     blocks = structure.layout.blocks
+    if structure.options.get("signed"):  # it knows itself where it is not positive definite
+        return None
     if prior == "scalar" or (len(blocks) == 1 and prior == "layer"):
         values = structure.eigenvalues()
         return Spectrum(values, torch.tensor([len(values)], device=values.device))
