@@ -157,6 +157,12 @@ class Layout:
         return found
 
     @cached_property
+    def _orders(self) -> list[Tensor]:
+        """Positions in a flat vector of the entries of each block."""
+        numbered = self.to_dict(torch.arange(self.numel, dtype=torch.float64))
+        return [block.pack(numbered).flatten().long() for block in self.blocks]
+
+    @cached_property
     def whole(self) -> Layout | None:
         """The layout of all elements of the same blocks; None where they are all selected."""
         if not self.picked:
@@ -170,11 +176,18 @@ class Layout:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """`(..., P)` -> one `(..., G, rows, columns)` per block."""
+        if self.picked:  # without the elements that are not selected
+            self._check(flat)
+            pieces = [flat.index_select(-1, order.to(flat.device)) for order in self._orders]
+            return [p.unflatten(-1, (b.groups, b.rows, b.columns)) for p, b in zip(pieces, self.blocks, strict=True)]
         values = self.to_dict(flat)
         return [block.pack(values) for block in self.blocks]
 
     def join(self, matrices: Sequence[Tensor]) -> Tensor:
         """Inverse of `split`."""
+        if self.picked:
+            order = torch.cat(self._orders).argsort().to(matrices[0].device)
+            return torch.cat([matrix.flatten(-3) for matrix in matrices], -1).index_select(-1, order)
         values: dict[str, Tensor] = {}
         for block, matrix in zip(self.blocks, matrices, strict=True):
             values.update(block.unpack(matrix))
@@ -182,14 +195,17 @@ class Layout:
 
     def to_dict(self, flat: Tensor) -> dict[str, Tensor]:
         """`(..., P)` -> tensors `(..., *shape)` by parameter name."""
-        if flat.shape[-1] != self.numel:
-            raise ShapeError(f"a flat vector of {flat.shape[-1]} entries was given; the selection has {self.numel}")
+        self._check(flat)
         lead = flat.shape[:-1]
         pieces = dict(zip(self.names, flat.split(self.sizes, -1), strict=True))
         for name, where in self.picked.items():
             size = math.prod(self.shapes[self.names.index(name)])
             pieces[name] = flat.new_zeros(*lead, size).index_copy(-1, where.to(flat.device), pieces[name])
         return {name: pieces[name].reshape((*lead, *s)) for name, s in zip(self.names, self.shapes, strict=True)}
+
+    def _check(self, flat: Tensor) -> None:
+        if flat.shape[-1] != self.numel:
+            raise ShapeError(f"a flat vector of {flat.shape[-1]} entries was given; the selection has {self.numel}")
 
     def flatten(self, values: Mapping[str, Tensor], lead: int = 0) -> Tensor:
         """Tensors `(..., *shape)` by name, with `lead` axes before the parameter's own -> `(..., P)`."""

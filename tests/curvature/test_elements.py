@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bayesdl as bdl
 from bayesdl.curvature.plan import plan
 from bayesdl.curvature.registry import STRUCTURES
-from bayesdl.errors import SelectionError, UnsupportedError
+from bayesdl.errors import SelectionError, ShapeError, UnsupportedError
 from bayesdl.evidence import log_evidence
 from bayesdl.model import BayesianModel
 from bayesdl.network import Network
@@ -96,6 +96,33 @@ def test_subnetwork_is_the_dense_matrix_of_its_coordinates(structure: str, name:
     torch.testing.assert_close(
         bayes.log_evidence(), oracles.log_evidence(log_lik, dense, 0.7, weights), rtol=1e-9, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("kind", ["mc", "empirical", "hessian"])
+@pytest.mark.parametrize("name", ["conv", "mlp", "tokens"])
+def test_other_kinds(name: str, kind: str) -> None:
+    net, x = networks()[name]
+    marks = some(net)
+    where = torch.cat([marks[n].flatten() for n, _ in net.named_parameters()])
+    options: dict[str, Any] = {"structure": "full", "kind": kind, "progress": False}
+    whole = bdl.curvature.estimate(net, [(x, Y)], "categorical", **options).to_dense()[where][:, where]
+    found = bdl.curvature.estimate(net, [(x, Y)], "categorical", select=bdl.select.mask(marks), **options)
+    torch.testing.assert_close(found.to_dense(), whole, rtol=1e-8, atol=1e-10)
+
+
+def test_vectors_go_to_the_blocks_and_back() -> None:
+    # as by way of the whole tensors, which nothing but the number of selected elements may cost
+    net, x = networks()["tokens"]
+    marks = some(net) | {"norm.weight": torch.ones(4, dtype=torch.bool), "norm.bias": torch.ones(4, dtype=torch.bool)}
+    layout = plan(Network(net, select=bdl.select.mask(marks)), x)
+    assert {block.kind for block in layout.blocks} == {"elements", "scale"}
+    flat = torch.randn(3, layout.numel, dtype=torch.float64)
+    pieces = layout.split(flat)
+    for block, piece in zip(layout.blocks, pieces, strict=True):
+        torch.testing.assert_close(piece, block.pack(layout.to_dict(flat)), rtol=0.0, atol=0.0)
+    torch.testing.assert_close(layout.join(pieces), flat, rtol=0.0, atol=0.0)
+    with pytest.raises(ShapeError, match="has"):
+        layout.split(flat[:, 1:])
 
 
 @pytest.mark.parametrize("structure", ["kron", "ekfac", {"0": "full", "*": "diag"}])
