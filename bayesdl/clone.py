@@ -109,7 +109,6 @@ def structural_clone(
         for key, value in list(new.__dict__.items()):
             if key not in _PRIVATE and key != "training":
                 new.__dict__[key] = rebuilt(value)
-        _out_of_place(new)
         _plain_gradients(new)
     return root
 
@@ -120,12 +119,6 @@ def _reaches(cell: CellType) -> bool:
     except ValueError:  # a name that its function has not assigned yet
         return False
     return isinstance(value, (nn.Module, MethodType, FunctionType, functools.partial))
-
-
-def _out_of_place(module: nn.Module) -> None:
-    # an in-place activation would overwrite the activations that curvature needs; same values either way
-    if isinstance(getattr(module, "inplace", None), bool):
-        module.__dict__["inplace"] = False
 
 
 def _plain_gradients(module: nn.Module) -> None:

@@ -67,6 +67,7 @@ class Network:
         self._local = threading.local()
         self._versions = {name: p._version for name, p in template.named_parameters()}
         self._values = _spread(template)
+        self._in_place = any(getattr(module, "inplace", False) is True for module in template.modules())
         self.batch = adapter
 
     @property
@@ -181,12 +182,21 @@ class Network:
         size = known_batch_size(call)
         if size == 0:
             raise ShapeError("the batch is empty; expected at least one example")
+        call = self._own(call)
         kwargs = dict(call.kwargs or {})
         if tensors:
             raw = torch.func.functional_call(module, _everywhere(module, tensors), call.args, kwargs, tie_weights=False)
         else:
             raw = module(*call.args, **kwargs)
         return outputs_last(extract_output(raw), size, self.output_axis)
+
+    def _own(self, call: Any) -> Any:
+        # an in-place activation at the front would write to the data; out of place it would compute something else
+        # wherever a way around it starts from the values that it overwrites
+        if not self._in_place:
+            return call
+        tensors, rebuild = flatten_tensors(call)
+        return rebuild([tensor.clone() for tensor in tensors])
 
     def check_fresh(self) -> None:
         """Raise `StaleModelError` if a parameter was written to since this network was made."""
@@ -227,7 +237,7 @@ class Network:
         for name, layer in module.named_modules():
             if any(p is not None for p in layer._parameters.values()) or "parametrizations" in layer._modules:
                 layer.register_forward_hook(_recorder(name, seen))
-        call = self.prepare(example)
+        call = self._own(self.prepare(example))
         with torch.no_grad():
             output = extract_output(module(*call.args, **dict(call.kwargs or {})))
         matches = [n for n, out in seen if out.data_ptr() == output.data_ptr() and out.numel() == output.numel()]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from bayesdl.clone import independent_copy, structural_clone, unwrap
+from bayesdl.clone import independent_copy, unwrap
 from bayesdl.errors import UnsupportedError
 from bayesdl.network import Network
 from tests.untouched import untouched
@@ -338,9 +338,32 @@ def test_lazy_parameters_are_refused() -> None:
         Network(nn.LazyLinear(2))
 
 
-def test_in_place_activations_do_not_overwrite_their_input() -> None:
-    clone = structural_clone(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), lambda p: p, lambda b: b)
-    assert clone[1].inplace is False
+class Around(nn.Module):
+    """A way around an activation that has overwritten its input by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.head = nn.LeakyReLU(0.5, inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(x) + x)
+
+
+def test_in_place_activations_compute_what_they_compute_in_the_users_network_and_leave_the_data_alone() -> None:
+    torch.manual_seed(0)
+    net, x = Around(), torch.randn(5, 4)
+    before = x.clone()
+    expected = net(x.clone())
+    for select in ("all", "last_layer"):
+        network = Network(net, select=select, example=x)
+        for _ in range(2):
+            torch.testing.assert_close(network(x), expected)
+            torch.testing.assert_close(network(x, dict(network.parameters)), expected)
+        assert torch.equal(x, before)
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(network(leaf).sum(), leaf)
+    inside = torch.where(x > 0, 2.0, 1.0)  # twice the activation: 2 x, or 2 * 0.5 x
+    torch.testing.assert_close(slope, inside * net.head.weight.sum(0))
 
 
 def test_independent_copy_owns_its_memory_and_keeps_ties() -> None:

@@ -105,6 +105,9 @@ class _Passes:
         copy = independent_copy(model)
         for parameter in copy.parameters():
             parameter.requires_grad_(True)
+        for module in copy.modules():  # the same values in a chain of layers, and BackPACK reads what each was given
+            if getattr(module, "inplace", False) is True:
+                module.__dict__["inplace"] = False
         self.parameters = dict(copy.named_parameters())
         self.module = self.backpack.extend(copy.eval())
         regression = isinstance(likelihood, Gaussian)

@@ -27,7 +27,7 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
         lambda: nn.Sequential(mlp(5, 6), nn.Sequential(nn.Sigmoid(), nn.Linear(6, OUTPUTS, bias=False))),
         real(4),
     ),
-    "conv1d": (behind(nn.Conv1d(2, 3, 2), nn.ReLU(), nn.Dropout(0.5), features=12), real(2, 5)),
+    "conv1d": (behind(nn.Conv1d(2, 3, 2), nn.ELU(inplace=True), nn.Dropout(0.5), features=12), real(2, 5)),
     "conv2d": (behind(nn.Conv2d(2, 4, 2, padding=1, groups=2), nn.MaxPool2d(2), features=16), real(2, 3, 3)),
     "conv3d": (behind(nn.Conv3d(1, 2, 2), features=16), real(1, 3, 3, 3)),
     "transposed": (behind(nn.ConvTranspose2d(2, 2, 2, stride=2), features=32), real(2, 2, 2)),
