@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests import together
-from tests.processes import run
+from tests.processes import ROOT, run
 
 
 @pytest.mark.dist
@@ -16,3 +22,35 @@ def test_processes_together_are_as_one(size: int) -> None:
 
 def test_two_processes_in_short() -> None:
     run(together.a_little, 2)
+
+
+BEFORE = """
+import torch, bayesdl as bdl
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+train = TensorDataset(torch.randn(41, 3), torch.randint(0, 2, (41,)))
+"""
+AFTER = """
+assert bayes.posterior.num_data == 41
+torch.distributed.barrier()
+loaded = bdl.load("bayes.safetensors", net)
+assert torch.equal(loaded(train.tensors[0]).mean, bayes(train.tensors[0]).mean)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.dist
+def test_the_readme_under_torchrun(tmp_path: Path) -> None:
+    snippets = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    script = next(snippet for snippet in snippets if "torchrun" in snippet)
+    (tmp_path / "fit.py").write_text(BEFORE + script + AFTER)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "fit.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
