@@ -59,7 +59,10 @@ def batches(
             inputs, target = check_batch(network.batch(batch), need_targets)
             seen += batch_size(inputs) if flatten_tensors(inputs)[0] else 0
         if promised is not None and number >= promised:
-            raise ArgumentError(f"the loader yields more batches than its length promises ({promised}): has it no end?")
+            raise ArgumentError(
+                f"the loader yields more batches than its length promises ({promised}): has it no end, or a wrong "
+                "__len__?"
+            )
         if number == 0 and example is not None and keeps_order(data) and not _same(inputs, example):
             _warn_of_randomness("its first batch differed between two passes")
         yield number, inputs, target
