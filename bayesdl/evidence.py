@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bayesdl.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from bayesdl.network import Network
     from bayesdl.posteriors.gaussian import GaussianPosterior
@@ -39,6 +41,8 @@ def log_evidence(
     """
     heat = posterior.temperature if temperature is None else temperature
     shift = (posterior.precision if precision is None else precision) / heat
+    if posterior.earlier is not None and float(heat) != 1.0:
+        raise UnsupportedError("the evidence under the posterior of an earlier fit is known at temperature 1 only")
     level = posterior.noise if noise is None else noise
     structure = posterior.structure_at(level)
     logdet = structure.logdet(posterior.scale_at(level) * (posterior.temperature / heat), shift)
@@ -58,12 +62,17 @@ def log_likelihood(posterior: GaussianPosterior, noise: Tensor | None) -> Tensor
 
 
 def scatter(posterior: GaussianPosterior, network: Network, precision: Tensor | None = None) -> Tensor:
-    """(theta - mean)^T diag(precision) (theta - mean), float64."""
+    """(theta - mean)^T (earlier curvature + diag(precision)) (theta - mean), float64."""
     shift = posterior.precision if precision is None else precision
     squares = squared_offsets(posterior, network)
-    return torch.stack(
+    total = torch.stack(
         [(square * s).sum() for square, s in zip(squares, posterior.layout.shifts(shift, squares[0]), strict=True)]
     ).sum()
+    if posterior.earlier is None:
+        return total
+    flat = posterior.layout.flatten({k: v.detach() for k, v in network.parameters.items()}).double()
+    offset = flat - posterior.prior_mean.to(flat)
+    return total + (offset * posterior.earlier.product(offset).to(offset)).sum()
 
 
 def squared_offsets(posterior: GaussianPosterior, network: Network) -> list[Tensor]:
@@ -84,7 +93,9 @@ def _own(weights: Tensor) -> Tensor:
 
 
 def log_prior_precision(posterior: GaussianPosterior, precision: Tensor) -> Tensor:
-    """log|diag(precision)| over all selected parameters, float64."""
+    """log|earlier curvature + diag(precision)| over all selected parameters, float64."""
+    if posterior.earlier is not None:
+        return posterior.earlier.logdet(1.0, precision)
     like = torch.zeros((), dtype=torch.float64, device=precision.device)
     shifts = posterior.layout.shifts(precision, like)
     sizes = [(b.groups, b.rows, b.columns) for b in posterior.layout.blocks]

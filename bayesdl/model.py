@@ -25,6 +25,7 @@ from bayesdl.network import Network
 from bayesdl.posteriors import GaussianPosterior, Posterior
 from bayesdl.posteriors.base import Function, standard_normal
 from bayesdl.predictive import Predictive, cat_targets
+from bayesdl.priors.posterior import PosteriorPrior
 
 if TYPE_CHECKING:
     from bayesdl.distributed import Processes
@@ -226,6 +227,19 @@ class BayesianModel(nn.Module):
         """Covariance `(B, C, B', C)` between the outputs at two batches of inputs; without observation noise."""
         state = self._prepare(num_samples, generator)
         return self.posterior.covariance(self.network, first, second, state)[1]
+
+    def as_prior(self) -> PosteriorPrior:
+        """This model's posterior as the prior of the next fit: `bdl.wrap(net2, ..., loader2, prior=bayes.as_prior())`.
+
+        Precisions add, so that fits on one task after another are the fit on all of them, exactly where the network is
+        linear in its weights (structures `full`, `diag`, `lowrank`, `dual`; factors of `kron` add). Its `log_prob` is
+        the quadratic penalty to train on with: see `bayesdl.priors.posterior`.
+
+        Raises:
+            UnsupportedError: the posterior is not Gaussian.
+        """
+        self.network.check_values()
+        return self._gaussian("as_prior").as_prior(self.network)
 
     def save(self, path: str | Path) -> None:
         """Write everything but the base network to a safetensors file, atomically. See `bdl.load`."""

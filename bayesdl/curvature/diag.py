@@ -64,6 +64,10 @@ class Diag(Uniform):
         scaling = cast(scale, like)
         return torch.stack([log_sum(d, scaling, s) for d, s in zip(self.diagonal, shifts, strict=True)]).sum()
 
+    def product(self, vectors: Tensor) -> Tensor:
+        pairs = zip(self.layout.split(vectors.to(self.diagonal[0])), self.diagonal, strict=True)
+        return self.layout.join([v * d for v, d in pairs])
+
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
         parts = zip(self.layout.split(vectors), self._precision(scale, shift), strict=True)
         return self.layout.join([v / p for v, p in parts])

@@ -157,6 +157,11 @@ class Dual(Uniform):
             total = total + level * (gap.double() / s).sum()
         return total
 
+    def product(self, vectors: Tensor) -> Tensor:
+        lead, flat = vectors.shape[:-1], vectors.double().reshape(-1, vectors.shape[-1])
+        found = self._transposed(self._back(self._turned(self._times(flat))))
+        return found.view(*lead, -1).to(self._dtype)
+
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
         self.layout.to_dict(vectors)  # refuses another length
         lead, diagonal = vectors.shape[:-1], self._diagonal(shift)

@@ -82,6 +82,9 @@ class Full(Uniform):
             return self._precision(scale, shift, torch.float64).log().sum()
         return 2.0 * self._root(scale, shift).diagonal().log().sum()
 
+    def product(self, vectors: Tensor) -> Tensor:
+        return self._flat(self._blocks(vectors) @ self.matrix)
+
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
         flat = self._blocks(vectors)
         if torch.as_tensor(shift).numel() == 1:

@@ -124,6 +124,9 @@ class LowRank(Uniform):
         self._check(core, gram)
         return diagonal.log().sum() + torch.linalg.slogdet(_one(core) + gram @ core)[1]
 
+    def product(self, vectors: Tensor) -> Tensor:
+        return ((self._checked(vectors) @ self.basis) @ self.core) @ self.basis.T
+
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
         diagonal = self._diagonal(shift)
         plain = self._checked(vectors) / diagonal

@@ -106,6 +106,9 @@ class Mixed(Structure):
         pairs = zip(self.parts, self._shifts(shift), strict=True)
         return torch.stack([part.logdet(scale, own) for part, own in pairs]).sum()
 
+    def product(self, vectors: Tensor) -> Tensor:
+        return self._join([part.product(v) for part, v in zip(self.parts, self._split(vectors), strict=True)])
+
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
         pieces = zip(self.parts, self._split(vectors), self._shifts(shift), strict=True)
         return self._join([part.solve(v, scale, own) for part, v, own in pieces])

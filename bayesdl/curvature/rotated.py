@@ -53,6 +53,9 @@ class Rotated(Uniform):
     def logdet(self, scale: Shift, shift: Shift) -> Tensor:
         return torch.stack([p.log().sum() for p in self._precision(scale, shift, torch.float64)]).sum()
 
+    def product(self, vectors: Tensor) -> Tensor:
+        return self._filtered(vectors, [e.values for e in self.eigen])
+
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
         return self._filtered(vectors, [1.0 / p for p in self._precision(scale, shift)])
 

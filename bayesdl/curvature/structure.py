@@ -84,6 +84,10 @@ class Structure(ABC):
         """log |P|, a scalar."""
 
     @abstractmethod
+    def product(self, vectors: Tensor) -> Tensor:
+        """H v for flat vectors `(..., P)`."""
+
+    @abstractmethod
     def solve(self, vectors: Tensor, scale: Shift, shift: Shift) -> Tensor:
         """P^-1 v for flat vectors `(..., P)`."""
 

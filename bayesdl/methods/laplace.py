@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, final
 
@@ -16,12 +16,13 @@ from bayesdl.curvature.plan import plan
 from bayesdl.curvature.registry import Recipe, check_recipe, check_shared
 from bayesdl.diagnose import Finding
 from bayesdl.distributed import resolve_group, together
-from bayesdl.errors import ArgumentError, UnknownNameError
+from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.network import first_inputs
 from bayesdl.posteriors import GaussianPosterior
 from bayesdl.priors import GaussianPrior
+from bayesdl.priors.posterior import PosteriorPrior
 from bayesdl.select import Selector
 from bayesdl.tuning.evidence import maximise
 
@@ -78,7 +79,7 @@ class Laplace(Method):
     def fit(self, task: Task) -> Fitted:
         self.check()
         data = task.need_data(self.name)
-        prior = task.gaussian_prior()
+        prior = task.prior.diagonal if isinstance(task.prior, PosteriorPrior) else task.gaussian_prior()
         with together(resolve_group(task.distributed)):
             example = first_inputs(data, task.network.batch)
             layout = plan(task.network, example, self.bias)
@@ -159,6 +160,24 @@ class Laplace(Method):
             self.predictive,
             self.memory,
         )
+        if isinstance(task.prior, PosteriorPrior):
+            posterior = _after(posterior, task.prior)
         # raise here, not at the first prediction, if the prior does not fit the structure
         posterior.structure.logdet(posterior.scale, posterior.shift)
         return posterior
+
+
+def _after(posterior: GaussianPosterior, prior: PosteriorPrior) -> GaussianPosterior:
+    """A fit whose prior is the posterior of an earlier one: their precisions add."""
+    if posterior.noise is not None or posterior.temperature != 1.0:
+        raise UnsupportedError(
+            "after an earlier fit the noise and the temperature are settled: pass the likelihood of that fit, e.g. "
+            "bdl.Gaussian(noise=...), and leave temperature=1.0"
+        )
+    prior.check_fits(posterior.layout)
+    if prior.curvature.recipe != posterior.curvature.recipe:
+        raise ArgumentError(
+            f"the prior holds curvature of structure {prior.curvature.recipe!r} and this fit of "
+            f"{posterior.curvature.recipe!r}; precisions of one structure add, so fit both with the same"
+        )
+    return replace(posterior, earlier=prior.curvature.map(lambda tensor: tensor.to(posterior.precision.device)))

@@ -23,6 +23,7 @@ from bayesdl.latent import GaussianLatent, Latent, SampleLatent
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, check_positions, frozen, standard_normal
 from bayesdl.posteriors.linear import Jacobians, restored
+from bayesdl.priors.posterior import PosteriorPrior
 
 # beyond this many outputs only marginal variances are computed, unless asked for
 JOINT_OUTPUTS = 128
@@ -45,6 +46,7 @@ class GaussianPosterior(Posterior):
         fisher: "ggn", "mc", "empirical" or "hessian".
         predictive: "linearized" (f_MAP + J (theta - theta_MAP)) or "samples" (weights drawn, network run).
         memory: bytes that may live at once while predicting; None: chosen.
+        earlier: curvature of earlier fits whose posterior is the prior, at their noise; None without one.
     """
 
     curvature: Structure
@@ -59,6 +61,7 @@ class GaussianPosterior(Posterior):
     fisher: str
     predictive: str
     memory: int | None = None
+    earlier: Structure | None = None
 
     kind: ClassVar[str] = "gaussian"
 
@@ -89,6 +92,8 @@ class GaussianPosterior(Posterior):
 
     def structure_at(self, noise: Tensor | None) -> Structure:
         """H for other noise scales `(C,)`."""
+        if self.earlier is not None:  # only where nothing is left open
+            return self.curvature + self.earlier
         if not self.parts or noise is None:
             return self.curvature
         return weighted_curvature(self.parts, noise.expand(len(self.parts)).square().reciprocal())
@@ -265,6 +270,8 @@ class GaussianPosterior(Posterior):
         named |= {"precision": self.precision, "prior_mean": self.prior_mean}
         if self.noise is not None:
             named["noise"] = self.noise
+        if self.earlier is not None:
+            named |= {f"earlier.{k}": v for k, v in self.earlier.tensors().items()}
         if self.squared_error is not None:
             named["squared_error"] = self.squared_error
         return named
@@ -282,6 +289,7 @@ class GaussianPosterior(Posterior):
             "fisher": self.fisher,
             "predictive": self.predictive,
             "memory": self.memory,
+            "earlier": self.earlier is not None,
         }
 
     @classmethod
@@ -309,10 +317,26 @@ class GaussianPosterior(Posterior):
             str(config["fisher"]),
             str(config["predictive"]),
             config.get("memory"),  # absent from older files
+            structure("earlier.") if config.get("earlier") else None,
         )
 
+    def as_prior(self, network: Network) -> PosteriorPrior:
+        """This posterior as the prior of another fit, around the network's weights."""
+        values = {name: value.detach() for name, value in network.parameters.items()}
+        mean = self.layout.flatten(values).to(self.precision)
+        return PosteriorPrior(self.structure.scaled(self.scale), self.shift, mean)
+
     def with_prior(self, precision: Tensor, noise: Tensor | None = None) -> GaussianPosterior:
-        """The same curvature under another prior precision and noise."""
+        """The same curvature under another prior precision and noise.
+
+        Raises:
+            UnsupportedError: the prior is an earlier posterior, which stays as it is.
+        """
+        if self.earlier is not None:
+            raise UnsupportedError(
+                "the prior of this model is the posterior of an earlier fit, which no rule may change; tune the model "
+                "of the first fit instead"
+            )
         return replace(self, precision=precision.detach(), noise=self.noise if noise is None else noise.detach())
 
     @property

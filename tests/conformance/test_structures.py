@@ -112,6 +112,7 @@ def test_queries_agree_with_the_dense_matrix(structure: str, kind: str, name: st
     close(found.logdet(SCALE, shift), torch.linalg.slogdet(precision)[1])
     vectors = torch.randn(2, 3, layout.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     close(found.solve(vectors, SCALE, shift), vectors @ inverse)
+    close(found.product(vectors), vectors @ found.to_dense())
     covariance = oracles.linearized_covariance(jac, precision)
     close(found.quad(factors, SCALE, shift), covariance)
     close(found.marginal(factors, SCALE, shift), covariance.diagonal(dim1=1, dim2=2))
