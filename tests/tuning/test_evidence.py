@@ -74,7 +74,7 @@ def slopes(model: BayesianModel) -> Tensor:
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, leaves)])
 
 
-PER_PARAMETER = ["diag", "full", "lowrank"]
+PER_PARAMETER = ["diag", "full", "lowrank", "dual"]
 CASES = [
     ("categorical", "ggn", 1.0),
     ("categorical", "ggn", 0.4),
