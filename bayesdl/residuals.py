@@ -103,7 +103,7 @@ def observe(model: BayesianModel, posterior: GaussianPosterior, data: Iterable[A
 
 def findings(seen: Observations, model: BayesianModel) -> tuple[Finding, ...]:
     """What a pass over the data says, in words."""
-    return (*_mode(seen), *_left_out(seen, model), *_spread(seen))
+    return (*_mode(seen, model), *_left_out(seen, model), *_spread(seen))
 
 
 def _newton(model: BayesianModel, posterior: GaussianPosterior, slope: Tensor) -> tuple[float, float]:
@@ -125,13 +125,16 @@ def _loss(model: BayesianModel, outputs: Tensor, target: Tensor) -> Tensor:
     return -likelihood.log_prob(outputs, target)
 
 
-def _mode(seen: Observations) -> tuple[Finding, ...]:
+def _mode(seen: Observations, model: BayesianModel) -> tuple[Finding, ...]:
     text = (
         f"the mode lies {seen.step:.3g} posterior standard deviations from the weights (rms over parameters; a Newton "
         f"step would raise the log joint by {seen.gain:.3g} nats)"
     )
     if seen.step <= MODE:
         return (Finding("info", text),)
+    recorded = [finding for finding in model.record.findings if finding.topic == "prior"]
+    if recorded and not any("by evidence" in finding.text for finding in recorded):
+        return (Finding("info", f"{text}: the rule that chose the prior set a width around the weights, not a mode"),)
     action = (
         "the network was not trained to this prior's mode: train on with weight decay = prior precision / N, choose "
         'the prior by tune("training") or tune("heldout", val_loader), or learn both with bdl.evidence_training'

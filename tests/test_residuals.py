@@ -112,6 +112,21 @@ def test_weights_that_are_not_the_mode() -> None:
     assert seen.step == pytest.approx((2 * gain / len(off)) ** 0.5, rel=1e-8)
 
 
+def test_a_prior_chosen_as_a_width_says_so() -> None:
+    # classifiers trained without a prior: the default rule narrows the posterior around the weights on purpose
+    x, y = classification(200)
+    net = trained(mlp(8), x, y, decay=0.0)
+    bayes = bdl.wrap(net, "laplace", [(x, y)], likelihood="categorical", progress=False)
+    posterior = bayes.posterior
+    assert isinstance(posterior, GaussianPosterior)
+    narrow = bayes.replaced(posterior=posterior.with_prior(torch.tensor(1e3, dtype=torch.float64)))
+    assert not warned(narrow, [(x, y)], "the mode lies")
+    assert any("a width around the weights" in finding.text for finding in narrow.diagnose([(x, y)]).findings)
+    given = bdl.GaussianPrior(precision=1e3)
+    plain = bdl.wrap(net, "laplace", [(x, y)], likelihood="categorical", prior=given, progress=False)
+    assert warned(plain, [(x, y)], "the mode lies")
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("elements", [False, True])
 def test_gradient_of_a_convolutional_network(elements: bool, temperature: float) -> None:
