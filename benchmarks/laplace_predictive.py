@@ -10,6 +10,7 @@ Equality with laplace-torch is checked first; the script fails if the covariance
 
 from __future__ import annotations
 
+import copy
 import statistics
 import warnings
 from typing import Any
@@ -26,6 +27,7 @@ from bayesdl.network import Network
 
 POINTS, CLASSES = 2000, 10
 PEER_BATCHES = (1, 4, 16)
+DIAG_BATCHES = (4, 16, 64)
 TOLERANCE = 1e-4
 
 
@@ -146,6 +148,7 @@ def main() -> None:
 
     if rival is not None:
         figures["laplace-torch"] = against_peer(*rival, x, seconds["predict kron"], predict, options)
+        figures["laplace-torch, fit diag"] = diag_peer(net, x, y, seconds["fit diag"] / POINTS, options)
     finish(figures, options)
 
 
@@ -171,6 +174,36 @@ def equal_peer(net: nn.Sequential, x: Tensor, y: Tensor, device: str) -> tuple[A
     assert difference < TOLERANCE, f"covariances differ by {difference:.2e} relative"
     assert torch.allclose(latent.mean, mean, atol=1e-4)
     return fitted, difference
+
+
+def diag_peer(net: nn.Sequential, x: Tensor, y: Tensor, ours: float, options: Any) -> dict[str, Any]:
+    """The diagonal of the exact GGN by the peer's default backend: equality, then CPU time per point by batch size."""
+    from laplace import Laplace
+
+    def fit(batch: int) -> Any:
+        # a copy: the peer's Jacobian backend needs parameters that require a gradient
+        own = copy.deepcopy(net).requires_grad_()
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:batch], y[:batch]), batch_size=batch)
+        fitted = Laplace(own, "classification", subset_of_weights="all", hessian_structure="diag")
+        fitted.fit(loader)
+        return fitted
+
+    per_point = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        few = DIAG_BATCHES[0]
+        data = [(x[:few], y[:few])]
+        mine = bdl.curvature.estimate(net, data, "categorical", structure="diag", kind="ggn", progress=False)
+        truth = fit(few).H
+        difference = float((mine.layout.join(mine.diagonal) - truth).abs().max() / truth.abs().max())
+        assert difference < TOLERANCE, f"diagonals differ by {difference:.2e} relative"
+        for batch in DIAG_BATCHES:
+            seconds = alternate({"peer": lambda batch=batch: fit(batch)}, max(3, options.repeats // 3), options.device)
+            per_point[batch] = seconds["peer"] / batch
+    return {
+        "diagonal difference, relative": float(f"{difference:.2g}"),
+        "CPU time per point, ratio by the peer's batch": {b: round(v / ours) for b, v in per_point.items()},
+    }
 
 
 def against_peer(fitted: Any, difference: float, x: Tensor, ours: float, predict: Any, options: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ training data can say, and the posterior adds what it does not know.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from bayesdl.tuning.leftout import left_out
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
 
-# nats per training example that the posterior may cost; chosen with benchmarks/defaults.py
+# least bound on the nats per training example that the posterior may cost; chosen with benchmarks/defaults.py
 HARM = 0.002
 # training examples times outputs: the kernel of the linear model is decomposed whole
 LIMIT = 1500
@@ -44,7 +45,7 @@ def tune_training(
     *,
     grid: Sequence[float] | None = None,
     limit: int = LIMIT,
-    harm: float = HARM,
+    harm: float | None = None,
     progress: bool = False,
 ) -> BayesianModel:
     """Choose the scalar prior precision, and an open Gaussian noise, from the training data.
@@ -54,13 +55,17 @@ def tune_training(
         data: the training loader; default the one that the model was fitted on in this process.
         grid: prior precisions to try; default 41 values from 1e-4 to 1e6, evenly spaced in logarithm.
         limit: training examples (times outputs, for open noise) to use, the first of the loader.
-        harm: mean nats per training example that the posterior may cost; not used for open noise.
+        harm: mean nats per training example that the posterior may cost; not used for open noise. Default 0.002, or
+            log(N) / 2N for small N: what it costs to describe one number, the prior precision, to the accuracy that N
+            examples support (Schwarz 1978).
 
     Raises:
         ArgumentError: no data, fewer than two examples, or a limit or harm that is not positive.
         UnsupportedError: another kind of posterior.
     """
     posterior, source = training_source(model, data, "training")
+    if harm is None:
+        harm = max(HARM, math.log(posterior.num_data) / (2 * posterior.num_data))
     if limit < 2 or not harm > 0:
         raise ArgumentError(f"limit={limit} and harm={harm} were given; expected at least 2, and a positive number")
     candidates = grid_of(grid).sort().values
@@ -73,7 +78,7 @@ def tune_training(
         return choose(model, posterior, candidates, pick(candidates, table), factors, how)
     rows = passes(model, posterior, source, "training", progress, limit, len(candidates))
     best = _widest(_cost(model, posterior, candidates, rows), harm)
-    return choose(model, posterior, candidates, best, None, f"so as to cost the training data at most {harm:g} nats")
+    return choose(model, posterior, candidates, best, None, f"so as to cost the training data at most {harm:.2g} nats")
 
 
 def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data: Iterable[Any], count: int) -> Tensor:
