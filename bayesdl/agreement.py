@@ -10,7 +10,7 @@ import torch
 
 from bayesdl.diagnose import Finding
 from bayesdl.distributed import Group, together
-from bayesdl.likelihoods import LIKELIHOODS, resolve
+from bayesdl.likelihoods import LIKELIHOODS, Gaussian, resolve
 from bayesdl.posteriors import POSTERIORS
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def _taken_over(model: BayesianModel, header: dict[str, Any], values: dict[str, 
     posterior = POSTERIORS[kind].restore(kept | moved, config)
     name, arguments = header["likelihood"]
     likelihood = resolve(name, **arguments) if name in LIKELIHOODS else model.likelihood
+    if isinstance(likelihood, Gaussian) and isinstance(likelihood.noise, list):  # JSON has no tensors
+        likelihood = likelihood.with_noise(torch.tensor(likelihood.noise, dtype=torch.float64, device=model.device))
     return model.replaced(
         posterior=posterior, likelihood=likelihood, findings=tuple(Finding(*row) for row in header["findings"])
     )

@@ -243,6 +243,14 @@ def wrapped_models_agree(rank: int, size: int) -> None:
                 same_everywhere(tuned.posterior.precision, tuned(inputs).mean, tuned(inputs).variance)
                 topics = [finding.topic for finding in tuned.record.findings if finding.severity == "info"]
                 assert topics.count("prior") == 1
+        with pytest.raises(
+            ArgumentError if rank == 0 else DistributedError, match="not trained on" if rank == 0 else "0 of"
+        ):
+            whole.tune("heldout", None, distributed=True)
+    plain = bdl.wrap(net, "map", [(inputs, inputs[:, :2])], likelihood="gaussian", progress=False)
+    chosen = plain.tune("heldout", [examples("gaussian", 5 + rank)], distributed=True)
+    assert not torch.equal(chosen.likelihood.noise, plain.likelihood.noise)
+    same_everywhere(chosen.likelihood.noise, chosen(inputs).variance)
     with pytest.raises(ArgumentError, match='method "map".*"laplace" only'):
         bdl.wrap(net, "map", likelihood="categorical", distributed=True)
 
