@@ -118,18 +118,13 @@ class EntropyMCMC(Sampler):
                 torch._foreach_copy_(held, block.params)
             else:
                 torch._foreach_add_(held, pull, alpha=block.lr / (block.group["eta"] * self.num_data))
-            if temperature > 0:
-                self._shake(block, held, temperature)
-
-    def _shake(self, block: Block, held: list[Tensor], temperature: float) -> None:
-        """Noise of the anchor; exact draws have the coupling's variance whatever the preconditioner."""
-        noise = self._noise.draw(held)
-        if self.anchor == "gibbs":
-            torch._foreach_add_(held, noise, alpha=math.sqrt(block.group["eta"] * temperature * self.num_data))
-            return
-        if block.scales is not None:
-            torch._foreach_mul_(noise, list(torch._foreach_sqrt(block.scales)))
-        torch._foreach_add_(held, noise, alpha=math.sqrt(2 * block.lr * temperature))
+        for (block, noise), held in zip(self._drawn(blocks, temperature), anchors, strict=temperature > 0):
+            variance = 2 * block.lr * temperature
+            if self.anchor == "gibbs":  # the coupling's variance, whatever the preconditioner
+                variance = block.group["eta"] * temperature * self.num_data
+                if block.scales is not None:
+                    torch._foreach_div_(noise, list(torch._foreach_sqrt(block.scales)))
+            torch._foreach_add_(held, noise, alpha=math.sqrt(variance))
 
     def _anchor(self, parameter: Tensor, moving: Tensor) -> Tensor:
         state = self.state[parameter]

@@ -205,7 +205,7 @@ def force_of(prior: Prior | None) -> Force:
 
 def global_norm(tensors: Sequence[Tensor]) -> float:
     """Euclidean norm over all tensors; one synchronisation with the device."""
-    norms = torch._foreach_norm(list(tensors))
+    norms = list(torch._foreach_norm(list(tensors)))
     if any(n.device != norms[0].device or n.dtype != norms[0].dtype for n in norms):
         norms = [n.to(norms[0].device, torch.float32) for n in norms]
-    return float(torch.linalg.vector_norm(torch.stack(list(norms))))
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
