@@ -25,6 +25,7 @@ from bayesdl.curvature.factors import layer_factors
 from bayesdl.curvature.head import Head, head_of, is_one_layer
 from bayesdl.curvature.products import selected
 from bayesdl.curvature.structure import Structure
+from bayesdl.errors import ArgumentError
 from bayesdl.likelihoods import Likelihood
 from bayesdl.network import Network
 
@@ -62,13 +63,28 @@ class Seeds:
         samples: draws of y per observation for kind "mc".
         generator: for kind "mc".
         whole: whether the cotangents of an example must come in one part.
+        classes: for kind "ggn", see `Likelihood.subset_root`; None takes all classes.
+
+    Raises:
+        ArgumentError: classes with another kind, or no class.
     """
 
     def __init__(
-        self, likelihood: Likelihood, kind: str, samples: int, generator: torch.Generator | None, whole: bool = False
+        self,
+        likelihood: Likelihood,
+        kind: str,
+        samples: int,
+        generator: torch.Generator | None,
+        whole: bool = False,
+        classes: int | None = None,
     ) -> None:
-        self.likelihood, self.kind, self.whole = likelihood, kind, whole
+        self.likelihood, self.kind, self.whole, self.classes = likelihood, kind, whole, classes
         self.rule = cotangent_rule(likelihood, kind, samples, generator)
+        if classes is None:
+            return
+        if kind != "ggn" or isinstance(classes, bool) or classes < 1:
+            raise ArgumentError(f'classes={classes} with kind={kind!r}; expected a positive number, with kind="ggn"')
+        self.rule = lambda f, y: likelihood.subset_root(f, classes, generator)
 
     def contribution(
         self, network: Network, curvature: Structure, rows: Any, labels: Any, dtype: torch.dtype, memory: int | None
@@ -121,6 +137,8 @@ class Seeds:
         """Cotangents per example that one chunk of examples is planned for; None: one per output."""
         if self.kind != "ggn":
             return samples if self.kind == "mc" else 1
+        if self.classes is not None and not self._alone(curvature):
+            return min(self.classes + 1, curvature.layout.outputs)
         return 1 if self._alone(curvature) and is_one_layer(curvature.layout) else None
 
     def _alone(self, curvature: Structure) -> bool:
@@ -138,12 +156,17 @@ class Seeds:
         flat, goal, alone = f.flatten(0, -2), y.flatten(0, f.dim() - 2), self._alone(curvature)
         mask = self.likelihood.counted(goal)
         every = torch.arange(len(flat), device=flat.device) if mask is None else mask.nonzero().squeeze(1)
-        count = flat.shape[-1] if self.kind == "ggn" and not alone else 1
+        count = self._num_roots(flat) if self.kind == "ggn" and not alone else 1
         step = cotangent_width(curvature.layout, curvature, dtype, torch.Size((count, flat.shape[-1])), memory)
         for index in every.split(step) if len(every) else ():
             some, labels = flat[index], goal[index]
             vectors = self.likelihood.hessian_diagonal(some).sqrt()[None] if alone else self.rule(some, labels)
             yield head.factors(vectors.to(dtype), index)
+
+    def _num_roots(self, f: Tensor) -> int:
+        if self.classes is None:
+            return self.likelihood.num_roots(f)
+        return min(self.classes + 1, int(f.shape[-1]))
 
     def _vectors(self, f: Tensor, y: Tensor, room: int) -> Iterator[Tensor]:
         """V `(k, *f.shape)`, at most `room` cotangents at once, zero wherever a target does not count."""
@@ -153,17 +176,28 @@ class Seeds:
         def masked(vectors: Tensor) -> Tensor:
             return vectors if weight is None else vectors * weight
 
-        if self.kind != "ggn" or (f.dim() == 2 and (self.whole or f.shape[-1] <= room)):
+        few = self.whole or self.classes is not None or f.shape[-1] <= room
+        if self.kind != "ggn" or (f.dim() == 2 and few):
             vectors = masked(self.rule(f, y))
             yield from [vectors] if self.whole else vectors.split(room)
             return
-        count = self.likelihood.num_roots(f)
+        count = self._num_roots(f)
         flat = f.unsqueeze(1) if f.dim() == 2 else f.flatten(1, -2)  # (B, T, C)
+        drawn: dict[int, Tensor] = {}
+
+        def columns(t: int, low: int, high: int) -> Tensor:
+            if self.classes is None:
+                return self.likelihood.root_columns(flat[:, t], low, high)
+            if t not in drawn:  # once, however many parts a position comes in
+                drawn.clear()
+                drawn[t] = self.rule(flat[:, t], y)
+            return drawn[t][low:high]
+
         for start in range(0, count * flat.shape[1], room):
             stop = min(start + room, count * flat.shape[1])
             vectors = flat.new_zeros(stop - start, *flat.shape)
             for t in range(start // count, (stop - 1) // count + 1):
                 low, high = max(start - t * count, 0), min(stop - t * count, count)
                 place = t * count + low - start
-                vectors[place : place + high - low, :, t] = self.likelihood.root_columns(flat[:, t], low, high)
+                vectors[place : place + high - low, :, t] = columns(t, low, high)
             yield masked(vectors.view(len(vectors), *f.shape))

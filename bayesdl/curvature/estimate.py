@@ -49,6 +49,7 @@ def estimate(
     progress: bool = True,
     rank: int | None = None,
     shared: str = "expand",
+    classes: int | None = None,
     distributed: Processes = None,
     resume: str | Path | None = None,
     every: int = 100,
@@ -68,6 +69,9 @@ def estimate(
         bias: "joint" (weight and bias of a layer are one block) or "separate".
         batch: batch adapter.
         samples: draws of y per example for kind "mc".
+        classes: for kind "ggn" with thousands of classes: the exact terms of so many classes, the most probable of each
+            example, and one draw among the others that stands for them, which leaves the estimate unbiased; exact where
+            `classes` is C. Their cotangents are K = classes + 1 instead of C.
         generator: for kind "mc"; default a fixed seed.
         dtype: of the curvature; default float32, or float64 for a float64 network.
         memory: bytes that one chunk of examples may take.
@@ -118,6 +122,7 @@ def estimate(
         progress=progress,
         rank=rank,
         shared=shared,
+        classes=classes,
         distributed=distributed,
         resume=resume,
         every=every,
@@ -141,6 +146,7 @@ def fit_curvature(
     progress: bool = True,
     rank: int | None = None,
     shared: str = "expand",
+    classes: int | None = None,
     distributed: Processes = None,
     resume: str | Path | None = None,
     every: int = 100,
@@ -186,6 +192,7 @@ def fit_curvature(
         memory=memory,
         rank=rank,
         shared=shared,
+        classes=classes,
     )
     with together(group):
         if run.passes > 1:

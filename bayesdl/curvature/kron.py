@@ -18,6 +18,8 @@ from bayesdl.linalg import eigh
 
 # blocks without a Kronecker form (norms, bare parameters) keep their exact matrix up to this size, the diagonal above
 EXACT = 1024
+# of both factors of one layer; their decomposition takes three times as much, in float64
+MAX_BYTES = 4 << 30
 # how positions of one example are treated; the first is the default
 SHARED = ("expand", "reduce")
 
@@ -56,6 +58,7 @@ class Kron(Rotated):
     @classmethod
     def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
         inner, outer = [], []
+        _check_sizes(layout, dtype)
         for b in layout.blocks:
             diagonal = _is_diagonal(b.kind, b.rows)
             a = (b.groups, b.columns) if b.kind == "rows" else (b.groups, b.columns, b.columns)
@@ -150,6 +153,19 @@ def reduced(factor: LinearFactor) -> LinearFactor:
     lengths = factor.lengths or (factor.positions,) * len(a)
     a = a / a.new_tensor([max(1, n) for n in lengths])[:, None, None, None]
     return replace(factor, a=a, g=factor.g.sum(3, keepdim=True), lengths=())
+
+
+def _check_sizes(layout: Layout, dtype: torch.dtype) -> None:
+    """Raise `UnsupportedError` where the factors of a layer are too large to hold and decompose."""
+    for b in layout.blocks:
+        sides = [] if _is_diagonal(b.kind, b.rows) else [b.rows] if b.kind == "rows" else [b.rows, b.columns]
+        size = b.groups * sum(side**2 for side in sides) * torch.finfo(dtype).bits // 8
+        if size > MAX_BYTES:
+            raise UnsupportedError(
+                f"the Kronecker factors of layer {b.name!r} ({b.rows} outputs, {b.columns} inputs) take "
+                f'{size / 1e9:.1f} GB (limit {MAX_BYTES / 1e9:.1f}); use structure="diag" for this layer, for example '
+                f'structure={{{b.name!r}: "diag", "*": "kron"}}, or select other parameters'
+            )
 
 
 def _is_diagonal(kind: str, size: int) -> bool:

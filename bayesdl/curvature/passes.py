@@ -53,6 +53,7 @@ class Tally:
         generator: for kind "mc".
         dtype: of the factors.
         memory: bytes that one chunk of examples may take.
+        classes: for kind "ggn", see `bayesdl.curvature.estimate`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Tally:
         generator: torch.Generator | None,
         dtype: torch.dtype,
         memory: int | None,
+        classes: int | None = None,
     ) -> None:
         self.network, self.curvature, self.kind, self.dtype = network, curvature, kind, dtype
         self._open_noise = isinstance(likelihood, Gaussian) and likelihood.noise is None
@@ -72,7 +74,7 @@ class Tally:
             likelihood = likelihood.with_noise(1.0)
         self.likelihood = likelihood
         # an open noise weights the curvature of each output later
-        self._seeds = Seeds(likelihood, kind, samples, generator, whole=self._open_noise)
+        self._seeds = Seeds(likelihood, kind, samples, generator, self._open_noise, classes)
         width, layout = self._seeds.width(curvature, samples), curvature.layout
         self.memory = memory
         self.step = chunk_size(layout, curvature, dtype, width=width, memory=memory, device=network.device)

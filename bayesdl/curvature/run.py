@@ -30,7 +30,7 @@ class Run:
     Args:
         network: whose curvature it is.
         layout: its blocks.
-        likelihood, structure, kind, samples, generator, dtype, memory, rank, shared: see
+        likelihood, structure, kind, samples, generator, dtype, memory, rank, shared, classes: see
             `bayesdl.curvature.estimate`.
 
     Attributes:
@@ -52,14 +52,15 @@ class Run:
         memory: int | None = None,
         rank: int | None = None,
         shared: str = "expand",
+        classes: int | None = None,
     ) -> None:
         check_recipe(structure, rank)
         check_shared(structure, shared)
         self.network, self.layout, self.likelihood = network, layout, likelihood
         self.structure, self.kind, self.samples, self.memory, self.rank = structure, kind, samples, memory, rank
-        self.shared = shared
+        self.shared, self.classes = shared, classes
         self.dtype = dtype or torch.promote_types(network.dtype or torch.float32, torch.float32)
-        if generator is None and kind == "mc":  # the global state is the user's
+        if generator is None and (kind == "mc" or classes is not None):  # the global state is the user's
             generator = torch.Generator(network.device).manual_seed(0)
         self._generator = generator
         self._start = None if generator is None else generator.get_state()
@@ -190,8 +191,9 @@ class Run:
     def _fresh(self, into: Structure) -> Tally:
         if self._generator is not None and self._start is not None:
             self._generator.set_state(self._start)  # every pass draws the same targets
+        source, kind = self._generator, self.kind
         return Tally(
-            self.network, into, self.likelihood, self.kind, self.samples, self._generator, self.dtype, self.memory
+            self.network, into, self.likelihood, kind, self.samples, source, self.dtype, self.memory, self.classes
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -209,6 +211,7 @@ class Run:
             "memory": self.memory,
             "rank": self.rank,
             "shared": self.shared,
+            "classes": self.classes,
         }
 
 

@@ -135,6 +135,14 @@ class Likelihood(ABC):
         """`hessian_root(f)[start:stop]`; where there are many outputs a family forms no more than these."""
         return self.hessian_root(f)[start:stop]
 
+    def subset_root(self, f: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
+        """Few cotangents `(K, B, C)` whose products have the expectation Lambda: for families of many classes.
+
+        Raises:
+            UnsupportedError: the family has no classes.
+        """
+        raise UnsupportedError(f'classes={classes} is for the categorical likelihood; use kind="mc" with {self.name!r}')
+
     def predictive(self, latent: Latent, noise: Tensor) -> Predictive:
         """Latent -> Predictive; `noise` is base noise `(S, C)`."""
         self.check_outputs(latent.mean)

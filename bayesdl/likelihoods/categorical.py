@@ -153,6 +153,26 @@ class Categorical(Likelihood):
         root[count, ..., start + count] += chosen.squeeze(-1).sqrt()
         return root
 
+    def subset_root(self, f: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:
+        """Roots of the `classes` most probable classes and of one that is drawn among the others, `(K, ..., C)`.
+
+        Lambda = sum_c p_c s_c s_c^T with s_c = e_c - p. The most probable classes T enter as they are. The rest is
+        q E[s_c s_c^T], q = 1 - p(T), for c drawn with p_c / q outside T: one draw of it, times q, is unbiased.
+        Without a rest (`classes` = C) the sum is exact.
+        """
+        p = torch.softmax(f.detach(), -1)
+        share, index = p.topk(min(classes, p.shape[-1]), -1)
+        if index.shape[-1] < p.shape[-1]:
+            others = p.scatter(-1, index, 0.0)
+            rest = others.sum(-1, keepdim=True)
+            # where nothing is left its weight is zero, whatever is drawn
+            flat = torch.where(rest > 0, others, 1.0).flatten(0, -2)
+            drawn = torch.multinomial(flat, 1, generator=generator).view(rest.shape)
+            share, index = torch.cat([share, rest], -1), torch.cat([index, drawn], -1)
+        root = -share.sqrt().unsqueeze(-1) * p.unsqueeze(-2)
+        root.scatter_add_(-1, index.unsqueeze(-1), share.sqrt().unsqueeze(-1))
+        return root.movedim(-2, 0)
+
     def hessian_diagonal(self, f: Tensor) -> Tensor:
         p = torch.softmax(f.detach(), -1)
         return p * (1.0 - p)

@@ -45,6 +45,8 @@ class Laplace(Method):
         predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).
         temperature: T of the posterior p^(1/T), which multiplies its covariance by T; 1 is Bayes.
         samples: draws of y per example for kind "mc".
+        classes: for kind "ggn" with thousands of classes: how many of them enter exactly, the most probable of each
+            example; one draw stands for the others. See `bayesdl.curvature.estimate`.
         dtype: of the curvature; default at least float32.
         memory: bytes that one chunk of examples may take while fitting.
         allow_partial: accept a loader that skips part of its data (drop_last).
@@ -68,6 +70,7 @@ class Laplace(Method):
     allow_partial: bool = False
     rank: int | None = None
     shared: str = "expand"
+    classes: int | None = None
     resume: str | Path | None = None
     every: int = 100
 
@@ -97,6 +100,7 @@ class Laplace(Method):
             allow_partial=self.allow_partial,
             rank=self.rank,
             shared=self.shared,
+            classes=self.classes,
             progress=task.progress,
             distributed=task.distributed,
             resume=self.resume,
