@@ -171,6 +171,7 @@ def _dead(posterior: GaussianPosterior) -> list[Finding]:
 def block_traces(structure: Structure) -> Tensor | None:
     """Trace of H over each block `(L,)`, float64; None for structures that hold no such thing cheaply."""
     from bayesdl.curvature.diag import Diag
+    from bayesdl.curvature.dual import Dual
     from bayesdl.curvature.full import Full
     from bayesdl.curvature.lowrank import LowRank
     from bayesdl.curvature.mixed import Mixed
@@ -181,6 +182,9 @@ def block_traces(structure: Structure) -> Tensor | None:
         pieces: Sequence[Tensor] = structure.eigenvalues().double().split([block.numel for block in blocks])
     elif isinstance(structure, Full):
         pieces = structure.matrix.diagonal().double().split([block.numel for block in blocks])
+    elif isinstance(structure, Dual):  # of its rows alone, where they stand for more data than their own
+        squares = [torch.stack([factor.square().double().sum() for factor in piece]) for piece in structure.pieces]
+        return torch.stack(squares).sum(0)
     elif isinstance(structure, LowRank):
         basis = structure.basis.double()
         pieces = structure.layout.split(((basis @ structure.core.double()) * basis).sum(1))

@@ -53,6 +53,8 @@ def spectrum(structure: Structure, prior: str) -> Spectrum | None:
     """The spectrum under a prior of one precision ("scalar"), one per "layer" or per "parameter"; None without one."""
     if isinstance(structure, Dual) and structure.gap:  # a bound on log|P|, with a term that no eigenvalue holds
         return None
+    if isinstance(structure, Mixed) and any(spectrum(part, "scalar") is None for part in structure.parts):
+        return None
     blocks = structure.layout.blocks
     if structure.options.get("signed"):  # it knows itself where it is not positive definite
         return None
@@ -71,7 +73,7 @@ def spectrum(structure: Structure, prior: str) -> Spectrum | None:
             if part is None:
                 return None
             pieces |= dict(zip(own, part.values.split(part.sizes.tolist()), strict=True))
-        values = torch.cat([pieces[i] for i in range(len(blocks))])
+        values = torch.cat([pieces[i] for i in range(len(blocks))]).double()
     elif isinstance(structure, (Diag, Rotated)):
         values = structure.eigenvalues().double()
     else:

@@ -200,6 +200,17 @@ def test_eigen_coordinates_change_nothing(structure: Any, prior: str, noise: boo
     torch.testing.assert_close(surface.value(log_precision, log_noise), truth, rtol=1e-10, atol=1e-10)
 
 
+def test_single_precision_blocks_of_a_mixed_structure() -> None:
+    # one block to a group: eigenvalues of each alone, in the fit's own dtype
+    bayes = fitted("categorical", structure={"0": "full", "*": "kron"}, dtype=torch.float32)
+    posterior = gaussian(bayes)
+    surface = Surface.of(posterior, bayes.network, "layer", False)
+    log_precision = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    assert surface.eigen is not None and surface.eigen.values.dtype == torch.float64
+    truth = log_evidence(posterior, bayes.network, log_precision.exp())
+    torch.testing.assert_close(surface.value(log_precision, None), truth, rtol=1e-6, atol=1e-5)
+
+
 def test_a_common_noise_is_the_best_common_noise() -> None:
     bayes = fitted("gaussian", structure="kron")
     common = bayes.tune("evidence", noise="scalar", prior="keep")
