@@ -69,7 +69,7 @@ class Group:
         """Bytes of the group's first process, on every process; what the others give is ignored."""
         size = self.largest([len(content) if self.rank == 0 else 0])[0]
         raw = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        if self.rank == 0:
+        if self.rank == 0 and content:
             raw.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         self.spread([raw])
         return raw.cpu().numpy().tobytes()

@@ -271,7 +271,39 @@ def draws_of_targets_differ_between_processes(rank: int, size: int) -> None:
     torch.testing.assert_close(fit.curvature.to_dense(), exact, rtol=0.2, atol=1e-3 * float(exact.abs().max()))
 
 
+def tensors_of_all_kinds_travel(rank: int, size: int) -> None:
+    """Small ones packed, large ones alone, transposed ones, several dtypes, empty ones; and bytes."""
+    group = resolve_group(True)
+    assert group is not None and (group.rank, group.size) == (rank, size)
+
+    def mine(scale: int) -> list[Tensor]:
+        base = [
+            torch.arange(6.0).reshape(2, 3).T,
+            torch.arange(40, dtype=torch.int64),
+            torch.ones((), dtype=torch.float64) / 3,
+            torch.zeros(0),
+            torch.arange(5.0),
+            torch.full((9,), 2**60, dtype=torch.int64) // size,
+        ]
+        return [value * scale for value in base]
+
+    for limit in (1, 64, 1 << 20):  # bytes of a bucket
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bayesdl.distributed.BUCKET", limit)
+            added, spread = mine(rank + 1), mine(rank + 1)
+            group.add(added)
+            group.spread(spread)
+        for found, expected in zip(added, mine(size * (size + 1) // 2), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-15, atol=0.0)
+        for found, expected in zip(spread, mine(1), strict=True):
+            assert torch.equal(found, expected)
+    assert group.largest([rank, -rank, 7]) == [size - 1, 0, 7]
+    for text in (b"", b"\x00\xff" * 1000):
+        assert group.message(text if rank == 0 else b"other") == text
+
+
 ALL: tuple[Callable[[int, int], None], ...] = (
+    tensors_of_all_kinds_travel,
     curvature_is_that_of_one_process,
     more_processes_than_examples,
     groups_of_processes,
@@ -297,6 +329,7 @@ def everything(rank: int, size: int) -> None:
 
 def a_little(rank: int, size: int) -> None:
     """The checks that the default suite can afford."""
+    tensors_of_all_kinds_travel(rank, size)
     x, y = examples("gaussian")
     for share in (sharded(x, y, rank, size), padded(x, y, rank, size)):
         assert share_of(share, True, resolve_group(True)).total in (None, COUNT)
