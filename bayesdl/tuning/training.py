@@ -55,18 +55,16 @@ def tune_training(
         data: the training loader; default the one that the model was fitted on in this process.
         grid: prior precisions to try; default 41 values from 1e-4 to 1e6, evenly spaced in logarithm.
         limit: training examples (times outputs, for open noise) to use, the first of the loader.
-        harm: mean nats per training example that the posterior may cost; not used for open noise. Default 0.002, or
-            log(N) / 2N for small N: what it costs to describe one number, the prior precision, to the accuracy that N
-            examples support (Schwarz 1978).
+        harm: mean nats per training example that the posterior may cost; not used for open noise. Default the largest
+            of 0.002, of log(N) / 2N, what it costs to describe one number, the prior precision, to the accuracy that N
+            examples support (Schwarz 1978), and of the standard error of the network's own mean NLL.
 
     Raises:
         ArgumentError: no data, fewer than two examples, or a limit or harm that is not positive.
         UnsupportedError: another kind of posterior.
     """
     posterior, source = training_source(model, data, "training")
-    if harm is None:
-        harm = max(HARM, math.log(posterior.num_data) / (2 * posterior.num_data))
-    if limit < 2 or not harm > 0:
+    if limit < 2 or (harm is not None and not harm > 0):
         raise ArgumentError(f"limit={limit} and harm={harm} were given; expected at least 2, and a positive number")
     candidates = grid_of(grid).sort().values
     if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
@@ -77,8 +75,10 @@ def tune_training(
         how = "by residuals of left-out training points"
         return choose(model, posterior, candidates, pick(candidates, table), factors, how)
     rows = passes(model, posterior, source, "training", progress, limit, len(candidates))
-    best = _widest(_cost(model, posterior, candidates, rows), harm)
-    return choose(model, posterior, candidates, best, None, f"so as to cost the training data at most {harm:.2g} nats")
+    cost, plain = _cost(model, posterior, candidates, rows)
+    bound = _bound(plain, posterior.num_data) if harm is None else harm
+    how = f"so as to cost the training data at most {bound:.2g} nats"
+    return choose(model, posterior, candidates, _widest(cost, bound), None, how)
 
 
 def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data: Iterable[Any], count: int) -> Tensor:
@@ -167,8 +167,10 @@ def _as_held_out(
         start += len(mean)
 
 
-def _cost(model: BayesianModel, posterior: GaussianPosterior, candidates: Tensor, rows: Passes) -> Tensor:
-    """Mean NLL of every candidate on the training points, less that of the plain network."""
+def _cost(
+    model: BayesianModel, posterior: GaussianPosterior, candidates: Tensor, rows: Passes
+) -> tuple[Tensor, Tensor]:
+    """Mean NLL of every candidate on the training points, less that of the plain network, and the latter by point."""
     plain: list[Tensor] = []
 
     def heard() -> Iterator[tuple[Tensor, Tensor, Sequence[Factor]]]:
@@ -177,7 +179,14 @@ def _cost(model: BayesianModel, posterior: GaussianPosterior, candidates: Tensor
             yield mean, target, turned
 
     table = losses(model, posterior, candidates, heard())
-    return (table - torch.cat(plain)).mean(1)
+    alone = torch.cat(plain)
+    return (table - alone).mean(1), alone
+
+
+def _bound(plain: Tensor, count: int) -> float:
+    """What the posterior may cost each of `count` training points, some of whose NLL under the network is `plain`."""
+    error = float(plain.std()) / count**0.5 if len(plain) > 1 else 0.0
+    return max(HARM, math.log(count) / (2 * count), error)
 
 
 def _widest(cost: Tensor, harm: float) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.posteriors import GaussianPosterior
-from bayesdl.tuning.training import left_out_residuals
+from bayesdl.tuning.training import _bound, left_out_residuals
 
 LAST = bdl.Laplace(select="last_layer", structure="full")
 
@@ -173,3 +173,12 @@ def test_some_points_stand_for_all_of_them_by_the_ratio_of_their_residuals() -> 
     assert isinstance(alone.posterior, GaussianPosterior)
     plain = left_out_residuals(alone, alone.posterior, data[:1], 60)
     torch.testing.assert_close(found, plain * residual.square().mean().sqrt() / own, rtol=1e-5, atol=0.0)
+
+
+def test_the_default_harm_is_the_largest_of_three() -> None:
+    flat = torch.full((50,), 0.3, dtype=torch.float64)
+    assert _bound(flat, 10_000) == 0.002
+    assert _bound(flat, 50) == pytest.approx(math.log(50) / 100)
+    noisy = torch.tensor([0.0, 1.0] * 25, dtype=torch.float64)  # standard deviation 0.5 sqrt(50 / 49)
+    assert _bound(noisy, 400) == pytest.approx(0.5 * math.sqrt(50 / 49) / 20)
+    assert _bound(flat[:1], 100) == pytest.approx(math.log(100) / 200)
