@@ -189,6 +189,30 @@ def test_experts_that_see_a_part_of_the_batch_fall_back() -> None:
     check(net, [(x, targets("categorical"))])
 
 
+class Tabled(nn.Module):
+    """A table of one row per position behind which every unit may be dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.table = nn.Parameter(torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.inner(x) + self.table)[:, -1])
+
+
+def test_an_example_without_a_gradient_proves_nothing_about_the_others() -> None:
+    torch.manual_seed(0)
+    net, x, y = Tabled().double(), real(1, 4)(torch.Generator().manual_seed(1)), targets("categorical")
+    with torch.no_grad():
+        net.inner.bias.copy_(-1e-3 + torch.zeros(4))
+        net.inner.weight.copy_(torch.eye(4))
+        x[:2] = -x[:2].abs()  # the first two examples are dead
+    assert kinds(layout_of(net, x))["table"] == "dense"
+    check(net, [(x, y)])
+    check(net, [(x[:1], y[:1]), (x[1:], y[1:])])
+
+
 # --- precision ---
 
 
