@@ -1,10 +1,11 @@
 """Samplers that are `torch.optim.Optimizer`s: gradient of the mean loss in, a chain from the posterior out."""
 
 from bayesdl.samplers.baoab import BAOAB
-from bayesdl.samplers.base import Sampler, StepRecord
+from bayesdl.samplers.base import Sampler
 from bayesdl.samplers.cyclical import Cyclical
 from bayesdl.samplers.entropy import EntropyMCMC
 from bayesdl.samplers.psgld import PSGLD
+from bayesdl.samplers.record import StepRecord
 from bayesdl.samplers.sa_sgld import SASGLD, UnweightedChainWarning
 from bayesdl.samplers.sghmc import SGHMC
 from bayesdl.samplers.sgld import SGLD

@@ -84,6 +84,16 @@ def refuse_unknown(name: str, shared: Any, num_data: int) -> None:
         raise TypeError(f"{name}() got an unexpected keyword argument {unknown[0]!r}")
 
 
+def check_ranks(generator: torch.Generator | None) -> None:
+    """Raise where replicas of one model would draw different noise."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if generator is None and distributed and torch.distributed.get_world_size() > 1:
+        raise ArgumentError(
+            "several processes and no generator: each would draw noise of its own. Pass generator=, with one seed on "
+            "all ranks for one data-parallel chain, or seeded by the chain's number for a chain per rank"
+        )
+
+
 def weight_decay_message(value: float, num_data: int) -> str:
     """What to write instead of a weight decay."""
     precision = precision_from_weight_decay(value, num_data)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from bayesdl.samplers.arguments import (
     at_least_one,
     check_dtype,
     check_precision,
+    check_ranks,
     check_temperature,
     named,
     refuse_unknown,
@@ -29,31 +30,10 @@ from bayesdl.samplers.arguments import (
 )
 from bayesdl.samplers.forces import Block, force_of, global_norm
 from bayesdl.samplers.noise import NoiseStream
+from bayesdl.samplers.record import StepRecord
 
+_log = logging.getLogger(__name__)
 _PER_SAMPLER = ("temperature", "num_data", "prior", "generator")
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What is known of the step about to be made from theta_k, when pre-update hooks fire.
-
-    Attributes:
-        step: k, from 0.
-        lr: learning rate of the first parameter group.
-        h: its step size in the units of the full potential, `psi^2 lr / N` with momentum, `psi lr / N` without.
-        temperature: T; 0 while exploring.
-        psi: adaptive factor of the time step; 1 for samplers without one.
-        weight: time that the step advances: weight of theta_k in averages, up to a constant.
-        time: sum of the weights of the steps before.
-    """
-
-    step: int
-    lr: float
-    h: float
-    temperature: float
-    psi: float
-    weight: float
-    time: float
 
 
 class Sampler(Optimizer, ABC):
@@ -107,6 +87,7 @@ class Sampler(Optimizer, ABC):
         self.allow_unused = shared.get("allow_unused", False)
         self.master = shared.get("master", False)
         self._force = force_of(prior)
+        check_ranks(shared.get("generator"))
         self._noise = NoiseStream(shared.get("generator"))
         self._gibbs = self._noise.spawn()
         self._scalars: dict[str, float] = {"time": 0.0}
@@ -116,6 +97,8 @@ class Sampler(Optimizer, ABC):
         defaults = {"lr": lr, "prior_precision": (1.0 if precision is None else precision) if prior is None else None}
         super().__init__(params, {**defaults, **(own or {})})
         check_temperature(self.temperature)
+        if any(group["prior_precision"] == 0 for group in self.param_groups):
+            _log.info("prior_precision=0: the prior is flat, and the posterior proper only where the data make it so")
 
     # --- what a sampler defines -----------------------------------------------------------------------------------
 

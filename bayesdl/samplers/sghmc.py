@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Unpack, final
 import torch
 from torch import Tensor
 
-from bayesdl.errors import ArgumentError, StepSizeError
+from bayesdl.errors import ArgumentError, StepSizeError, UnsupportedError
+from bayesdl.priors import ScaleMixturePrior
 from bayesdl.samplers.arguments import Schedule, Shared, check_unit
 from bayesdl.samplers.forces import Block
 from bayesdl.samplers.momentum import MomentumSampler
@@ -80,6 +81,11 @@ class SGHMC(MomentumSampler):
             raise ArgumentError("adapt=True needs burn_in=, the number of steps after which the scales are kept")
         if noise_correction and not adapt:
             raise ArgumentError("noise_correction=True needs adapt=True, which estimates the noise of the gradients")
+        if noise_correction and isinstance(shared.get("prior"), ScaleMixturePrior):
+            raise UnsupportedError(
+                f"noise_correction with {type(shared['prior']).__name__}: its steps follow the prior's variances, and "
+                "the share of the gradients' noise in them is not estimated; leave the correction out"
+            )
         self.adapt, self.burn_in, self.noise_correction = adapt, burn_in, noise_correction
         super().__init__(params, lr, num_data, shared, {"momentum": momentum})
 

@@ -314,6 +314,20 @@ def test_states_of_others_are_refused() -> None:
             build("sgld", net).load_state_dict(other.state_dict())
 
 
+def test_replicas_must_share_their_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ArgumentError, match="one seed on all ranks"):
+        SGLD([nn.Parameter(torch.zeros(1))], 0.1, 10)
+    SGLD([nn.Parameter(torch.zeros(1))], 0.1, 10, generator=torch.Generator().manual_seed(0))
+
+
+def test_flat_priors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        SGLD([nn.Parameter(torch.zeros(1))], 0.1, 10, prior_precision=0.0)
+    assert "the prior is flat" in caplog.text
+
+
 def test_names_and_no_names_do_not_mix() -> None:
     with pytest.raises(ArgumentError, match="name all of them or none"):
         SGLD([("a", nn.Parameter(torch.zeros(1))), nn.Parameter(torch.zeros(1))], 0.1, 10)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesdl as bdl
-from bayesdl.errors import ArgumentError, StepSizeError
+from bayesdl.errors import ArgumentError, StepSizeError, UnsupportedError
 from bayesdl.samplers import SGHMC
 from bayesdl.samplers.sghmc import adapt, sghmc
 from tests.oracles import linear_law
@@ -84,6 +84,12 @@ def test_momenta_start_at_their_temperature_and_follow_the_step_size() -> None:
     sampler.temperature, sampler.param_groups[0]["lr"] = 0.0, 4e-4
     sampler.step()
     assert torch.allclose(sampler.state[theta]["momentum"], 0.9 * 2 * before)
+
+
+def test_corrections_know_nothing_of_the_steps_of_mixture_priors() -> None:
+    with pytest.raises(UnsupportedError, match="leave the correction out"):
+        SGHMC([nn.Parameter(torch.zeros(2))], 0.1, 10, adapt=True, burn_in=5, noise_correction=True,
+              prior=bdl.HierarchicalPrior())  # fmt: skip
 
 
 def test_adaptation_follows_the_published_recursion() -> None:
