@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesdl.curvature.factor import Factor, LinearFactor, RowFactor
 from bayesdl.curvature.layout import Layout
-from bayesdl.curvature.products import times
+from bayesdl.curvature.products import selected, times
 from bayesdl.errors import ShapeError
 
 # scalars of one intermediate result, which bounds the examples or rows treated at once
@@ -109,14 +109,6 @@ def _rows(first: RowFactor, second: RowFactor, weight: Tensor | None) -> Tensor:
     return torch.cat(strips)
 
 
-def examples(factor: Factor, where: slice) -> Factor:
-    """The factor of some of its examples."""
-    g = factor.g[:, :, where]
-    if isinstance(factor, LinearFactor):
-        return replace(factor, a=factor.a[:, where], g=g)
-    return replace(factor, index=factor.index[where], g=g)
-
-
 def through_solve(
     layout: Layout, solve: Callable[[Tensor], Tensor], first: Sequence[Factor], second: Sequence[Factor]
 ) -> Tensor:
@@ -131,7 +123,7 @@ def through_solve(
     step = max(1, LIMIT // max(1, width * layout.numel))
     columns = []
     for start in range(0, batch, step):
-        pieces = [examples(factor, slice(start, start + step)) for factor in second]
+        pieces = [selected(factor, slice(start, start + step)) for factor in second]
         count = pieces[0].g.shape[2]
         rows = [
             piece.jacobian().reshape(count, width, block.groups, block.rows, block.columns)

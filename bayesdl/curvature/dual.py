@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.cross import cross
-from bayesdl.curvature.factor import Factor, LinearFactor, RowFactor, dense_factor
+from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layout import Layout, cast
-from bayesdl.curvature.products import times, transposed_times
+from bayesdl.curvature.pieces import content, factors_named, in_double, named_factors, num_rows
+from bayesdl.curvature.products import selected, times, transposed_times
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 from bayesdl.errors import UnsupportedError
 from bayesdl.linalg import cholesky, eigh, symmetric_root
@@ -62,11 +63,11 @@ class Dual(Uniform):
     @property
     def num_rows(self) -> int:
         """r."""
-        return sum(_rows(piece) for piece in self.pieces)
+        return sum(num_rows(piece) for piece in self.pieces)
 
     def update(self, factors: Sequence[Factor]) -> None:
         if self.metric is None:
-            if self.num_rows + _rows(factors) > MAX_ROWS:
+            if self.num_rows + num_rows(factors) > MAX_ROWS:
                 raise UnsupportedError(
                     f"curvature in function space holds one row for every example and output, and these are more than "
                     f'{MAX_ROWS}; use bdl.SubsetGP(num_points=...), bdl.ELLA(...) or structure="kron"'
@@ -82,7 +83,7 @@ class Dual(Uniform):
         if self.metric is not None:
             return [self._core] * len(self.layout.blocks)
         # pieces before the last one were looked at before
-        return [_content(factor) for factor in (self.pieces[-1] if self.pieces else ())]
+        return [content(factor) for factor in (self.pieces[-1] if self.pieces else ())]
 
     def is_zero(self) -> bool:
         if self.core is not None:
@@ -101,7 +102,7 @@ class Dual(Uniform):
             size = piece[0].g.shape[2]
             index = [i - start for i in examples if start <= i < start + size]
             if index:
-                kept.append([_some(factor, torch.tensor(index, device=factor.g.device)) for factor in piece])
+                kept.append([selected(factor, torch.tensor(index, device=factor.g.device)) for factor in piece])
             start += size
         return replace(self, pieces=kept)
 
@@ -178,7 +179,7 @@ class Dual(Uniform):
         return self.marginal_prepared(self.prepared(factors), scale, shift)
 
     def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
-        mine, other = ([_double(f) for f in factors] for factors in (first, second))
+        mine, other = ([in_double(f) for f in factors] for factors in (first, second))
         wide = self._between(mine, other, shift)
         left = self._seen(mine, scale, shift)
         right = left if second is first else self._seen(other, scale, shift)
@@ -190,7 +191,7 @@ class Dual(Uniform):
 
     def prepared(self, factors: Sequence[Factor]) -> Sequence[Factor]:
         """The factors in float64, and their kernel with Z in its eigenbasis, all that a scalar shift needs besides."""
-        wide = [_double(factor) for factor in factors]
+        wide = [in_double(factor) for factor in factors]
         turned = self._turned(self._products(wide, 1.0)) @ self._unit[1]
         return [*wide, dense_factor(turned.transpose(0, 1))]
 
@@ -228,18 +229,8 @@ class Dual(Uniform):
         return (turned @ turned.mT).to(self._dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = {}
-        for i, piece in enumerate(self.pieces):
-            for j, factor in enumerate(piece):
-                named[f"{i}.{j}.g"] = factor.g
-                if isinstance(factor, RowFactor):
-                    named[f"{i}.{j}.index"] = factor.index
-                else:
-                    named[f"{i}.{j}.a"] = factor.a
-                    if factor.lengths:
-                        named[f"{i}.{j}.lengths"] = torch.tensor(factor.lengths)
         held = {"basis": self.basis, "core": self.core}
-        named |= {name: value for name, value in held.items() if value is not None}
+        named = named_factors(self.pieces) | {name: value for name, value in held.items() if value is not None}
         return named | {f"gap.{j}": value for j, value in enumerate(self.gap)}
 
     def sums(self) -> dict[str, Tensor]:
@@ -249,9 +240,8 @@ class Dual(Uniform):
         )
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
-        count = len({name.split(".")[0] for name in tensors if name[0].isdigit()})
-        pieces = [[self._factor(tensors, i, j) for j in range(len(self.layout.blocks))] for i in range(count)]
         gap = tuple(tensors[f"gap.{j}"] for j in range(len(self.layout.blocks)) if f"gap.{j}" in tensors)
+        pieces = factors_named(tensors, self.layout)
         return type(self)(self.layout, pieces, tensors.get("basis"), tensors.get("core"), gap=gap)
 
     def kernel(self, shift: Shift) -> Tensor:
@@ -280,7 +270,7 @@ class Dual(Uniform):
 
     def _gram(self, j: int, weight: Tensor | None) -> Tensor:
         """The kernel of one block between all rows."""
-        own = [_double(piece[j]) for piece in self.pieces]
+        own = [in_double(piece[j]) for piece in self.pieces]
         strips = []
         for mine in own:
             parts = [cross(mine, other, weight).flatten(2).flatten(0, 1) for other in own]
@@ -345,8 +335,8 @@ class Dual(Uniform):
 
     def _products(self, factors: Sequence[Factor], shift: Shift) -> Tensor:
         """J D^-1 Z^T `(B, K, r)`."""
-        wide = [_double(factor) for factor in factors]
-        found = [self._between(wide, [_double(f) for f in piece], shift).flatten(2) for piece in self.pieces]
+        wide = [in_double(factor) for factor in factors]
+        found = [self._between(wide, [in_double(f) for f in piece], shift).flatten(2) for piece in self.pieces]
         return torch.cat(found, 2)
 
     def _seen(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
@@ -367,7 +357,7 @@ class Dual(Uniform):
         directions = self.layout.split(vectors)
         found = []
         for piece in self.pieces:
-            parts = [times(_double(f), d) for f, d in zip(piece, directions, strict=True)]
+            parts = [times(in_double(f), d) for f, d in zip(piece, directions, strict=True)]
             found.append(torch.stack(parts).sum(0).flatten(1))
         return torch.cat(found, 1)
 
@@ -378,8 +368,8 @@ class Dual(Uniform):
     def _pulled(self, vectors: Tensor, j: int) -> Tensor:
         """One block of Z^T u, `(q, G, out, in)`."""
         found = []
-        for piece, own in zip(self.pieces, vectors.split([_rows(p) for p in self.pieces], 1), strict=True):
-            factor = _double(piece[j])
+        for piece, own in zip(self.pieces, vectors.split([num_rows(p) for p in self.pieces], 1), strict=True):
+            factor = in_double(piece[j])
             shaped = own.unflatten(1, (factor.g.shape[2], factor.g.shape[1]))
             found.append(transposed_times(factor, shaped, self.layout.blocks[j]))
         return torch.stack(found).sum(0)
@@ -414,38 +404,13 @@ class Dual(Uniform):
     def _same_rows(self, other: Dual) -> bool:
         if self.pieces is other.pieces and self.basis is other.basis:
             return True
-        mine, theirs = (
-            {k: v for k, v in held.tensors().items() if k[0].isdigit() or k == "basis"} for held in (self, other)
-        )
-        if list(mine) != list(theirs):
+        if self.basis is not None and other.basis is not None and not _equal(self.basis, other.basis):
             return False
-        return all(a.shape == theirs[k].shape and torch.equal(a, theirs[k]) for k, a in mine.items())
-
-    def _factor(self, tensors: dict[str, Tensor], i: int, j: int) -> Factor:
-        g, index = tensors[f"{i}.{j}.g"], tensors.get(f"{i}.{j}.index")
-        if index is not None:
-            return RowFactor(index.long(), g, self.layout.blocks[j].columns)
-        lengths = tensors.get(f"{i}.{j}.lengths")
-        held = () if lengths is None else tuple(int(n) for n in lengths)
-        return LinearFactor(tensors[f"{i}.{j}.a"], g, lengths=held)
+        mine, theirs = named_factors(self.pieces), named_factors(other.pieces)
+        if (self.basis is None) != (other.basis is None) or list(mine) != list(theirs):
+            return False
+        return all(_equal(value, theirs[name]) for name, value in mine.items())
 
 
-def _rows(factors: Sequence[Factor]) -> int:
-    return int(factors[0].g.shape[1] * factors[0].g.shape[2])
-
-
-def _content(factor: Factor) -> Tensor:
-    total = factor.g.abs().sum()
-    return total + 0.0 * factor.a.sum() if isinstance(factor, LinearFactor) else total
-
-
-def _double(factor: Factor) -> Factor:
-    if isinstance(factor, LinearFactor):
-        return replace(factor, a=factor.a.double(), g=factor.g.double())
-    return replace(factor, g=factor.g.double())
-
-
-def _some(factor: Factor, index: Tensor) -> Factor:
-    if isinstance(factor, LinearFactor):
-        return replace(factor, a=factor.a[:, index], g=factor.g[:, :, index])
-    return replace(factor, index=factor.index[index], g=factor.g[:, :, index])
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)

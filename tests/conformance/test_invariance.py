@@ -97,7 +97,8 @@ def reduce(tallies: list[Tally]) -> None:
             value.copy_(total)
 
 
-@pytest.mark.parametrize("structure", [*sorted(STRUCTURES), "mixed"])
+# `dual` holds the examples themselves, and refuses to be added up
+@pytest.mark.parametrize("structure", [*sorted(set(STRUCTURES) - {"dual"}), "mixed"])
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(batches=cuts(), name=st.sampled_from(NETWORKS))
 def test_sums_over_shares_are_those_of_the_whole(structure: str, batches: list[Tensor], name: str) -> None:

@@ -272,6 +272,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             wrapped(method)
+    with pytest.raises(UnsupportedError, match="does not add up between processes"):
+        structure(wrapped(bdl.SubsetGP(4))).sums()
     monkeypatch.setattr("bayesdl.curvature.dual.MAX_ROWS", 10)
     with pytest.raises(UnsupportedError, match=r"more than 10; use bdl.SubsetGP\(num_points"):
         wrapped(bdl.SubsetGP(None))
