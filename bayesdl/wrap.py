@@ -49,15 +49,16 @@ def wrap(
 
     Args:
         model: trained network, never written to; a list of networks for "ensemble".
-        method: name ("map", "temperature", "laplace", "swag", "ensemble", "dropout") or an object such as
-            `bdl.Laplace(select="last_layer")`.
+        method: name ("map", "temperature", "laplace", "gp", "ella", "valla", "swag", "ensemble", "dropout") or an
+            object such as `bdl.Laplace(select="last_layer")`.
         data: loader of `(inputs, target)` batches: training data for "laplace" and "swag", held-out data for
             "temperature", optional for the others (it chooses an open Gaussian noise).
         likelihood: "categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson" or an object.
         validation: held-out loader. What was left open (Laplace's prior precision, a Gaussian noise, the temperature of
             "temperature") is then chosen by its NLL. Without it Laplace uses the training data alone
             (`tune("training")`).
-        prior: `bdl.GaussianPrior(precision=...)` is kept as given; None lets the method choose.
+        prior: `bdl.GaussianPrior(precision=...)` is kept as given; `earlier.as_prior()` continues an earlier Laplace fit;
+            None lets the method choose.
         select: which parameters are Bayesian; overrides the method's own selection.
         batch: "auto", "huggingface" or a callable `batch -> (inputs, target)`.
         generator: source of all randomness.
