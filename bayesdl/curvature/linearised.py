@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesdl.batch import flatten_tensors
-from bayesdl.curvature.backward import backward, muted
+from bayesdl.curvature.backward import WORTH_LOOPING, backward, muted
 from bayesdl.curvature.chunking import UNFACTORED, chunk_size, chunks
 from bayesdl.curvature.cotangents import cotangent_rule
 from bayesdl.curvature.factors import layer_factors
@@ -259,7 +259,9 @@ class Problem:
         slope = named(self.layout, leaves, gradients)
 
         def product(directions: Tensor) -> Tensor:
-            groups = directions.split(GROUP)
+            # batched, second derivatives of large networks are no faster, and those of convolutions far slower
+            large = self.layout.numel + len(f) * self.layout.activations >= WORTH_LOOPING
+            groups = directions.split(1 if large else GROUP)
             return torch.cat([self._flat(backward(slope, nodes, some, keep=True), len(some)) for some in groups])
 
         return Local(f.detach(), y, product)

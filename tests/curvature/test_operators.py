@@ -390,3 +390,61 @@ def test_training_on_is_noticed() -> None:
             net[0].weight.add_(1.0)
         with pytest.raises(StaleModelError):
             found.matvec(random(found.shape[0]))
+
+
+# --- outputs at positions, single elements, many outputs ---
+
+
+class Tagger(nn.Module):
+    """Logits at every token, through attention and an embedding with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4, padding_idx=0)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(x)))
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical", "hessian"])
+def test_outputs_at_positions_and_ignored_targets(kind: str) -> None:
+    torch.manual_seed(0)
+    net, generator = Tagger().double(), torch.Generator().manual_seed(1)
+    x, y = torch.randint(7, (6, 3), generator=generator), torch.randint(5, (6, 3), generator=generator)
+    y[0, 1] = y[4, 2] = -100
+    found = operator(net, [(x, y)], "categorical", kind=kind)
+    assert found.num_data == 16
+    v = random(found.shape[0], 2)
+    if kind == "ggn":
+        flat, counted = nn.Sequential(net, nn.Flatten(0, 1)), y.flatten() != -100
+        jac = oracles.jacobian(flat, x, [f"0.{name}" for name in found.layout.names])[counted]
+        lam = oracles.lambda_formula("categorical", oracles.outputs(flat, x))[counted]
+        matrix = oracles.ggn(jac, lam)
+    else:
+        options: dict[str, Any] = {"kind": kind, "structure": "full", "progress": False}
+        matrix = estimate(net, [(x, y)], "categorical", **options).to_dense()
+    close(found @ v, matrix @ v)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_single_elements_are_rows_and_columns_of_the_whole(kind: str, way: str) -> None:
+    net, x, y = BY_NAME["mlp"].network(), BY_NAME["mlp"].data(), targets("categorical")
+    chosen = operator(net, [(x, y)], "categorical", kind=kind, select=bdl.select.largest_magnitude(10))
+    whole = operator(net, [(x, y)], "categorical", kind=kind).to_dense()
+    names = chosen.layout.names
+    marks = chosen.layout.to_dict(torch.ones(10))
+    everything = {n: marks.get(n, torch.zeros_like(p)) for n, p in net.named_parameters()}
+    where = torch.cat([everything[n].flatten() for n, _ in net.named_parameters()]).nonzero().squeeze(1)
+    assert chosen.shape == (10, 10)
+    assert set(names) <= set(everything)
+    close(chosen.to_dense(), whole[where][:, where])
+
+
+def test_closed_forms_of_the_likelihoods_hessian_times_are_those_of_the_root() -> None:
+    f, u = random(5, 4, seed=1), random(5, 4, seed=2)
+    for name in LIKELIHOODS:
+        family = resolve(name, noise=NOISE) if name == "gaussian" else resolve(name)
+        lam = oracles.lambda_formula(name, f, NOISE)
+        close(family.hessian_times(f, u), torch.einsum("bcd,bd->bc", lam, u))
