@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,13 +69,15 @@ def _scalars(layout: Layout, structure: str | Structure) -> int:
     return 3 * layout.activations + 2 * sum(whole)
 
 
-def chunks(inputs: Any, target: Any, step: int) -> Iterator[tuple[Any, Any]]:
-    """A batch in pieces of at most `step` examples."""
+def chunks(inputs: Any, target: Any, step: int | Callable[[], int]) -> Iterator[tuple[Any, Any]]:
+    """A batch in pieces of at most `step` examples; a function is asked before every piece."""
+    most = step if callable(step) else lambda: step
     tensors, _ = flatten_tensors(inputs)
-    if not tensors or batch_size(inputs) <= step:
+    if not tensors or batch_size(inputs) <= most():
         yield inputs, target
         return
-    size = batch_size(inputs)
-    for start in range(0, size, step):
-        piece = slice(start, min(start + step, size))
+    size, start = batch_size(inputs), 0
+    while start < size:
+        piece = slice(start, min(start + most(), size))
         yield index_batch(inputs, piece), None if target is None else target[piece]
+        start = piece.stop

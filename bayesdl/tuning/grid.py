@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesdl.batch import index_batch
 from bayesdl.curvature.chunking import chunks
-from bayesdl.curvature.factor import Factor
+from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.products import selected
 from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Finding
@@ -65,10 +65,13 @@ def passes(
         limit: stop after so many examples.
         candidates: how many covariances of each example will be held at once.
     """
-    step = posterior.chunk_size(model.network)
-    outputs = posterior.layout.outputs
-    step = min(step, max(1, HELD // (candidates * max(outputs, min(outputs, JOINT_OUTPUTS) ** 2))))
-    seen = 0
+    outputs, unit, seen = posterior.layout.outputs, False, 0
+    held = max(1, HELD // (candidates * max(outputs, min(outputs, JOINT_OUTPUTS) ** 2)))
+
+    def step() -> int:
+        # a last layer whose outputs are treated one by one holds no cotangents; known after the first piece
+        return min(held, posterior.chunk_size(model.network, 1 if unit else None))
+
     for number, inputs, target in batches(model.network, data, progress=progress, describe=describe):
         for rows, labels in chunks(inputs, target, step):
             with in_batch(number):
@@ -76,6 +79,7 @@ def passes(
                     rows, labels = index_batch(rows, slice(0, limit - seen)), labels[: limit - seen]
                 parts = observed(model, posterior, rows, torch.as_tensor(labels))
                 for mean, checked, factors in parts:
+                    unit = all(isinstance(factor, LinearFactor) and factor.unit for factor in factors)
                     yield mean, checked, posterior.structure.prepared(factors)
                     seen += len(mean)
             if limit is not None and seen >= limit:
@@ -232,6 +236,7 @@ def choose(
     best: int,
     factors: Tensor | None,
     how: str,
+    widest: bool = False,
 ) -> BayesianModel:
     """The model at one of the candidates.
 
@@ -242,6 +247,7 @@ def choose(
         best: which of them.
         factors: common factor s of the noise scales at each; None where the noise is not open.
         how: end of the finding's sentence.
+        widest: whether the smallest precision is what the rule wants if it can have it, and no reason to look further.
     """
     precision = candidates[best].to(posterior.precision.device)
     likelihood, noise = model.likelihood, None
@@ -253,7 +259,7 @@ def choose(
         values = ", ".join(f"{float(v):.4g}" for v in noise[:8])
         found.append(Finding("info", f"noise (standard deviation) {values} chosen {how}", topic="noise"))
     found.insert(0, Finding("info", f"prior precision {float(precision):.4g} (scalar) chosen {how}", topic="prior"))
-    if best in (0, len(candidates) - 1):
+    if best == len(candidates) - 1 or (best == 0 and not widest):
         found.append(
             Finding(
                 "warning", "the prior precision lies at the end of the grid", "pass a wider grid= to tune()", "prior"
