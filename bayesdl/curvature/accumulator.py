@@ -44,7 +44,7 @@ class Accumulator:
 
     Args:
         model: trained network; never written to.
-        likelihood, structure, kind, select, bias, batch, samples, generator, dtype, memory, rank, shared: see
+        likelihood, structure, kind, select, bias, batch, samples, generator, dtype, memory, rank, shared, classes: see
             `bayesdl.curvature.estimate`.
     """
 
@@ -64,6 +64,7 @@ class Accumulator:
         memory: int | None = None,
         rank: int | None = None,
         shared: str = "expand",
+        classes: int | None = None,
     ) -> None:
         check_recipe(structure, rank)
         check_shared(structure, shared)
@@ -78,6 +79,7 @@ class Accumulator:
             "memory": memory,
             "rank": rank,
             "shared": shared,
+            "classes": classes,
         }
         self._run: Run | None = None
 

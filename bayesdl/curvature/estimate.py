@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from bayesdl.batch import BatchAdapter, resolve_adapter
+from bayesdl.batch import BatchAdapter, flatten_tensors, resolve_adapter
 from bayesdl.curvature.hessian import fit_hessian
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.passes import Fit
@@ -24,6 +24,7 @@ from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.likelihoods import Likelihood, resolve
 from bayesdl.network import Network
 from bayesdl.select import Selector
+from bayesdl.tensorfile import checksum
 
 if TYPE_CHECKING:
     from bayesdl.distributed import Processes
@@ -201,7 +202,8 @@ def fit_curvature(
         warn_if_unsteady(data)
         if resume is not None:
             _check_resumable(data, group)
-            run.resume(resume)
+            data_of = {"first batch (digest)": _digest(example)}
+            run.resume(resume, **data_of)
     partial = allow_partial or share.total is not None  # a share is counted with all the others
     while True:
         source = batches(network, data, progress=progress, describe="curvature", allow_partial=partial, example=example)
@@ -210,7 +212,7 @@ def fit_curvature(
                 if number >= run.batches:
                     run.add(number, inputs, target)
                     if resume is not None and run.batches % every == 0:
-                        run.save(resume)
+                        run.save(resume, **data_of)
         if group is not None:
             run.combine(group)
             if not allow_partial:
@@ -227,3 +229,8 @@ def _check_resumable(data: Iterable[Any], group: Group | None) -> None:
             f"resume= needs the same batches in the same order after an interruption, and this loader's sampler "
             f"({type(data.sampler).__name__}) may shuffle: build it with shuffle=False"
         )
+
+
+def _digest(example: Any) -> str:
+    tensors = flatten_tensors(example)[0]
+    return checksum({}, {str(i): tensor.detach().cpu() for i, tensor in enumerate(tensors)})
