@@ -78,7 +78,7 @@ def tune_training(
     cost, plain = _cost(model, posterior, candidates, rows)
     bound = _bound(plain, posterior.num_data) if harm is None else harm
     how = f"so as to cost the training data at most {bound:.2g} nats"
-    return choose(model, posterior, candidates, _widest(cost, bound), None, how)
+    return choose(model, posterior, candidates, _widest(cost, bound), None, how, widest=True)
 
 
 def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data: Iterable[Any], count: int) -> Tensor:
