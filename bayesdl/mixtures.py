@@ -165,7 +165,13 @@ def normal_mixture_quantile(loc: Tensor, scale: Tensor, weights: Tensor, q: floa
         middle = 0.5 * (low + high)
         below = (share * Normal(mean, sd).cdf(middle.unsqueeze(1))).sum(1) < q
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (0.5 * (low + high)).to(loc.dtype)
+    found = (0.5 * (low + high)).detach()
+    if not (torch.is_grad_enabled() and (mean.requires_grad or sd.requires_grad or share.requires_grad)):
+        return found.to(loc.dtype)
+    # one Newton step, whose derivative is that of the implicit function; the bisection has none
+    parts = Normal(mean, sd)
+    density = (share * parts.log_prob(found.unsqueeze(1)).exp()).sum(1).detach()
+    return (found + (q - (share * parts.cdf(found.unsqueeze(1))).sum(1)) / density).to(loc.dtype)
 
 
 def _poisson_quantile(rate: Tensor, weights: Tensor, q: float | Tensor) -> Tensor:

@@ -57,8 +57,8 @@ def wrap(
         validation: held-out loader. What was left open (Laplace's prior precision, a Gaussian noise, the temperature of
             "temperature") is then chosen by its NLL. Without it Laplace uses the training data alone
             (`tune("training")`).
-        prior: `bdl.GaussianPrior(precision=...)` is kept as given; `earlier.as_prior()` continues an earlier Laplace fit;
-            None lets the method choose.
+        prior: `bdl.GaussianPrior(precision=...)` is kept as given; `earlier.as_prior()` continues an earlier Laplace
+            fit; None lets the method choose.
         select: which parameters are Bayesian; overrides the method's own selection.
         batch: "auto", "huggingface" or a callable `batch -> (inputs, target)`.
         generator: source of all randomness.

@@ -70,6 +70,13 @@ def test_everything_a_regression_predictive_says() -> None:
     check(lambda x: bayes(x).log_prob(torch.zeros(2, 3).double()), points(False, 2))
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_quantiles_of_a_regression(samples: int) -> None:
+    method = bdl.SWAG(epochs=2, lr=0.01, rank=2, num_samples=samples)
+    bayes = wrapped(False, method, bdl.Gaussian(noise=0.5), generator=torch.Generator().manual_seed(0))
+    check(lambda x: (bayes(x).quantile(0.1), bayes(x).interval(0.8)), points(False, 2))
+
+
 @pytest.mark.parametrize("select", ["last_layer", "0"])
 def test_parts_of_a_network(select: str) -> None:
     bayes = wrapped(False, "laplace", select=select)
