@@ -88,6 +88,15 @@ def test_kron_keeps_its_factors_whatever_goes_back_at_once(case: tuple[nn.Module
         close(dense(net, x, y, structure=structure, memory=1), dense(net, x, y, structure=structure))
 
 
+def test_kron_counts_inputs_once_however_many_cotangents_go_back() -> None:
+    net, x, y = tagger()
+    data = [(x, y), (x[:, :2], y[:, :2])]  # 12 and 6 cotangents an example
+    for structure in ("kron", "ekfac"):
+        options: dict[str, Any] = {"structure": structure, "progress": False}
+        few = estimate(net, data, "categorical", memory=1, **options).to_dense()
+        close(few, estimate(net, data, "categorical", **options).to_dense())
+
+
 def test_kron_of_the_last_layer_counts_positions_as_data(case: tuple[nn.Module, Tensor, Tensor]) -> None:
     net, x, y = case
     _, f = flat_jacobian(net, x, ["head.weight"])
