@@ -21,7 +21,7 @@ def clone_of(module: nn.Module) -> nn.Module:
 
 def bags() -> Tensor:
     index = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
-    index[0], index[1, :3] = 2, 2  # a bag of nothing but padding, and one of some
+    index[0], index[1, :3], index[2, :4] = 2, 2, 2  # a bag of nothing but padding, one of some, one with a single row
     return index
 
 
