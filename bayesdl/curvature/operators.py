@@ -23,7 +23,8 @@ from bayesdl.curvature.spectrum import Spectrum, exact_spectrum, lanczos_spectru
 from bayesdl.curvature.structure import Shift, Structure
 from bayesdl.curvature.traces import Estimate, Probes
 from bayesdl.data import check_rereadable, warn_if_unsteady
-from bayesdl.errors import ArgumentError, ShapeError, UnknownNameError, check_finite
+from bayesdl.distributed import share_of
+from bayesdl.errors import ArgumentError, ShapeError, UnknownNameError, UnsupportedError, check_finite
 from bayesdl.likelihoods import Gaussian, Likelihood, resolve
 from bayesdl.network import Network, first_inputs
 from bayesdl.select import Selector
@@ -66,6 +67,13 @@ def operator(
     if kind not in KINDS:
         raise UnknownNameError(f"kind {kind!r} is not known; choose one of {KINDS}")
     check_rereadable("data", data)
+    try:
+        share_of(data, None, None)
+    except ArgumentError as error:
+        raise UnsupportedError(
+            "the loader yields one process's share of its data, and an operator runs in one process: give it a loader "
+            "of all the data, or use bdl.curvature.estimate(..., distributed=True)"
+        ) from error
     warn_if_unsteady(data)
     example = first_inputs(data, model.batch if isinstance(model, Network) else resolve_adapter(batch))
     network = model if isinstance(model, Network) else Network(model, select=select, batch=batch, example=example)

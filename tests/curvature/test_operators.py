@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bayesdl as bdl
 from bayesdl.curvature import CurvatureOperator, estimate, linearised, operator
@@ -22,6 +22,7 @@ from bayesdl.errors import (
     ShapeError,
     StaleModelError,
     UnknownNameError,
+    UnsupportedError,
 )
 from bayesdl.likelihoods import resolve
 from bayesdl.network import Network
@@ -324,6 +325,14 @@ def test_an_iterator_is_refused() -> None:
     net, x, y = BY_NAME["mlp"].network(), BY_NAME["mlp"].data(), targets("categorical")
     with pytest.raises(ArgumentError, match="read once"):
         operator(net, iter([(x, y)]), "categorical")
+
+
+def test_the_share_of_one_process_is_refused() -> None:
+    net, x, y = BY_NAME["mlp"].network(), BY_NAME["mlp"].data(), targets("categorical")
+    data = TensorDataset(x, y)
+    loader = DataLoader(data, sampler=DistributedSampler(data, num_replicas=2, rank=0))
+    with pytest.raises(UnsupportedError, match="share of its data.*distributed=True"):
+        operator(net, loader, "categorical")
 
 
 def test_bad_arguments_are_refused() -> None:
