@@ -23,8 +23,8 @@ from bayesdl.curvature.gram import gram, joined
 from bayesdl.curvature.plan import plan
 from bayesdl.data import batches, check_loader, in_batch
 from bayesdl.errors import ArgumentError, UnsupportedError
-from bayesdl.likelihoods import Gaussian
-from bayesdl.network import first_inputs
+from bayesdl.likelihoods import Gaussian, Likelihood
+from bayesdl.network import Network, first_inputs
 from bayesdl.posteriors import GaussianPosterior
 from bayesdl.tuning.grid import Passes, choose, grid_of, losses, passes, pick, relative_noise, training_source
 from bayesdl.tuning.heldout import profiled_losses
@@ -84,22 +84,44 @@ def tune_training(
 def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data: Iterable[Any], count: int) -> Tensor:
     """Residuals y - f of the first `count` examples, each without itself, `(N, C)` float64.
 
+    Scaled up to all training points where the posterior knows their squared residuals. See `network_residuals`.
+    """
+    level = relative_noise(posterior)
+    found, own = network_residuals(
+        model.network, model.likelihood, data, count, level=level, prior_mean=posterior.prior_mean
+    )
+    return found * _representative(posterior, own)
+
+
+def network_residuals(
+    network: Network, likelihood: Likelihood, data: Iterable[Any], count: int, *, level: Tensor, prior_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Residuals y - f of the first `count` examples, each without itself, and as they are: two `(N, C)` float64.
+
     All layers of the network take part, whatever is Bayesian: the last layer alone would be fitted to features that
     have seen the point.
 
+    Args:
+        network: trained on the data.
+        likelihood: checks the targets.
+        data: training batches.
+        count: examples used, the first of the batches.
+        level: noise of the outputs up to a common factor, a scalar or `(C,)`.
+        prior_mean: of the parameters, a scalar or one entry each.
+
     Raises:
         UnsupportedError: a layer without Jacobian, or a prior mean that names the selected parameters only.
+        ArgumentError: fewer than two examples.
     """
-    network = model.network.reselect("all")
+    network = network.reselect("all")
     layout = plan(network, first_inputs(data, network.batch))
-    mean = posterior.prior_mean
-    if mean.dim() and len(mean) != layout.numel:
+    if prior_mean.dim() and len(prior_mean) != layout.numel:
         raise UnsupportedError(
             "left-out residuals need a prior mean that is a number, or one for all of the network's parameters"
         )
     kind = torch.promote_types(network.dtype or torch.float32, torch.float32)
     flat = layout.flatten({name: value.detach() for name, value in network.parameters.items()}).double()
-    offset = layout.split((flat - mean.to(flat)).to(kind))
+    offset = layout.split((flat - prior_mean.to(flat)).to(kind))
     step = chunk_size(layout, "kron", kind, device=network.device)
     outputs, goals, slopes = [], [], []
     parts: list[list[Factor]] = [[] for _ in layout.blocks]
@@ -114,7 +136,7 @@ def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data:
                 rows, labels = index_batch(rows, slice(0, left)), labels[:left]
             with in_batch(number):
                 output, factors = layer_factors(network, layout, rows, identity_cotangents, kind)
-                goals.append(model.likelihood.check_targets(output, torch.as_tensor(labels)))
+                goals.append(likelihood.check_targets(output, torch.as_tensor(labels)))
             outputs.append(output)
             slopes.append(torch.stack([f.dot(d) for f, d in zip(factors, offset, strict=True)]).sum(0))
             for kept, factor in zip(parts, factors, strict=True):
@@ -122,13 +144,11 @@ def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data:
             seen += len(output)
     if seen < 2:
         raise ArgumentError("one training example was given; leaving one out needs at least 2")
-    level = relative_noise(posterior).expand(layout.outputs)
     own = (torch.cat(goals) - torch.cat(outputs)).double()
-    residual = own / level
+    level = level.to(own).expand(layout.outputs)
     every = level.repeat(seen)
     kernel = gram([joined(kept) for kept in parts]) / every / every.unsqueeze(-1)
-    found = level * left_out(kernel, residual, torch.cat(slopes).double() / level)
-    return found * _representative(posterior, own)
+    return level * left_out(kernel, own / level, torch.cat(slopes).double() / level), own
 
 
 def _representative(posterior: GaussianPosterior, own: Tensor) -> Tensor:
