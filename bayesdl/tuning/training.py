@@ -69,7 +69,7 @@ def tune_training(
     candidates = grid_of(grid).sort().values
     if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
         count = max(2, limit // posterior.layout.outputs)
-        kept = _first(model, source, count)
+        kept = first_batches(model.network, source, count)
         residual = left_out_residuals(model, posterior, kept, count)
         table, factors = profiled_losses(posterior, candidates, _as_held_out(model, posterior, kept, residual))
         how = "by residuals of left-out training points"
@@ -164,14 +164,14 @@ def _representative(posterior: GaussianPosterior, own: Tensor) -> Tensor:
     return torch.where(some > 0, every / some, torch.ones_like(some)).sqrt()
 
 
-def _first(model: BayesianModel, source: Iterable[Any], count: int) -> list[Any]:
+def first_batches(network: Network, source: Iterable[Any], count: int) -> list[Any]:
     """The batches with the first examples, to be read again: a shuffling loader gives others every time."""
     check_loader(source)
     kept, seen = [], 0
     for number, batch in enumerate(source):
         kept.append(batch)
         with in_batch(number):
-            seen += batch_size(model.network.batch(batch)[0])
+            seen += batch_size(network.batch(batch)[0])
         if seen >= count:
             break
     return kept
