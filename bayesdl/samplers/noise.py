@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ANGLE_BITS, _RADIUS_BITS = 12, 20  # of the 32 random bits that a pair of normals takes
-_MANTISSA, _ONE = 0x7FFFF8, 0x3F800000  # 20 leading bits of a float32's mantissa; the bits of 1.0
+_RADIUS_BITS = 20  # of the 32 random bits that a pair of normals takes; the others are its direction
 
 
 @final
@@ -119,12 +118,11 @@ class NoiseStream:
         pairs = out.numel() // 2
         words = torch.from_numpy(self._bits.random_raw((pairs + 1) // 2).view(np.int32))[:pairs]
         first, second = out[:pairs], out[pairs:]
-        angle = first.view(torch.int32)  # the same memory, element by element
-        torch.bitwise_right_shift(words, 32 - _ANGLE_BITS, out=angle)
-        first.copy_(angle).mul_(2 * math.pi / 2**_ANGLE_BITS)
-        # the low bits become the mantissa of a float in [1, 2), exactly
-        words.bitwise_left_shift_(23 - _RADIUS_BITS).bitwise_and_(_MANTISSA).bitwise_or_(_ONE)
-        radius = words.view(torch.float32).neg_().add_(2 - 2.0 ** -(_RADIUS_BITS + 1)).log_().mul_(-2).sqrt_()
+        # the high bits are the direction; the low ones, which decide u, only turn all directions of one u by as much
+        first.copy_(words).mul_(2 * math.pi / 2**32)
+        words.bitwise_and_(2**_RADIUS_BITS - 1)
+        radius = words.view(torch.float32)  # the same memory, element by element
+        radius.copy_(words).add_(0.5).mul_(2.0**-_RADIUS_BITS).log_().mul_(-2).sqrt_()
         torch.sin(first, out=second).mul_(radius)
         first.cos_().mul_(radius)
 
