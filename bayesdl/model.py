@@ -22,7 +22,7 @@ from bayesdl.latent import Latent
 from bayesdl.likelihoods import Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
 from bayesdl.network import Network
-from bayesdl.posteriors import GaussianPosterior, Posterior
+from bayesdl.posteriors import GaussianPosterior, LastLayerPosterior, Posterior
 from bayesdl.posteriors.base import Function, standard_normal
 from bayesdl.predictive import Predictive, cat_targets
 from bayesdl.priors.posterior import PosteriorPrior
@@ -160,11 +160,14 @@ class BayesianModel(nn.Module):
         return Predictive.cat(parts), cat_targets(parts, targets) if targets else None
 
     def log_evidence(self) -> Tensor:
-        """Laplace approximation of log p(data), a scalar.
+        """log p(data), a scalar: by Laplace's approximation; exact for a last layer's regression, a lower bound for its
+        classification.
 
         Raises:
             UnsupportedError: the method has none.
         """
+        if isinstance(self.posterior, LastLayerPosterior):
+            return self.posterior.belief.log_evidence(self.likelihood)
         return log_evidence(self._gaussian("log_evidence"), self.network)
 
     def tune(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ArgumentError
-from bayesdl.last_layer import bounds
+from bayesdl.last_layer.bounds import Normaliser
 from bayesdl.last_layer.parameterisation import Covariance
 
 MOST_ROUNDS, TOLERANCE, HALVINGS = 100, 1e-6, 20
@@ -48,6 +48,7 @@ def ascend(
     prior_precision: float | None = None,
     penalised: Tensor | None = None,
     bound: str = "km",
+    binary: bool = False,
     keep_mean: bool = False,
     rounds: int = MOST_ROUNDS,
 ) -> Ascent:
@@ -55,12 +56,13 @@ def ascend(
 
     Args:
         phi: features with their constant, `(N, d')`.
-        y: one-hot or soft labels `(N, K)`.
+        y: one-hot or soft labels `(N, K)`; labels in [0, 1] with `binary`.
         mean: where to start, `(K, d')`; those of the trained network.
         covariance: "full", "diag", "shared" or "precision" (their stationary points are closed forms).
         prior_precision: lambda; None estimates it.
         penalised: `(d',)` bool, the weights that the estimate of lambda counts (not the intercept).
         bound: "km" or "jensen".
+        binary: K two-class problems instead of one of K classes.
         keep_mean: leave the means as they are: the network's own predictions with uncertainty around them.
         rounds: the most.
 
@@ -73,46 +75,33 @@ def ascend(
         )
     if covariance.name == "lowrank":
         raise ArgumentError('covariance="lowrank" has no closed stationary point; use "full", "shared" or "diag"')
+    normaliser = Normaliser(bound, binary)
     width = phi.shape[1]
     counted = torch.ones(width, dtype=torch.bool, device=phi.device) if penalised is None else penalised
     precision = torch.full((width,), float(prior_precision or width), dtype=phi.dtype, device=phi.device)
-    variance = _start(phi, mean, covariance, precision)
+    variance = _start(phi, mean, covariance, precision, normaliser)
     trace: list[float] = []
     for _ in range(rounds):
         if not keep_mean:
-            mean = _step(phi, y, mean, variance, covariance, precision, bound)
-        _, weight = _weights(phi @ mean.mT, variance, bound)
+            mean = _step(phi, y, mean, variance, covariance, precision, normaliser)
+        _, weight = normaliser.gradients(phi @ mean.mT, variance)
         covariance.set_precision(_gram(phi, weight) + torch.diag(precision).double())
         variance = covariance.quad(phi)
         if prior_precision is None:
             spread = mean.square() + covariance.diagonal()
             precision = torch.full_like(precision, float(counted.sum() * len(mean) / spread[:, counted].sum()))
-        trace.append(float(_bound(phi, y, mean, variance, covariance, precision, bound)))
+        trace.append(float(_bound(phi, y, mean, variance, covariance, precision, normaliser)))
         if len(trace) > 1 and abs(trace[-1] - trace[-2]) <= TOLERANCE * abs(trace[-1]):
             return Ascent(mean, precision, tuple(trace), True)
     return Ascent(mean, precision, tuple(trace), False)
 
 
-def _start(phi: Tensor, mean: Tensor, covariance: Covariance, precision: Tensor) -> Tensor:
+def _start(phi: Tensor, mean: Tensor, covariance: Covariance, precision: Tensor, normaliser: Normaliser) -> Tensor:
     """The curvature of the softmax at the means alone."""
-    share = torch.softmax(phi @ mean.mT, -1)
+    logits = phi @ mean.mT
+    share, _ = normaliser.gradients(logits, torch.zeros_like(logits))
     covariance.set_precision(_gram(phi, share * (1.0 - share)) + torch.diag(precision).double())
     return covariance.quad(phi)
-
-
-def _upper(mean: Tensor, variance: Tensor, bound: str) -> Tensor:
-    return bounds.km(mean, variance) if bound == "km" else bounds.jensen(mean, variance)
-
-
-def _weights(mean: Tensor, variance: Tensor, bound: str) -> tuple[Tensor, Tensor]:
-    """dU/dm and 2 dU/dv, `(N, K)` each: gradients of the bound in its moments."""
-    if bound == "jensen":
-        share = torch.softmax(mean + 0.5 * variance, -1)
-        return share, share
-    tilt = bounds.best_tilt(mean, variance)
-    share = torch.softmax(mean + (0.5 - tilt) * variance, -1)
-    # a^2 + (1 - 2 a) p = (a - p)^2 + p (1 - p): positive for any a
-    return share, (tilt - share).square() + share * (1.0 - share)
 
 
 def _gram(phi: Tensor, weight: Tensor) -> Tensor:
@@ -126,10 +115,16 @@ def _gram(phi: Tensor, weight: Tensor) -> Tensor:
 
 
 def _bound(
-    phi: Tensor, y: Tensor, mean: Tensor, variance: Tensor, covariance: Covariance, precision: Tensor, bound: str
+    phi: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    covariance: Covariance,
+    precision: Tensor,
+    normaliser: Normaliser,
 ) -> Tensor:
     logits = phi @ mean.mT
-    fit = (y * logits).sum(-1) - y.sum(-1) * _upper(logits, variance, bound)
+    fit = (y * logits).sum(-1) - normaliser.mass(y) * normaliser.upper(logits, variance)
     spread = (precision * (mean.square() + covariance.diagonal())).sum(-1)
     divergence = 0.5 * (spread - precision.log().sum() - covariance.logdet() - len(precision))
     return fit.double().sum() - divergence.double().sum()
@@ -142,16 +137,16 @@ def _step(
     variance: Tensor,
     covariance: Covariance,
     precision: Tensor,
-    bound: str,
+    normaliser: Normaliser,
 ) -> Tensor:
     """One preconditioned step of the means, halved until the bound rises; the covariance stays."""
-    share, _ = _weights(phi @ mean.mT, variance, bound)
-    slope = (y - y.sum(-1, keepdim=True) * share).mT @ phi - precision * mean
+    share, _ = normaliser.gradients(phi @ mean.mT, variance)
+    slope = (y - normaliser.mass(y).unsqueeze(-1) * share).mT @ phi - precision * mean
     direction = torch.einsum("kij,kj->ki", covariance.dense().to(slope), slope)
 
     def value(candidate: Tensor) -> Tensor:
         logits = phi @ candidate.mT
-        fit = (y * logits).sum(-1) - y.sum(-1) * _upper(logits, variance, bound)
+        fit = (y * logits).sum(-1) - normaliser.mass(y) * normaliser.upper(logits, variance)
         return fit.double().sum() - 0.5 * (precision * candidate.square()).double().sum()
 
     before, size = value(mean), 1.0

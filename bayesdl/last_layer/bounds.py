@@ -5,6 +5,9 @@ All are differentiable in m and v, and none draws a sample.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -61,3 +64,44 @@ def check_bound(name: str) -> str:
     if name not in BOUNDS:
         raise UnknownNameError(f"bound {name!r} is not known; choose one of {BOUNDS}")
     return name
+
+
+@final
+@dataclass(frozen=True)
+class Normaliser:
+    """What a bound charges for the normaliser of y given K logits: one softmax over them, or K logistic functions.
+
+    A logistic function is a softmax over z and a second logit that is pinned at zero with variance zero.
+
+    Attributes:
+        bound: "jensen" or "km".
+        binary: K two-class problems instead of one of K classes.
+    """
+
+    bound: str
+    binary: bool
+
+    def upper(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Bound on the expected log-normaliser for `(..., K)`: `(...)`, summed over two-class problems."""
+        mean, variance = self._lift(mean), self._lift(variance)
+        found = (km if self.bound == "km" else jensen)(mean, variance)
+        return found.sum(-1) if self.binary else found
+
+    def gradients(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """dU/dm and 2 dU/dv, `(..., K)` each."""
+        mean, variance = self._lift(mean), self._lift(variance)
+        if self.bound == "jensen":
+            share = weight = torch.softmax(mean + 0.5 * variance, -1)
+        else:
+            tilt = best_tilt(mean, variance)
+            share = torch.softmax(mean + (0.5 - tilt) * variance, -1)
+            # a^2 + (1 - 2 a) p = (a - p)^2 + p (1 - p): positive for any a
+            weight = (tilt - share).square() + share * (1.0 - share)
+        return (share[..., 0], weight[..., 0]) if self.binary else (share, weight)
+
+    def mass(self, y: Tensor) -> Tensor:
+        """How often the normaliser enters for labels `(..., K)`: their sum over classes; once for two-class labels."""
+        return torch.ones_like(y[..., 0]) if self.binary else y.sum(-1)
+
+    def _lift(self, value: Tensor) -> Tensor:
+        return torch.stack([value, torch.zeros_like(value)], -1) if self.binary else value

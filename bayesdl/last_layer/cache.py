@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bayesdl.data import batches, in_batch
-from bayesdl.errors import BayesDLError, ShapeError, check_finite
+from bayesdl.errors import ArgumentError, BayesDLError, ShapeError, check_finite
 from bayesdl.last_layer.features import features
+from bayesdl.likelihoods.base import Likelihood
 from bayesdl.network import Network
 
 _FOLLOWED = (
@@ -26,7 +27,7 @@ AGREEMENT = 1e-3  # of the head applied to the features with the network's own o
 def each_batch(
     network: Network, layer: str, data: Iterable[Any], *, progress: bool
 ) -> Iterator[tuple[int, Tensor, Any]]:
-    """Yield `(number, features (B, d), target)`; the first batch proves that the layer makes the outputs.
+    """Yield `(number, features (B, ..., d), target)`; the first batch proves that the layer makes the outputs.
 
     Raises:
         ShapeError: the layer applied to the features is not the network's output (something follows the layer).
@@ -40,7 +41,42 @@ def each_batch(
                 else:
                     phi = _proven(network, layer, inputs)
                 check_finite(phi, "features")
-            yield number, phi.flatten(0, -2), target
+            yield number, phi, target
+
+
+def observations(
+    network: Network, layer: str, likelihood: Likelihood, outputs: int, data: Iterable[Any], *, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield features `(M, d)` and checked targets `(M, ...)` of the observations that count: positions are rows.
+
+    Args:
+        network: read for its features.
+        layer: the last layer.
+        likelihood: checks the targets.
+        outputs: K, numbers per observation that the layer makes.
+        data: loader.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: every target of the data is ignored.
+        ShapeError, LabelError, NonFiniteError: as `each_batch` and the likelihood.
+    """
+    found = False
+    for number, phi, target in each_batch(network, layer, data, progress=progress):
+        with in_batch(number):
+            made = likelihood.check_outputs(phi.new_zeros(*phi.shape[:-1], outputs))
+            y = likelihood.check_targets(made, target)
+        mask = likelihood.counted(y)
+        rows = phi.flatten(0, -2)
+        goal = y if made.dim() == 2 else y.flatten()
+        if mask is not None and not bool(mask.all()):
+            keep = mask.flatten()
+            rows, goal = rows[keep], goal[keep]
+        if len(rows):
+            found = True
+            yield rows, goal
+    if not found:
+        raise ArgumentError("every target of the data is ignored; at least one has to count")
 
 
 @contextmanager

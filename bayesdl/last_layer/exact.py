@@ -112,6 +112,25 @@ class ConjugateRegression:
         spread = degrees * torch.log(2.0 * math.pi * noise_variance)
         return constant + 0.5 * (self.shrinkage(ratio) - spread - fit)
 
+    def scale_evidence(self, shape: Tensor, rate: Tensor) -> Tensor:
+        """log p(y_k | features, rho) with 1 / s_k^2 ~ Gamma over the noise integrated out, `(K,)`.
+
+        Args:
+            shape: a_n of the posterior over 1 / s^2, `(K,)`: a_0 + degrees / 2.
+            rate: b_n, `(K,)`: b_0 + R(rho) / 2.
+
+        A prior with a_0 = b_0 = 0, p(s^2) proportional to 1 / s^2, is improper: the value is then per unit of it.
+        """
+        n, degrees = self.statistics.count, self.degrees
+        before = shape - 0.5 * degrees, rate - 0.5 * self.misfit(self.ratio)
+        # differences of large numbers: less than their rounding counts as the reference prior
+        proper = (before[0] > 1e-9 * shape) & (before[1] > 1e-9 * rate)
+        a, b = (torch.where(proper, value, torch.ones_like(value)) for value in before)
+        prior = torch.where(proper, a * b.log() - torch.lgamma(a), torch.zeros_like(a))
+        constant = (math.log(n) if self.intercept == "flat" else 0.0) + degrees * math.log(2.0 * math.pi)
+        fit = torch.lgamma(shape) - shape * rate.log()
+        return prior + fit + 0.5 * (self.shrinkage(self.ratio) - constant)
+
     def profile(self, ratio: Tensor) -> Tensor:
         """`evidence` at the noise that is best for rho, up to a constant, `(..., K)`."""
         misfit = self.misfit(ratio).clamp(min=torch.finfo(torch.float64).tiny)

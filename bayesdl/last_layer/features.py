@@ -15,6 +15,8 @@ from bayesdl.network import Network
 def features(network: Network, layer: str, inputs: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
     """What layer `layer` is given for one batch, after whatever the network does to its outputs: `(B, d)`.
 
+    Networks with outputs at every position have features there: `(B, T, d)`, `(B, H, W, d)`.
+
     The layer hands its input on as it is, so that pooling behind the layer pools the features. `tensors` replace the
     network's own by name.
     """

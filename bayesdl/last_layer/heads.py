@@ -13,9 +13,10 @@ from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, ShapeError
 from bayesdl.last_layer import bounds
 from bayesdl.last_layer.head import Head
 from bayesdl.latent import GaussianLatent
-from bayesdl.likelihoods import Categorical, Gaussian, Likelihood, NormalGamma
+from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, NormalGamma
 
 NOISES = ("point", "gamma")
+LIKELIHOODS = ("categorical", "bernoulli")
 
 
 class NoisyHead(Head):
@@ -145,7 +146,9 @@ class Classification(NoisyHead):
     Args:
         bound: "km" (adaptive tilt, the tightest), "jensen" or "km_reduced" (weights scale with the noise; needed for
             noise="gamma"). See `bayesdl.last_layer.bounds`.
-        link: of the predictive: "probit", "bridge" or "mc".
+        likelihood: "categorical", one of K classes; or "bernoulli", K labels that are 0 or 1, each a softmax of its
+            logit and one that is pinned at zero.
+        link: of the predictive: "probit", "bridge" (categorical) or "mc".
         ignore_index: label of elements that do not count.
         options: see `NoisyHead` and `Head`.
     """
@@ -157,15 +160,19 @@ class Classification(NoisyHead):
         *,
         num_data: int,
         bound: str = "km",
+        likelihood: str = "categorical",
         link: str = "probit",
         ignore_index: int = -100,
         **options: Any,
     ) -> None:
         super().__init__(in_features, out_features, num_data=num_data, **options)
-        if out_features < 2:
-            raise ArgumentError(f"{out_features} classes; expected at least 2")
+        if likelihood not in LIKELIHOODS:
+            raise UnknownNameError(f"likelihood {likelihood!r} has no such head; choose one of {sorted(LIKELIHOODS)}")
+        self.binary = likelihood == "bernoulli"
+        if out_features < 2 and not self.binary:
+            raise ArgumentError(f'{out_features} classes; expected at least 2 (one label: likelihood="bernoulli")')
         self.bound, self.link, self.ignore_index = bounds.check_bound(bound), link, ignore_index
-        Categorical(link=link)  # raises on an unknown link
+        self.likelihood()  # raises on an unknown link
         if self.noise == "gamma" and bound != "km_reduced":
             raise ArgumentError(f'noise="gamma" has a finite expectation only under bound="km_reduced"; got {bound!r}')
         if bound == "km_reduced":
@@ -177,13 +184,8 @@ class Classification(NoisyHead):
 
     def targets(self, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         batch, classes = mean.shape
-        if y.dtype.is_floating_point:
-            if y.shape[-1] != classes or y.numel() != mean.numel():
-                raise ShapeError(f"targets have shape {tuple(y.shape)}; expected soft labels {tuple(mean.shape)}")
-            soft = y.reshape(mean.shape).to(mean.dtype)
-            if not bool(torch.isfinite(soft).all()):
-                raise NonFiniteError("soft labels: NaN or infinity")
-            return soft, torch.ones(batch, dtype=torch.bool, device=mean.device)
+        if self.binary or y.dtype.is_floating_point:
+            return self._soft(y, mean), torch.ones(batch, dtype=torch.bool, device=mean.device)
         if y.numel() != batch or y.dtype is torch.bool:
             raise ShapeError(f"targets have shape {tuple(y.shape)} and dtype {y.dtype}; expected {batch} class indices")
         labels = y.reshape(-1).to(device=mean.device, dtype=torch.long)
@@ -195,16 +197,31 @@ class Classification(NoisyHead):
         hard = nn.functional.one_hot(torch.where(kept, labels, 0), classes)
         return hard.to(mean.dtype), kept
 
+    def _soft(self, y: Tensor, mean: Tensor) -> Tensor:
+        """Probabilities of classes or labels as `(B, K)`."""
+        classes = mean.shape[-1]
+        if y.numel() != mean.numel() or (y.shape[-1] != classes and classes > 1):
+            raise ShapeError(f"targets have shape {tuple(y.shape)}; expected labels {tuple(mean.shape)}")
+        soft = y.reshape(mean.shape).to(mean)
+        if not bool(torch.isfinite(soft).all()):
+            raise NonFiniteError("soft labels: NaN or infinity")
+        bad = (soft < 0) | (soft > 1)
+        if bool(bad.any()):
+            place = tuple(int(i) for i in bad.nonzero()[0])
+            raise LabelError(f"target {float(soft[place])} at index {place} is no probability; expected 0..1")
+        return soft
+
     def expected_log_likelihood(self, mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
         noise, precision = self.variance_and_precision()
         if self.bound == "km_reduced":
             # E[1/s^2] and E[s^2] stand in for a noise that is known only as a gamma
             inner = noise / 4.0 - self.alpha + self.alpha.square() * precision
             spread = 1.0 + variance
-            upper = torch.logsumexp(mean + self.alpha * spread, -1) + 0.5 * (spread * inner).sum(-1)
+            shifted, rest = mean + self.alpha * spread, 0.5 * (spread * inner).sum(-1)
+            upper = rest + (nn.functional.softplus(shifted).sum(-1) if self.binary else torch.logsumexp(shifted, -1))
         else:
-            upper = (bounds.km if self.bound == "km" else bounds.jensen)(mean, variance + noise)
-        return (y * mean).sum(-1) - y.sum(-1) * upper
+            upper = bounds.Normaliser(self.bound, self.binary).upper(mean, variance + noise)
+        return (y * mean).sum(-1) - (upper if self.binary else y.sum(-1) * upper)
 
     def latent(self, mean: Tensor, variance: Tensor) -> GaussianLatent:
         noise = self.variance_and_precision()[0]
@@ -214,7 +231,7 @@ class Classification(NoisyHead):
         return GaussianLatent(mean / shrink.sqrt(), spread / shrink)
 
     def likelihood(self) -> Likelihood:
-        return Categorical(link=self.link)
+        return Bernoulli(link=self.link) if self.binary else Categorical(link=self.link, ignore_index=self.ignore_index)
 
 
 def _inverse_softplus(value: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, ShapeError, UnsupportedError, check_finite
-from bayesdl.last_layer.cache import each_batch
+from bayesdl.last_layer.cache import observations
 from bayesdl.last_layer.exact import ConjugateRegression
 from bayesdl.last_layer.search import maximise
 from bayesdl.last_layer.statistics import Statistics
@@ -50,9 +50,8 @@ def update(model: BayesianModel, data: Iterable[Any], *, retune: bool = False, p
     total: Statistics | None = None
     layer = posterior.layer_of(model.network)
     given = model.likelihood if not isinstance(model.likelihood, NormalGamma) else Gaussian(1.0)
-    for _, phi, target in each_batch(model.network, layer, data, progress=progress):
-        outputs = given.check_outputs(phi.new_zeros(len(phi), regression.num_outputs))
-        part = Statistics.of(phi, given.check_targets(outputs, target))
+    for phi, y in observations(model.network, layer, given, regression.num_outputs, data, progress=progress):
+        part = Statistics.of(phi, y)
         total = part if total is None else total + part
     if total is None:
         raise ArgumentError("the data loader yields no batch")

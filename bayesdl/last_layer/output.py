@@ -54,7 +54,10 @@ class HeadOutput:
 
     @cached_property
     def latent(self) -> GaussianLatent:
-        """Belief over the noise-free outputs; leading axes flattened, `(B, K)`."""
+        """Belief over the noise-free outputs: `(..., K)` for class labels, `(B, K)` with leading axes flattened for
+        families that know no positions."""
+        if self.head.likelihood().output_axis is not None:
+            return self.head.latent(self.mean, self.variance)
         return self.head.latent(self.mean.flatten(0, -2), self.variance.flatten(0, -2))
 
     @cached_property

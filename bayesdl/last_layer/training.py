@@ -16,7 +16,7 @@ from bayesdl.last_layer.head import Head
 from bayesdl.last_layer.heads import Classification, NoisyHead, Regression
 from bayesdl.last_layer.output import HeadOutput
 from bayesdl.last_layer.surgery import parameter_groups, replace
-from bayesdl.likelihoods import Categorical, Gaussian
+from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesdl.methods.base import Fitted, Task, residual_noise
 from bayesdl.posteriors import PointPosterior
 from bayesdl.posteriors.last_layer import LastLayerPosterior
@@ -78,20 +78,33 @@ def _head(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> NoisyHea
         "prior_precision": None if prior is None else float(torch.as_tensor(prior.precision).reshape(-1)[0]),
     }
     sizes = (linear.in_features, linear.out_features)
-    if isinstance(task.likelihood, Categorical):
-        return Classification(*sizes, bound=method.bound, link=task.likelihood.link, **options)
+    if isinstance(task.likelihood, (Categorical, Bernoulli)):
+        family: dict[str, Any] = {"likelihood": task.likelihood.name, "link": task.likelihood.link}
+        if isinstance(task.likelihood, Categorical) and task.likelihood.ignore_index is not None:
+            family["ignore_index"] = task.likelihood.ignore_index
+        return Classification(*sizes, bound=method.bound, **family, **options)
     if isinstance(task.likelihood, Gaussian):
         known = task.likelihood.noise is not None
         start = (
             torch.as_tensor(task.likelihood.noise) if known else residual_noise(task, PointPosterior(), task.likelihood)
         )
         return Regression(*sizes, init_noise=start.cpu(), fixed_noise=known, **options)
-    raise UnsupportedError(f"the {task.likelihood.name} likelihood has no trained head; use gaussian or categorical")
+    raise UnsupportedError(
+        f"the {task.likelihood.name} likelihood has no trained head; use gaussian, categorical or bernoulli"
+    )
 
 
 def _count(task: Task, data: Iterable[Any]) -> int:
-    passes = batches(task.network, data, progress=False, describe="count")
-    return sum(int(torch.as_tensor(target).shape[0]) for _, _, target in passes)
+    """Supervised elements: tokens, not sequences; those that are ignored do not count."""
+    total = 0
+    for _, _, target in batches(task.network, data, progress=False, describe="count"):
+        y = torch.as_tensor(target)
+        if isinstance(task.likelihood, Categorical):
+            ignored = task.likelihood.ignore_index
+            total += y.numel() if ignored is None else int((y != ignored).sum())
+        else:
+            total += len(y)
+    return max(1, total)
 
 
 def _output(task: Task, copy: nn.Module, inputs: Any) -> HeadOutput:

@@ -7,24 +7,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayesdl.data import in_batch
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
-from bayesdl.last_layer.ascent import ascend
-from bayesdl.last_layer.cache import each_batch, gathered
+from bayesdl.last_layer.cache import gathered, observations
 from bayesdl.last_layer.exact import ConjugateRegression
 from bayesdl.last_layer.features import last_linear, linear_layer
-from bayesdl.last_layer.parameterisation import make
 from bayesdl.last_layer.rules import leave_one_out, leave_one_out_residuals
 from bayesdl.last_layer.search import SHARINGS, maximise
 from bayesdl.last_layer.statistics import Statistics
-from bayesdl.likelihoods import Categorical, Gaussian, Likelihood, NormalGamma
+from bayesdl.last_layer.variational import classify, precision_of
+from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, NormalGamma
 from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.network import first_inputs
-from bayesdl.posteriors.last_layer import ConjugateWeights, GaussianWeights, LastLayerPosterior
-from bayesdl.priors import GaussianPrior
+from bayesdl.posteriors.last_layer import ConjugateWeights, LastLayerPosterior
 from bayesdl.select import Selector
 
 MODES = ("frozen", "full")
@@ -90,11 +87,11 @@ class VBLL(Method):
             return train(self, task, layer, data)
         if isinstance(task.likelihood, Gaussian):
             return self._regression(task, layer, data)
-        if isinstance(task.likelihood, Categorical):
-            return self._classification(task, layer, data, task.likelihood)
+        if isinstance(task.likelihood, (Categorical, Bernoulli)):
+            return classify(self, task, layer, data, task.likelihood)
         raise UnsupportedError(
             f"the {task.likelihood.name} likelihood has no closed-form last layer; use "
-            'bdl.Laplace(select="last_layer"), or likelihood="gaussian" or "categorical"'
+            'bdl.Laplace(select="last_layer"), or likelihood="gaussian", "categorical" or "bernoulli"'
         )
 
     def _check(self) -> None:
@@ -118,16 +115,10 @@ class VBLL(Method):
         given = task.likelihood
         family = given.with_noise(1.0) if isinstance(given, Gaussian) and given.noise is None else given
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for number, phi, target in each_batch(task.network, layer, data, progress=task.progress):
-                with in_batch(number):
-                    outputs = family.check_outputs(phi.new_zeros(len(phi), width))
-                    y = family.check_targets(outputs, target)
-                yield phi, y
-
         width = linear_layer(task.network, layer).out_features
+        pairs = observations(task.network, layer, family, width, data, progress=task.progress)
         moments: list[Statistics] = []
-        with gathered(_tap(pairs(), moments), self.cache_bytes) as (phi, y):
+        with gathered(_tap(pairs, moments), self.cache_bytes) as (phi, y):
             regression, findings = self._hyperparameters(moments[0], task, phi, y)
             findings += _overfitted(regression, phi, y)
         likelihood, regression = self._likelihood(task, regression)
@@ -139,7 +130,7 @@ class VBLL(Method):
         start = ConjugateRegression.decompose(total, intercept=self.intercept)
         outputs, like = start.num_outputs, start.values
         prior = task.gaussian_prior()
-        precision = None if prior is None else _per_output(prior, outputs, like)
+        precision = None if prior is None else precision_of(prior, outputs, like)
         variance = None
         if isinstance(task.likelihood, Gaussian) and task.likelihood.noise is not None:
             variance = task.likelihood.scale(like.new_zeros(1, outputs)).square()
@@ -179,78 +170,12 @@ class VBLL(Method):
         scaled = regression.with_hyperparameters(regression.ratio, rate / (shape - 1.0))
         return NormalGamma(torch.full_like(rate, shape), rate), scaled
 
-    def _classification(self, task: Task, layer: str, data: Iterable[Any], likelihood: Categorical) -> Fitted:
-        linear = linear_layer(task.network, layer)
-        classes, bias = linear.out_features, linear.bias is not None
-        prior = task.gaussian_prior()
-
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for number, phi, target in each_batch(task.network, layer, data, progress=task.progress):
-                with in_batch(number):
-                    outputs = likelihood.check_outputs(phi.new_zeros(len(phi), classes))
-                    labels = likelihood.check_targets(outputs, target)
-                wide = phi.float() if phi.dtype in (torch.float16, torch.bfloat16) else phi
-                yield (torch.cat([wide, wide.new_ones(len(wide), 1)], 1) if bias else wide), labels
-
-        with gathered(pairs(), self.cache_bytes) as (phi, labels):
-            start = (
-                linear.weight.detach()
-                if linear.bias is None
-                else torch.cat([linear.weight.detach(), linear.bias.detach().unsqueeze(1)], 1)
-            )
-            with torch.device(phi.device):
-                covariance = make(self.covariance, phi.shape[1], classes).to(phi.dtype)
-            counted = torch.ones(phi.shape[1], dtype=torch.bool, device=phi.device)
-            counted[-1] = not bias
-            hard = nn.functional.one_hot(labels, classes).to(phi.dtype)
-            found = ascend(
-                phi,
-                hard,
-                start.to(phi.dtype),
-                covariance,
-                prior_precision=None if prior is None else float(_per_output(prior, 1, phi)[0]),
-                penalised=counted,
-                bound=self.bound,
-                keep_mean=self.mean == "keep",
-            )
-        scale = torch.ones(2, classes, dtype=phi.dtype, device=phi.device)
-        belief = GaussianWeights.of(found.mean, covariance, scale, bias)
-        precision = float(found.prior_precision[0])
-        findings = [
-            Finding(
-                "info",
-                f"prior precision {precision:.3g} {'by the bound' if prior is None else 'as given'}",
-                topic="prior",
-            )
-        ]
-        if not found.converged:
-            findings.append(
-                Finding("warning", f"the bound still moved after {len(found.bounds)} rounds", "fix the prior")
-            )
-        return Fitted(
-            LastLayerPosterior(layer, belief),
-            likelihood,
-            tuple(findings),
-            cost=(("bound", found.bounds[-1]), ("rounds", float(len(found.bounds)))),
-        )
-
 
 def _tap(parts: Iterable[tuple[Tensor, Tensor]], totals: list[Statistics]) -> Iterator[tuple[Tensor, Tensor]]:
     """Hand pairs on and keep their statistics."""
     for phi, y in parts:
         totals[:] = [totals[0] + Statistics.of(phi, y)] if totals else [Statistics.of(phi, y)]
         yield phi, y
-
-
-def _per_output(prior: GaussianPrior, outputs: int, like: Tensor) -> Tensor:
-    value = torch.as_tensor(prior.precision, dtype=like.dtype, device=like.device)
-    mean = torch.as_tensor(prior.mean)
-    if value.numel() not in (1, outputs) or bool(mean.any()):
-        raise ArgumentError(
-            f"a Bayesian last layer takes a prior of mean zero with one precision, or one per output ({outputs}); "
-            f"got {value.numel()} precisions"
-        )
-    return value.reshape(-1).expand(outputs)
 
 
 def _overfitted(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> tuple[Finding, ...]:

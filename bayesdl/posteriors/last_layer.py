@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.errors import SelectionError
+from bayesdl.errors import SelectionError, UnsupportedError
 from bayesdl.last_layer.exact import ConjugateRegression
 from bayesdl.last_layer.features import features
 from bayesdl.last_layer.parameterisation import Covariance, make
 from bayesdl.last_layer.statistics import Statistics
 from bayesdl.latent import GaussianLatent, Latent
+from bayesdl.likelihoods import Gaussian, Likelihood, NormalGamma
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, standard_normal
 
@@ -32,6 +33,17 @@ class Belief(ABC):
     @abstractmethod
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Weights `(n, K, d)` and biases `(n, K)`."""
+
+    def log_evidence(self, likelihood: Likelihood) -> Tensor:
+        """log p(data), or a lower bound of it, a scalar.
+
+        Raises:
+            UnsupportedError: the fit left none.
+        """
+        del likelihood
+        raise UnsupportedError(
+            "this last layer has no evidence: frozen regressions have one, and frozen classifiers a lower bound"
+        )
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -65,6 +77,14 @@ class ConjugateWeights(Belief):
         noise = standard_normal((n, outputs, width + 1), values, generator)
         return self.regression.draw(noise[..., :width], noise[..., width])
 
+    def log_evidence(self, likelihood: Likelihood) -> Tensor:
+        own = self.regression
+        if isinstance(likelihood, NormalGamma):
+            return own.scale_evidence(*likelihood.parameters(own.noise_variance)).sum()
+        if isinstance(likelihood, Gaussian):
+            return own.evidence(own.ratio, likelihood.scale(own.noise_variance).square()).sum()
+        return super().log_evidence(likelihood)
+
     def tensors(self) -> dict[str, Tensor]:
         own = self.regression
         kept = {"values": own.values, "vectors": own.vectors, "target": own.target, "ratio": own.ratio}
@@ -93,20 +113,22 @@ class GaussianWeights(Belief):
         covariance: S.
         scale: `(2, K)`; factors of mean and variance of the outputs (logit noise is aleatoric).
         bias: whether the last weight belongs to a constant 1.
+        bound: lower bound of log p(data), where the fit ended with one.
     """
 
     mean: Tensor
     covariance: Covariance
     scale: Tensor
     bias: bool
+    bound: float | None = None
 
     name: ClassVar[str] = "gaussian"
 
     @classmethod
-    def of(cls, mean: Tensor, covariance: Covariance, scale: Tensor, bias: bool) -> Self:
+    def of(cls, mean: Tensor, covariance: Covariance, scale: Tensor, bias: bool, *, bound: float | None = None) -> Self:
         """A detached copy: training on the head leaves it as it is."""
         held = {name: value.detach().clone() for name, value in covariance.state_dict().items()}
-        return cls(mean.detach().clone(), _rebuilt(covariance, held), scale.detach().clone(), bias)
+        return cls(mean.detach().clone(), _rebuilt(covariance, held), scale.detach().clone(), bias, bound)
 
     def latent(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         phi = phi.to(self.mean.dtype)
@@ -122,13 +144,22 @@ class GaussianWeights(Belief):
             return weights[..., :-1], weights[..., -1]
         return weights, weights.new_zeros(weights.shape[:2])
 
+    def log_evidence(self, likelihood: Likelihood) -> Tensor:
+        return super().log_evidence(likelihood) if self.bound is None else self.mean.new_tensor(self.bound).double()
+
     def tensors(self) -> dict[str, Tensor]:
         held = {f"covariance.{name}": value for name, value in self.covariance.state_dict().items()}
         return {"mean": self.mean, "scale": self.scale, **held}
 
     def config(self) -> dict[str, Any]:
         own = self.covariance
-        return {"covariance": own.name, "rank": own.rank, "memory": own.memory, "bias": self.bias}
+        return {
+            "covariance": own.name,
+            "rank": own.rank,
+            "memory": own.memory,
+            "bias": self.bias,
+            "bound": self.bound,
+        }
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
@@ -138,7 +169,9 @@ class GaussianWeights(Belief):
         options = {"rank": int(config["rank"]), "memory": int(config["memory"])}
         with torch.device(mean.device):
             empty = make(str(config["covariance"]), mean.shape[1], mean.shape[0], **options)
-        return cls(mean, _filled(empty, held), tensors["scale"], bool(config["bias"]))
+        bound = config.get("bound")
+        whole = _filled(empty, held)
+        return cls(mean, whole, tensors["scale"], bool(config["bias"]), None if bound is None else float(bound))
 
 
 BELIEFS: dict[str, type[Belief]] = {belief.name: belief for belief in (ConjugateWeights, GaussianWeights)}

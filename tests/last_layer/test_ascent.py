@@ -81,3 +81,22 @@ def test_refusals():
         ascend(phi, y, torch.zeros(K, D + 1).double(), make("full", D + 1, K).double(), bound="km_reduced")
     with pytest.raises(ArgumentError, match="no closed stationary point"):
         ascend(phi, y, torch.zeros(K, D + 1).double(), make("lowrank", D + 1, K).double())
+
+
+@pytest.mark.parametrize("bound", ["km", "jensen"])
+def test_two_class_problems_are_fitted_each_for_itself_and_end_where_gradients_vanish(bound):
+    phi, y = problem()
+    labels = torch.stack([y[:, 0], y[:, 1]], 1)
+    together = make("full", D + 1, 2).double()
+    options = {"prior_precision": 1.0, "bound": bound, "binary": True, "rounds": 3000}
+    found = ascend(phi, labels, torch.zeros(2, D + 1).double(), together, **options)
+    for k in range(2):
+        alone = make("full", D + 1, 1).double()
+        single = ascend(phi, labels[:, k : k + 1], torch.zeros(1, D + 1).double(), alone, **options)
+        assert torch.allclose(single.mean[0], found.mean[k], atol=2e-2)
+        assert torch.allclose(alone.dense()[0], together.dense()[k], atol=2e-2)
+    mean = found.mean.clone().requires_grad_()
+    logits, variance = phi @ mean.mT, together.quad(phi)
+    fit = ((labels * logits).sum(-1) - bounds.Normaliser(bound, True).upper(logits, variance)).sum()
+    gradient = torch.autograd.grad(fit - 0.5 * mean.square().sum(), mean)[0]
+    assert float(gradient.abs().max()) < 0.15

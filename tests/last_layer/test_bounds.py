@@ -1,7 +1,9 @@
 """Bounds are bounds, ordered, and their iteration converges where the plain one does not."""
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bayesdl.errors import UnknownNameError
 from bayesdl.last_layer import bounds
@@ -82,3 +84,28 @@ def test_names():
     assert bounds.check_bound("km") == "km"
     with pytest.raises(UnknownNameError, match="choose one of"):
         bounds.check_bound("taylor")
+
+
+@pytest.mark.parametrize("bound", ["km", "jensen"])
+def test_two_class_bounds_are_above_a_quadrature_of_the_softplus(bound):
+    nodes, weights = (torch.as_tensor(v) for v in np.polynomial.hermite_e.hermegauss(80))
+    mean = torch.linspace(-4, 4, 9, dtype=torch.float64).unsqueeze(1).expand(9, 2)
+    variance = torch.tensor([0.3, 6.0], dtype=torch.float64).expand(9, 2)
+    points = mean.unsqueeze(-1) + variance.sqrt().unsqueeze(-1) * nodes
+    expected = (nn.functional.softplus(points) * weights).sum(-1).sum(-1) / weights.sum()
+    found = bounds.Normaliser(bound, True).upper(mean, variance)
+    assert bool((found > expected).all())
+    certain = bounds.Normaliser(bound, True).upper(mean, torch.zeros_like(variance))
+    assert torch.allclose(certain, nn.functional.softplus(mean).sum(-1))
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("bound", ["km", "jensen"])
+def test_gradients_of_the_normaliser(bound, binary):
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    variance = torch.rand(5, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    normaliser = bounds.Normaliser(bound, binary)
+    slope, spread = torch.autograd.grad(normaliser.upper(mean, variance).sum(), [mean, variance])
+    found = normaliser.gradients(mean.detach(), variance.detach())
+    assert torch.allclose(found[0], slope, atol=1e-6) and torch.allclose(found[1], 2 * spread, atol=1e-6)

@@ -189,3 +189,18 @@ def test_constant_targets_and_few_points_are_told():
     nothing = torch.randn(N, 1, generator=generator, dtype=torch.float64) * 0 + 1.0
     _, edge = maximise(ConjugateRegression.decompose(Statistics.of(phi, nothing)))
     assert bool(edge.all())
+
+
+@pytest.mark.parametrize("intercept", ["flat", "proper", "none"])
+def test_evidence_of_an_unknown_scale_is_a_quadrature_over_it(intercept):
+    phi, y = problem()
+    y = y[:, 1:2]
+    ratio, a0, b0 = torch.tensor([2.0]).double(), 3.0, 0.7
+    regression = ConjugateRegression.decompose(Statistics.of(phi, y), intercept=intercept).with_ratio(ratio)
+    shape = torch.tensor([a0 + 0.5 * regression.degrees]).double()
+    found = regression.scale_evidence(shape, b0 + 0.5 * regression.misfit(ratio))
+    logs = torch.linspace(-12, 8, 20001, dtype=torch.float64)
+    precision = logs.exp()
+    prior = torch.distributions.Gamma(torch.tensor(a0).double(), b0).log_prob(precision)
+    values = regression.evidence(ratio, (1 / precision).unsqueeze(1))[:, 0] + prior + logs
+    assert torch.allclose(found[0], torch.logsumexp(values, 0) + (logs[1] - logs[0]).log(), rtol=1e-8)

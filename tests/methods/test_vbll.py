@@ -214,3 +214,61 @@ def test_an_interpolating_last_layer_is_told():
         wide, "vbll", [(x, y)], likelihood="gaussian", prior=bdl.GaussianPrior(precision=1e-6), progress=False
     )
     assert any("left-out residuals" in finding.text for finding in bayes.diagnose().warnings)
+
+
+def test_several_labels_are_several_problems_and_the_bound_is_the_evidence():
+    x, y = data()
+    labels = (y > 0.3).float()
+    net = Counting(2)
+    loader = batches(x, labels)
+    bayes = bdl.wrap(net, "vbll", loader, likelihood="bernoulli", progress=False)
+    assert bayes(x).probs.shape == (90, 2)
+    assert bayes(x).log_prob(labels).mean() > bdl.wrap(net, "map", likelihood="bernoulli")(x).log_prob(labels).mean()
+    assert float(bayes.log_evidence()) == pytest.approx(bayes.cost["bound"], rel=1e-6)
+    trained = bdl.wrap(net, bdl.VBLL(mode="full", epochs=3), loader, likelihood="bernoulli", progress=False)
+    assert trained(x).probs.shape == (90, 2)
+    with pytest.raises(UnsupportedError, match="no evidence"):
+        trained.log_evidence()
+
+
+@pytest.mark.parametrize("case", ["tokens", "pixels", "classes first"])
+def test_outputs_at_every_position_are_those_of_the_flattened_data(case):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 5, 3, generator=generator)
+    y = (x.sum(-1) + 0.5 * torch.randn(24, 5, generator=generator) > 0).long()
+    y[0], y[3, 2:] = -100, -100
+    flat = Counting(2)
+    kept = y.flatten() != -100
+    oracle = bdl.wrap(flat, "vbll", [(x.flatten(0, 1)[kept], y.flatten()[kept])], likelihood="categorical")
+    likelihood, inputs, targets = "categorical", x, y
+
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Counting(2)
+
+        def forward(self, x):
+            return self.inner(x).movedim(-1, 1)
+
+    if case == "tokens":
+        net = Counting(2)
+    else:
+        net = Moved()
+        if case == "pixels":
+            inputs, targets = x.reshape(6, 4, 5, 3), y.reshape(6, 4, 5)
+        else:
+            likelihood = bdl.Categorical(class_axis=1)
+    layer = "fc" if case == "tokens" else "inner.fc"
+    bayes = bdl.wrap(net, bdl.VBLL(layer=layer), batches(inputs, targets, 4), likelihood=likelihood, progress=False)
+    found = bayes(inputs)
+    assert found.mean.shape == (*inputs.shape[:-1], 2)
+    expected = oracle(x.flatten(0, 1))
+    assert torch.allclose(found.mean.reshape(-1, 2), expected.mean, atol=1e-5)
+    assert torch.allclose(found.latent.variance.reshape(-1, 2), expected.latent.variance, rtol=1e-3)
+    assert bayes.cost["bound"] == pytest.approx(oracle.cost["bound"], rel=1e-5)
+
+
+def test_a_loader_without_a_target_that_counts_is_refused():
+    x = torch.randn(4, 5, 3)
+    with pytest.raises(ArgumentError, match="every target of the data is ignored"):
+        bdl.wrap(Counting(2), "vbll", [(x, torch.full((4, 5), -100))], likelihood="categorical", progress=False)
