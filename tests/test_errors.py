@@ -13,8 +13,10 @@ from bayesdl import errors
 
 TABLE: dict[str, type[Exception]] = {
     "ArgumentError": ValueError,
+    "DistributedError": RuntimeError,
     "FileFormatError": ValueError,
     "LabelError": ValueError,
+    "LossScaleError": ValueError,
     "MissingDependencyError": ImportError,
     "NonFiniteError": ValueError,
     "NotFittedError": RuntimeError,
@@ -22,6 +24,7 @@ TABLE: dict[str, type[Exception]] = {
     "SelectionError": ValueError,
     "ShapeError": ValueError,
     "StaleModelError": RuntimeError,
+    "StepSizeError": ValueError,
     "UnknownNameError": KeyError,
     "UnreachedParameterError": RuntimeError,
     "UnsupportedError": ValueError,

@@ -26,7 +26,8 @@ class Poisson(Likelihood):
     task: ClassVar[str] = "count"
 
     def distribution(self, f: Tensor) -> Distribution:
-        return TorchPoisson(f.exp())
+        # an infinite rate would make log p NaN, where it is only as low as a number can be
+        return TorchPoisson(f.exp().clamp(max=torch.finfo(f.dtype).max))
 
     def check_targets(self, f: Tensor, y: Tensor) -> Tensor:
         target = super().check_targets(f, y)

@@ -14,7 +14,7 @@ from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.products import selected
 from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Finding
-from bayesdl.errors import ArgumentError, UnsupportedError, check_finite
+from bayesdl.errors import ArgumentError, NonFiniteError, UnsupportedError, check_finite
 from bayesdl.latent import GaussianLatent
 from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from bayesdl.linalg import eigh
@@ -193,13 +193,28 @@ def pick(candidates: Tensor, table: Tensor, standard_errors: float = 0.0) -> int
         candidates: prior precisions `(R,)`.
         table: losses `(R, N)`.
         standard_errors: of the mean difference to the best candidate, example by example.
+
+    Raises:
+        NonFiniteError: no candidate has a finite loss.
     """
-    best = int(table.mean(1).argmin())
+    best = least(table.mean(1))
     if not standard_errors > 0 or table.shape[1] < 2:
         return best
     gap = table - table[best]
     near = gap.mean(1) <= standard_errors * gap.std(1) / table.shape[1] ** 0.5
     return int(torch.where(near, candidates, candidates.new_full((), -torch.inf)).argmax())
+
+
+def least(losses: Tensor) -> int:
+    """The first of the least finite losses `(R,)`. Raises `NonFiniteError` where none is finite."""
+    usable = torch.isfinite(losses)
+    if not bool(usable.any()):
+        raise NonFiniteError(
+            "the loss is NaN or infinite at every prior precision tried; pass grid=[...] with larger precisions, or "
+            "fit with dtype=torch.float64"
+        )
+    # argmin takes NaN for the least
+    return int(torch.where(usable, losses, losses.new_full((), torch.inf)).argmin())
 
 
 def training_source(

@@ -30,6 +30,7 @@ from bayesdl.tuning.grid import (
     choose,
     covariances,
     grid_of,
+    least,
     passes,
     projected,
     relative_noise,
@@ -76,7 +77,7 @@ def tune_loo(
         scores, factors = _profiled(posterior, candidates, rows)
     else:
         scores, factors = _losses(model.likelihood, posterior, candidates, rows).mean(1), None
-    return choose(model, posterior, candidates, int(scores.argmin()), factors, "by leave-one-out")
+    return choose(model, posterior, candidates, least(scores), factors, "by leave-one-out")
 
 
 def cavity(mean: Tensor, covariance: Tensor, root: Tensor, score: Tensor, temperature: float = 1.0) -> GaussianLatent:

@@ -45,11 +45,19 @@ def wrap(likelihood: str, label: str) -> bdl.BayesianModel:
     return bdl.wrap(models, VARIANTS[label], data, likelihood=LIKELIHOODS[likelihood], prior=PRIOR, progress=False)
 
 
+# a Bayesian last layer has a closed form, or a bound, for these alone
+LAST_LAYERS = dict.fromkeys(("vbll", "vbll-full"), ("categorical", "bernoulli", "gaussian"))
+
+
+def taken(likelihood: str, label: str) -> bool:
+    return likelihood in (LOGITS if label == "temperature" else LAST_LAYERS.get(label, LIKELIHOODS))
+
+
 PAIRS = [
     pytest.param(likelihood, label, id=f"{likelihood}-{label}")
     for likelihood in LIKELIHOODS
     for label in VARIANTS
-    if label != "temperature" or likelihood in LOGITS
+    if taken(likelihood, label)
 ]
 
 
@@ -75,20 +83,29 @@ def test_combination(likelihood: str, label: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("likelihood", "label"), PAIRS)
 def test_tuning(likelihood: str, label: str) -> None:
     bayes, data = wrap(likelihood, label), [(X, targets(likelihood))]
-    tunable = likelihood in (*LOGITS, "gaussian") or label == "laplace"
+    linearized = label.startswith("laplace") and label != "laplace-samples"
+    tunable = likelihood in (*LOGITS, "gaussian") or linearized
     if not tunable:
         with pytest.raises(UnsupportedError, match="has no output temperature; tune the method instead"):
             bayes.tune("heldout", data)
         return
     tuned = bayes.tune("heldout", data)
     before, after = (-float(b(X).log_prob(data[0][1]).mean()) for b in (bayes, tuned))
-    assert after <= before + (1e-2 if label == "laplace" else 1e-5)  # laplace: a grid of priors
+    assert after <= before + (1e-2 if linearized else 1e-5)  # a grid of priors
 
 
 @pytest.mark.parametrize("likelihood", [n for n in LIKELIHOODS if n not in LOGITS])
 def test_temperature_is_for_logits(likelihood: str) -> None:
     with pytest.raises(UnsupportedError, match=r"needs logits \(categorical or bernoulli\)"):
         wrap(likelihood, "temperature")
+
+
+@pytest.mark.parametrize("label", LAST_LAYERS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_last_layers_say_what_they_take(likelihood: str, label: str) -> None:
+    if not taken(likelihood, label):
+        with pytest.raises(UnsupportedError, match=f"the {likelihood} likelihood has no .* use "):
+            wrap(likelihood, label)
 
 
 def test_every_method_takes_part() -> None:

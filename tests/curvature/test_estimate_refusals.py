@@ -119,7 +119,8 @@ def test_one_logit_is_not_a_class() -> None:
     ("options", "error"),
     [
         ({"structure": "dense"}, UnknownNameError),
-        ({"kind": "hessian"}, UnknownNameError),
+        ({"kind": "gauss"}, UnknownNameError),
+        ({"kind": "hessian"}, UnsupportedError),
         ({"kind": "mc", "samples": 0}, ArgumentError),
         ({"bias": "none"}, ArgumentError),
     ],

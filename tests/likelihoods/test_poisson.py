@@ -58,3 +58,11 @@ def test_targets() -> None:
 def test_score_of_a_known_case() -> None:
     f = torch.tensor([[math.log(3.0)]])
     assert float(Poisson().score(f, torch.tensor([[5.0]]))) == pytest.approx(-2.0)
+
+
+def test_rates_beyond_the_largest_number_are_unlikely_and_not_undefined() -> None:
+    likelihood, f = Poisson(), torch.tensor([[200.0], [3.0]])
+    predictive = likelihood.predictive(GaussianLatent(f, torch.full_like(f, 1e4)), torch.randn(64, 1))
+    found = predictive.log_prob(torch.tensor([[2.0], [20.0]]))
+    assert bool(torch.isfinite(found).all())
+    assert not bool(torch.isnan(likelihood.distribution(f).log_prob(torch.tensor([[0.0], [1.0]]))).any())

@@ -9,9 +9,9 @@ import torch
 
 import bayesdl as bdl
 from bayesdl.curvature.registry import STRUCTURES
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, NonFiniteError
 from bayesdl.model import BayesianModel
-from bayesdl.tuning.grid import losses, passes
+from bayesdl.tuning.grid import least, losses, passes
 from tests.tuning.test_evidence import data, fitted, gaussian
 
 GRID = [0.001, 0.01, 0.1, 1.0, 10.0]
@@ -154,3 +154,9 @@ def test_one_standard_error_takes_the_largest_precision_that_is_not_clearly_wors
     assert "within 1 standard errors" in str([f.text for f in tuned.record.findings])
     with pytest.raises(ArgumentError, match="standard_errors=-1"):
         bayes.tune("heldout", loader, standard_errors=-1)
+
+
+def test_losses_that_are_not_numbers_are_never_the_least() -> None:
+    assert least(torch.tensor([torch.nan, 3.0, 2.0, torch.inf])) == 2
+    with pytest.raises(NonFiniteError, match="every prior precision"):
+        least(torch.tensor([torch.nan, torch.inf]))
