@@ -16,6 +16,7 @@ _PUBLIC = {
     "Bernoulli": "bayesdl.likelihoods",
     "Categorical": "bayesdl.likelihoods",
     "CauchyPrior": "bayesdl.priors",
+    "Chain": "bayesdl.samplers.chain",
     "ELLA": "bayesdl.methods",
     "Ensemble": "bayesdl.methods",
     "EvidenceTrainer": "bayesdl.marginal",
@@ -61,6 +62,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "CauchyPrior",
+    "Chain",
     "Ensemble",
     "EvidenceTrainer",
     "Gaussian",
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
         Prior,
         StudentTPrior,
     )
+    from bayesdl.samplers.chain import Chain
 
 
 def __getattr__(name: str) -> Any:

@@ -23,14 +23,18 @@ class SamplePosterior(Posterior):
     Attributes:
         snapshots: `(S, *shape)` by tensor name; names that do not vary may be left out.
         weights: `(S,)`, summing to one.
+        chains: `(S,)`, integers: the Markov chain that each sample is from; None where there are none.
     """
 
     snapshots: Mapping[str, Tensor]
     weights: Tensor
+    chains: Tensor | None = None
 
     kind: ClassVar[str] = "samples"
 
     def __post_init__(self) -> None:
+        if self.chains is not None and self.chains.shape != self.weights.shape:
+            raise ShapeError(f"{tuple(self.chains.shape)} chain ids for {len(self.weights)} samples")
         for name, value in self.snapshots.items():
             if value.shape[0] != len(self.weights):
                 raise ShapeError(
@@ -96,7 +100,9 @@ class SamplePosterior(Posterior):
         return True
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"weights": self.weights, **{f"snapshot.{name}": value for name, value in self.snapshots.items()}}
+        chains = {} if self.chains is None else {"chains": self.chains}
+        snapshots = {f"snapshot.{name}": value for name, value in self.snapshots.items()}
+        return {"weights": self.weights, **chains, **snapshots}
 
     def config(self) -> dict[str, Any]:
         return {}
@@ -105,4 +111,4 @@ class SamplePosterior(Posterior):
     def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         prefix = "snapshot."
         snapshots = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-        return cls(snapshots, tensors["weights"])
+        return cls(snapshots, tensors["weights"], tensors.get("chains"))

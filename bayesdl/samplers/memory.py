@@ -1,0 +1,66 @@
+"""Samples of a chain in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from bayesdl.samplers.records import SampleRecord
+
+Values = Mapping[str, Tensor]
+
+
+class Samples(Protocol):
+    """Where a chain's samples are."""
+
+    def records(self) -> list[SampleRecord]:
+        """All that were collected, in order."""
+
+    def kept(self) -> list[SampleRecord]:
+        """Those that can be read."""
+
+    def add(self, records: list[SampleRecord], values: Values) -> list[SampleRecord]:
+        """Keep one set of tensors under one or several records; the records as stored."""
+
+    def read(self, record: SampleRecord) -> dict[str, Tensor]:
+        """The tensors of a kept sample."""
+
+
+@final
+class MemorySamples:
+    """On the CPU, so that a long chain does not fill an accelerator."""
+
+    def __init__(self) -> None:
+        self._records: list[SampleRecord] = []
+        self._values: dict[int, dict[str, Tensor]] = {}
+
+    def records(self) -> list[SampleRecord]:
+        return list(self._records)
+
+    def kept(self) -> list[SampleRecord]:
+        return [record for record in self._records if record.id in self._values]
+
+    def add(self, records: list[SampleRecord], values: Values) -> list[SampleRecord]:
+        held = {name: value.cpu() for name, value in values.items()}
+        for record in records:
+            for number in record.drops:
+                del self._values[number]
+            self._records.append(record)
+            self._values[record.id] = held
+        return records
+
+    def skip(self, record: SampleRecord) -> None:
+        """A sample that is not kept."""
+        self._records.append(record)
+
+    def read(self, record: SampleRecord) -> dict[str, Tensor]:
+        return dict(self._values[record.id])
+
+
+def stacked(parts: list[dict[str, Tensor]], base: Values, device: torch.device) -> dict[str, Tensor]:
+    """`(S, *shape)` by name; tensors that a sample lacks are those of `base`."""
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    return {name: torch.stack([(part if name in part else base)[name].to(device) for part in parts]) for name in names}

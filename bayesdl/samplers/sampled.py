@@ -1,0 +1,151 @@
+"""What a sample consists of: the sampled parameters by name, and the buffers that training changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from bayesdl.clone import structural_clone, unwrap
+from bayesdl.errors import ArgumentError, NonFiniteError, StaleModelError, UnsupportedError
+from bayesdl.samplers.base import Sampler
+from bayesdl.sharded import gathered
+
+DTYPES = ("float32", "float64", "bfloat16-delta")
+BUFFERS = ("keep", "refresh", "shared")
+_COUNTER = "num_batches_tracked"  # counts batches in training; a prediction does not use it
+
+
+@final
+class Sampled:
+    """The tensors of a user's network that a chain reads.
+
+    Names are those of `bayesdl.network.Network`, without what `torch.compile` and data-parallel wrappers add.
+
+    Args:
+        net: the user's network; read, never written to.
+        sampler: its parameters are the sampled ones; None takes all that require a gradient.
+        buffers: "shared" leaves buffers out.
+        dtype: of what is kept, see `Chain`.
+    """
+
+    def __init__(self, net: nn.Module, sampler: Sampler | None, buffers: str, dtype: str) -> None:
+        if not isinstance(net, nn.Module):
+            raise ArgumentError(f"a torch.nn.Module is expected, got {type(net).__name__}")
+        self._net = unwrap(net)
+        if gathered(self._net) is not self._net:
+            raise UnsupportedError("the network's parameters are sharded over processes (FSDP2), and a chain reads "
+                                   "whole ones: sample a plain or a DistributedDataParallel network")  # fmt: skip
+        everything: dict[str, Tensor] = dict(_plain(self._net).named_parameters())
+        self.parameters = _chosen(everything, sampler)
+        self.others = {name: p for name, p in everything.items() if name not in self.parameters}
+        self._buffers, self.dtype = buffers, dtype
+        norms = [
+            name for name, m in self._net.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None
+        ]
+        if buffers == "shared" and norms:
+            raise ArgumentError(
+                f"buffers='shared', and {norms[0]!r} has running statistics, which belong to the weights they were "
+                "computed at: buffers='keep' or 'refresh'"
+            )
+        self.base: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first sampled parameter."""
+        return next(iter(self.parameters.values())).device
+
+    def begin(self) -> None:
+        """Take the present values as those that samples are differences from."""
+        self.base = {name: value.detach().clone() for name, value in self.buffers().items()}
+        if self.dtype == "bfloat16-delta":
+            self.base |= {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self._versions = {name: p._version for name, p in self.others.items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """All buffers of the network as they are now."""
+        return dict(_plain(self._net).named_buffers())
+
+    def copy(self, sampler: Sampler | None) -> dict[str, Tensor]:
+        """The parameters, and the buffers that are not what they were at `begin`, in memory of their own.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a parameter.
+            StaleModelError: a parameter that is not sampled was trained on.
+        """
+        for name, other in self.others.items():
+            if other._version != self._versions[name]:
+                raise StaleModelError(
+                    f"parameter {name!r} is not sampled and was written to while the chain ran: its samples would "
+                    "belong to networks that are gone. Give it to the sampler, or freeze it (requires_grad=False)"
+                )
+        with torch.no_grad():
+            values = {name: self._copied(name, _moving(p, sampler)) for name, p in self.parameters.items()}
+            _check_finite(values)
+            return values | self._changed()
+
+    def decoded(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `copy` made, as tensors of the network: differences are added to their base."""
+        if self.dtype != "bfloat16-delta":
+            return dict(values)
+        moved = {name: self.base[name] + values[name].to(self.base[name]) for name in self.parameters}
+        return {**values, **moved}
+
+    def _copied(self, name: str, value: Tensor) -> Tensor:
+        if self.dtype == "bfloat16-delta":
+            return (value.float() - self.base[name]).to(torch.bfloat16)
+        return value.to(getattr(torch, self.dtype), copy=True)
+
+    def _changed(self) -> dict[str, Tensor]:
+        if self._buffers == "shared":
+            return {}
+        return {
+            name: value.detach().clone()
+            for name, value in self.buffers().items()
+            if not name.endswith(_COUNTER) and not torch.equal(value, self.base[name])
+        }
+
+
+def _plain(net: nn.Module) -> nn.Module:
+    """A module tree over the same tensors, with wrappers at every level peeled off."""
+    return structural_clone(net, lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _chosen(everything: dict[str, Tensor], sampler: Sampler | None) -> dict[str, Tensor]:
+    if sampler is None:
+        found = {name: p for name, p in everything.items() if p.requires_grad}
+        if not found:
+            raise ArgumentError("no parameter of the network requires a gradient: there is nothing to sample")
+        return found
+    own = {id(p): index for index, p in enumerate(p for group in sampler.param_groups for p in group["params"])}
+    found = {name: p for name, p in everything.items() if id(p) in own}
+    if len(found) != len(own):
+        raise ArgumentError(
+            f"{len(own) - len(found)} of the sampler's {len(own)} parameters are none of this network's: build the "
+            "sampler from the parameters of the network that the chain collects"
+        )
+    return found
+
+
+def _moving(parameter: Tensor, sampler: Sampler | None) -> Tensor:
+    """The parameter, or the float32 copy that moves in its place."""
+    if sampler is not None and parameter in sampler.state and "master" in sampler.state[parameter]:
+        master: Tensor = sampler.state[parameter]["master"]
+        return master
+    return parameter.detach()
+
+
+def _check_finite(values: Mapping[str, Tensor]) -> None:
+    norms = torch._foreach_norm([value.float() for value in values.values()])
+    if bool(torch.isfinite(torch.stack([norm.to(norms[0]) for norm in norms]).sum())):
+        return
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(
+                f"parameter {name!r} holds NaN or infinity; nothing was collected (look at the loss and the learning "
+                "rate)"
+            )
