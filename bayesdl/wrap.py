@@ -26,6 +26,7 @@ from bayesdl.network import Network, first_inputs
 from bayesdl.posteriors import GaussianPosterior
 from bayesdl.priors import Prior
 from bayesdl.select import Selector, Subnetwork
+from bayesdl.tuning.last_layer import is_last_layer_regression
 
 if TYPE_CHECKING:
     from bayesdl.distributed import Processes
@@ -85,18 +86,18 @@ def wrap(
         raise ArgumentError(f"prior={prior!r} was given; pass a bdl.GaussianPrior(precision=...)")
     if len(models) > 1 and chosen.name != "ensemble":
         raise ArgumentError(
-            f'{len(models)} networks were given; method "{chosen.name}" takes one (only "ensemble" takes a list)'
+            f'{len(models)} networks were given; method "{chosen.label}" takes one (only "ensemble" takes a list)'
         )
     if distributed and not chosen.distributed:
         raise ArgumentError(
-            f'method "{chosen.name}" was given distributed=...; several processes together fit "laplace" only. Fit on '
-            "one process, and load the saved model on the others"
+            f'method "{chosen.label}" was given distributed=...; several processes together fit "laplace" only, or run '
+            "the chains of SG-MCMC. Fit on one process, and load the saved model on the others"
         )
     group = resolve_group(distributed)
     selection = select if select is not None else chosen.select
     if isinstance(selection, Subnetwork) and not chosen.elementwise:
         raise UnsupportedError(
-            f'method "{chosen.name}" selects whole parameters, not single elements of them; a subnetwork is for '
+            f'method "{chosen.label}" selects whole parameters, not single elements of them; a subnetwork is for '
             'method "laplace"'
         )
     # a fit needs derivatives in any mode of the user's
@@ -119,7 +120,7 @@ def wrap(
         ("forward_passes", fitted.posterior.forward_passes),
         *fitted.cost,
     )
-    record = Record(chosen.name, cost, fitted.findings)
+    record = Record(chosen.label, cost, fitted.findings)
     bayes = BayesianModel(result, fitted.posterior, fitted.likelihood, record=record, fit_data=data)
     return first_decides(group, bayes, lambda: _tuned(bayes, family, prior, validation, generator, progress))
 
@@ -135,6 +136,11 @@ def _tuned(
     """Choose what the user left open, on held-out data if there are any; what was given explicitly stays as given."""
     over_prior = isinstance(bayes.posterior, GaussianPosterior) and bayes.posterior.predictive == "linearized"
     open_noise = isinstance(family, Gaussian) and family.noise is None
+    if is_last_layer_regression(bayes):
+        if validation is None or (prior is not None and not open_noise):
+            return bayes
+        keep = "output" if prior is None else "keep"
+        return bayes.tune("heldout", validation, prior=keep, noise=open_noise, progress=progress)
     if validation is None:
         return _on_training_data(bayes, generator, progress) if over_prior and prior is None else bayes
     if (over_prior and prior is None) or (open_noise and not over_prior):

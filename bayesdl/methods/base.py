@@ -90,6 +90,11 @@ class Method(ABC):
     distributed: ClassVar[bool] = False  # whether several processes can fit it together, each with a share of the data
     select: Selector | None = None
 
+    @property
+    def label(self) -> str:
+        """Name under which it was asked for, in records and messages; several may belong to one class."""
+        return self.name
+
     @abstractmethod
     def fit(self, task: Task) -> Fitted:
         """Fit on a task; the user's models are never written to."""

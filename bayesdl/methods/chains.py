@@ -1,0 +1,265 @@
+"""Running chains on private copies of a network: one after another, in processes, over a process group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from bayesdl.batch import BatchAdapter
+from bayesdl.clone import independent_copy
+from bayesdl.data import in_batch
+from bayesdl.distributed import Group, together
+from bayesdl.errors import NonFiniteError
+from bayesdl.methods.energy import Energy, prepare_module
+from bayesdl.methods.stream import DATA, INIT, NOISE, chain_generator, endless
+from bayesdl.network import Network, OutputAxis
+from bayesdl.posteriors import SamplePosterior
+from bayesdl.priors import GaussianPrior, Prior
+from bayesdl.samplers import SAMPLERS, Cyclical, Sampler, Structured
+
+if TYPE_CHECKING:
+    from bayesdl.methods.sgmcmc import SGMCMC
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """One chain, complete: what a process of its own is sent.
+
+    Attributes:
+        settings: the method.
+        module: the network to start from; every run copies it.
+        names: parameters that move.
+        batch, output_axis: of the network.
+        data: loader.
+        energy: the negative log-likelihood.
+        prior: over the named parameters.
+        lr: learning rate.
+        burn_in, thin: in steps.
+        squares: mean squared gradients by name that a preconditioner starts from; None without one.
+        base: base seed of all chains.
+        chain: number of this one.
+        progress: show a bar.
+    """
+
+    settings: SGMCMC
+    module: nn.Module
+    names: tuple[str, ...]
+    batch: BatchAdapter
+    output_axis: OutputAxis
+    data: Iterable[Any]
+    energy: Energy
+    prior: Prior
+    lr: float
+    burn_in: int
+    thin: int
+    squares: Mapping[str, Tensor] | None
+    base: int
+    chain: int
+    progress: bool
+
+
+def run(job: Job) -> SamplePosterior:
+    """Run one chain from its start to its last sample.
+
+    Raises:
+        NonFiniteError: the chain diverged; the message names chain and step.
+    """
+    from bayesdl.samplers.chain import Chain  # with its files: only where a chain runs
+
+    settings = job.settings
+    network = Network(job.module, select=list(job.names), batch=job.batch, output_axis=job.output_axis)
+    module = independent_copy(job.module)
+    pairs, _ = prepare_module(module, job.names)
+    if settings.start == "prior":
+        drawn = job.prior.sample(dict(pairs), chain_generator(job.base, job.chain, INIT))
+        with torch.no_grad():
+            for name, parameter in pairs:
+                parameter.copy_(drawn[name])
+    sampler = build_sampler(job, pairs)
+    total, thin, burn_in = job.burn_in + settings.num_samples * job.thin, job.thin, job.burn_in
+    schedule: Cyclical | None = None
+    if settings.cyclical:
+        cycle, explore, thin = cycle_of(total, settings.cycles, settings.num_samples, settings.explore)
+        schedule, burn_in = Cyclical(sampler, cycle, settings.cycles, explore), 0
+        total = schedule.total
+    structured, chain = _structured(job, sampler, burn_in, thin), None
+    if structured is None:
+        store = None if settings.store is None else Path(settings.store) / f"chain-{job.chain:04d}"
+        wide = any(parameter.dtype is torch.float64 for _, parameter in pairs)
+        chain = Chain(
+            module,
+            burn_in,
+            thin,
+            sampler=schedule or sampler,
+            store=store,
+            dtype="float64" if wide else "float32",
+            chain_id=job.chain,
+        )
+    source = endless(network, job.data, job.base, job.chain)
+    bar = tqdm(range(total), desc=f"chain {job.chain + 1}/{settings.chains}", disable=not job.progress, leave=False)
+    for step in bar:
+        number, inputs, target = next(source)
+        try:
+            with in_batch(number), torch.enable_grad():
+                if structured is not None:
+
+                    def loss_fn(values: Mapping[str, Tensor], inputs: Any = inputs, target: Any = target) -> Tensor:
+                        return job.energy.loss(network, module, inputs, target, values)
+
+                    structured.step(loss_fn)
+                else:
+                    sampler.zero_grad(set_to_none=True)
+                    job.energy.loss(network, module, inputs, target).backward()
+                    sampler.step()
+        except NonFiniteError as error:
+            if not step:
+                raise
+            raise NonFiniteError(
+                f"chain {job.chain} diverged at step {step}: {error}; lower lr (it is {job.lr:g})"
+            ) from error
+        if schedule is not None:
+            schedule.step()
+        if chain is not None:
+            chain.step(schedule is None or schedule.sampling)
+    if structured is not None:
+        return _drawn(structured, module, job)
+    assert chain is not None
+    found = chain.posterior()
+    values = {**found.snapshots}
+    for name, buffer in _moving_buffers(module).items():  # a chain may have found them unchanged
+        values.setdefault(name, buffer.detach().expand(len(found), *buffer.shape).clone())
+    return replace(found, snapshots={name: values[name] for name in sorted(values)})
+
+
+def build_sampler(job: Job, pairs: list[tuple[str, nn.Parameter]]) -> Sampler:
+    """The sampler of a chain over (name, parameter) pairs."""
+    settings, kind = job.settings, job.settings.kind
+    options: dict[str, Any] = dict(settings.options)
+    if kind in ("sghmc", "baoab", "sgnht"):
+        options.setdefault("momentum", settings.momentum)
+    if kind == "psgld":
+        options.setdefault("freeze_after", max(1, job.burn_in))
+    precision = scalar_precision(job.prior)
+    options |= {"prior": job.prior} if precision is None else {"prior_precision": precision}
+    make: Any = SAMPLERS[kind]
+    made: Sampler = make(
+        pairs,
+        job.lr,
+        job.energy.num_data,
+        temperature=settings.temperature,
+        generator=chain_generator(job.base, job.chain, NOISE),
+        **options,
+    )
+    if job.squares is not None:
+        for name, parameter in pairs:
+            made.state[parameter]["square"] = job.squares[name].to(parameter).clone()
+    return made
+
+
+def scalar_precision(prior: Prior) -> float | None:
+    """Precision of a Gaussian prior around zero with one for all; None for other priors."""
+    if not isinstance(prior, GaussianPrior):
+        return None
+    precision, mean = torch.as_tensor(prior.precision), torch.as_tensor(prior.mean)
+    return float(precision) if precision.numel() == 1 and not bool(mean.any()) else None
+
+
+def cycle_of(total: int, cycles: int, num_samples: int, explore: float) -> tuple[int, float, int]:
+    """Steps a cycle, share of exploration, and steps between samples, for about `total` steps in all.
+
+    Samples are spread evenly over the last 1 - explore of each cycle, at least one step apart, the last one at its end.
+    """
+    each = math.ceil(num_samples / cycles)
+    cycle = max(total // cycles, each)
+    thin = max(1, int((1 - explore) * cycle + 1e-9) // each)
+    return cycle, (cycle - thin * each) / cycle, thin
+
+
+def run_all(jobs: Sequence[Job], workers: int) -> list[SamplePosterior]:
+    """One after another, or in `workers` new processes of one thread each; the same chains either way."""
+    if workers == 1 or len(jobs) == 1:
+        return [run(job) for job in jobs]
+    silent = [replace(job, progress=False) for job in jobs]
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), torch.set_num_threads, (1,))
+    with pool:
+        return [SamplePosterior.restore(*_unpacked(found)) for found in pool.map(_remote, silent)]
+
+
+def run_shared(jobs: Sequence[Job], workers: int, group: Group | None) -> list[SamplePosterior]:
+    """Process r of a group runs chains r, r + size, ...; all of them end with all chains."""
+    if group is None:
+        return run_all(jobs, workers)
+    with together(group):
+        mine = dict(
+            zip(range(group.rank, len(jobs), group.size), run_all(jobs[group.rank :: group.size], workers), strict=True)
+        )
+    return [_from_owner(mine.get(i), jobs[i], group) for i in range(len(jobs))]
+
+
+def _from_owner(mine: SamplePosterior | None, job: Job, group: Group) -> SamplePosterior:
+    """A chain on every process, from the one that ran it."""
+    held = {} if mine is None else mine.tensors()
+    size = group.largest([0 if mine is None else len(mine)])[0]
+    if mine is None:
+        module = independent_copy(job.module)
+        prepare_module(module, job.names)
+        own = dict(module.named_parameters())
+        tensors = {**{name: own[name] for name in job.names}, **_moving_buffers(module)}
+        held = {f"snapshot.{name}": torch.zeros(size, *v.shape).to(v) for name, v in tensors.items()}
+        held["weights"] = torch.zeros(size)
+    ordered = {name: held[name].clone() for name in sorted(held)}
+    group.add(list(ordered.values()))
+    return SamplePosterior.restore(ordered, {})
+
+
+def _moving_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a prepared module changes: those of batch norm in training."""
+    return {
+        f"{name}.{key}" if name else key: value
+        for name, layer in module.named_modules()
+        if layer.training and isinstance(layer, _BatchNorm)
+        for key, value in layer.named_buffers()
+    }
+
+
+def _structured(job: Job, sampler: Sampler, burn_in: int, thin: int) -> Structured | None:
+    settings = job.settings
+    if not settings.structured:
+        return None
+    return Structured(
+        sampler,
+        settings.groups,
+        reservoir=settings.reservoir,
+        thin=thin,
+        burn_in=burn_in,
+        live=settings.live,
+        generator=chain_generator(job.base, job.chain, DATA),
+    )
+
+
+def _drawn(structured: Structured, module: nn.Module, job: Job) -> SamplePosterior:
+    """Networks whose groups are drawn independently; buffers are those at the end of the chain."""
+    buffers = {name: value.detach().clone() for name, value in _moving_buffers(module).items()}
+    states = [{**structured.draw(), **buffers} for _ in range(job.settings.num_samples)]
+    return SamplePosterior.from_states(states)
+
+
+def _remote(job: Job) -> dict[str, Any]:
+    # arrays: shared memory of tensors would have to outlive this process
+    with torch.random.fork_rng(devices=[]):
+        return {name: value.cpu().numpy() for name, value in run(job).tensors().items()}
+
+
+def _unpacked(found: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return {name: torch.from_numpy(value) for name, value in found.items()}, {}
