@@ -19,6 +19,7 @@ from bayesdl.errors import ArgumentError, ShapeError, UnknownNameError
 LARGEST = 1 << 26  # scalars of a (K, d, d) factor that are held without asking
 ALTERNATIONS = 100  # of the two halves of a shared covariance; few are needed
 DEFAULT_MEMORY = 256 << 20  # bytes of one (K, B, d) product
+BLOCK = 128  # columns of a triangular factor multiplied at once
 
 
 class Covariance(nn.Module, ABC):
@@ -192,12 +193,12 @@ class Full(Covariance):
 
     def factor(self) -> Tensor:
         """L, `(K, d, d)`."""
-        return self.lower.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
+        return _lower_triangular(self.lower, self.log_diagonal)
 
     def quad(self, phi: Tensor) -> Tensor:
-        factor, step = self.factor(), self.chunks(phi.shape[0])
-        pieces = [(phi @ part).square().sum(-1) for part in factor.split(step)]
-        return torch.cat(pieces).mT
+        step = self.chunks(phi.shape[0])
+        parts = zip(self.lower.split(step), self.log_diagonal.split(step), strict=True)
+        return torch.cat([_squared_products(phi, *part) for part in parts]).mT
 
     def diagonal(self) -> Tensor:
         return self.factor().square().sum(-1)
@@ -234,10 +235,11 @@ class Shared(Covariance):
 
     def factor(self) -> Tensor:
         """L, `(d, d)`."""
-        return self.lower.tril(-1) + torch.diag(self.log_diagonal.exp())
+        return _lower_triangular(self.lower, self.log_diagonal)
 
     def quad(self, phi: Tensor) -> Tensor:
-        return (phi @ self.factor()).square().sum(-1, keepdim=True) * self.log_variance.exp()
+        common = _squared_products(phi, self.lower.unsqueeze(0), self.log_diagonal.unsqueeze(0))
+        return common.mT * self.log_variance.exp()
 
     def diagonal(self) -> Tensor:
         return self.log_variance.exp().unsqueeze(-1) * self.factor().square().sum(-1)
@@ -285,7 +287,7 @@ class Precision(Covariance):
 
     def factor(self) -> Tensor:
         """L of the precision, `(K, d, d)`."""
-        return self.lower.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
+        return _lower_triangular(self.lower, self.log_diagonal)
 
     def quad(self, phi: Tensor) -> Tensor:
         columns = phi.mT
@@ -335,6 +337,36 @@ def make(
     if name not in COVARIANCES:
         raise UnknownNameError(f"covariance {name!r} is not known; choose one of {sorted(COVARIANCES)}")
     return COVARIANCES[name](features, outputs, scale=scale, rank=rank, memory=memory)
+
+
+def _lower_triangular(lower: Tensor, log_diagonal: Tensor) -> Tensor:
+    """L `(..., d, d)` with exp(log_diagonal) on its diagonal; one pass over the entries."""
+    factor = lower.tril(-1)
+    factor.diagonal(dim1=-2, dim2=-1).copy_(log_diagonal.exp())
+    return factor
+
+
+def _squared_products(phi: Tensor, lower: Tensor, log_diagonal: Tensor) -> Tensor:
+    """|phi_b^T L_k|^2 for `(B, d)` and `(K, d, d)`: `(K, B)`.
+
+    Where nothing is learned, blocks of columns leave the zeros above the diagonal out, and the entries below it are
+    read where they lie. Gradients of the blocks would each fill a whole factor.
+    """
+    if torch.is_grad_enabled() and lower.requires_grad:
+        return (phi @ _lower_triangular(lower, log_diagonal)).square().sum(-1)
+    width = phi.shape[1]
+    count = max(1, round(width / BLOCK))
+    total: Tensor | None = None
+    for block in range(count):
+        start, end = block * width // count, (block + 1) * width // count
+        corner = _lower_triangular(lower[:, start:end, start:end], log_diagonal[:, start:end])
+        product = phi[:, start:end] @ corner
+        if end < width:
+            product = torch.baddbmm(product, phi[:, end:].expand(len(lower), -1, -1), lower[:, end:, start:end])
+        square = product.square().sum(-1)
+        total = square if total is None else total + square
+    assert total is not None
+    return total
 
 
 def _check_size(scalars: int, name: str) -> None:

@@ -133,3 +133,20 @@ def test_refusals():
     with pytest.raises(ShapeError, match="expected"):
         make("full", D, K).set_precision(torch.eye(D))
     assert parameterisation.LARGEST == 1 << 26
+
+
+@pytest.mark.parametrize("width", [1, 64, 191, 192, 300])
+@pytest.mark.parametrize("name", ["full", "shared"])
+def test_blocks_equal_the_whole_factor(name, width):
+    torch.manual_seed(0)
+    covariance = make(name, width, 3).double()
+    with torch.no_grad():
+        covariance.lower.normal_()  # entries above the diagonal must not count
+        covariance.log_diagonal.normal_()
+    phi = torch.randn(7, width, dtype=torch.float64)
+    whole = covariance.quad(phi)
+    assert whole.requires_grad
+    with torch.no_grad():
+        blocks = covariance.quad(phi)
+    torch.testing.assert_close(blocks, whole.detach())
+    torch.testing.assert_close(blocks, torch.einsum("bi,kij,bj->bk", phi, covariance.dense().detach(), phi))
