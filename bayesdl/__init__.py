@@ -37,6 +37,7 @@ _PUBLIC = {
     "Report": "bayesdl.evaluation.report",
     "SWAG": "bayesdl.methods",
     "SubsetGP": "bayesdl.methods",
+    "StudentT": "bayesdl.methods",
     "StudentTPrior": "bayesdl.priors",
     "Temperature": "bayesdl.methods",
     "VaLLA": "bayesdl.methods",
@@ -79,6 +80,7 @@ __all__ = [
     "Predictive",
     "Prior",
     "Report",
+    "StudentT",
     "StudentTPrior",
     "SubsetGP",
     "Temperature",
@@ -101,7 +103,19 @@ if TYPE_CHECKING:
     from bayesdl.last_layer import replace
     from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, Poisson
     from bayesdl.marginal import EvidenceTrainer, MinibatchEvidence, evidence_training
-    from bayesdl.methods import ELLA, MAP, SWAG, VBLL, Ensemble, Laplace, MCDropout, SubsetGP, Temperature, VaLLA
+    from bayesdl.methods import (
+        ELLA,
+        MAP,
+        SWAG,
+        VBLL,
+        Ensemble,
+        Laplace,
+        MCDropout,
+        StudentT,
+        SubsetGP,
+        Temperature,
+        VaLLA,
+    )
     from bayesdl.model import BayesianModel
     from bayesdl.predictive import Predictive
     from bayesdl.priors import (

@@ -167,7 +167,9 @@ class BayesianModel(nn.Module):
             UnsupportedError: the method has none.
         """
         if isinstance(self.posterior, LastLayerPosterior):
-            return self.posterior.belief.log_evidence(self.likelihood)
+            found = self.posterior.belief.log_evidence(self.likelihood)
+            if found is not None:
+                return found
         return log_evidence(self._gaussian("log_evidence"), self.network)
 
     def tune(

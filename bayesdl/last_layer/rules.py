@@ -18,14 +18,31 @@ LOW, HIGH = 1e-10, 1e4
 CHUNK = 64 << 20
 
 
-def leave_one_out(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> ConjugateRegression:
-    """rho and s^2 of the best leave-one-out log-density on the training pairs `(N, d)`, `(N, K)`."""
-    return _best(regression, phi, y, left_out=True)
+def leave_one_out(
+    regression: ConjugateRegression,
+    phi: Tensor,
+    y: Tensor,
+    *,
+    prior_precision: Tensor | None = None,
+    noise_variance: Tensor | None = None,
+) -> ConjugateRegression:
+    """rho and s^2 of the best leave-one-out log-density on the training pairs `(N, d)`, `(N, K)`.
+
+    `prior_precision` or `noise_variance`, `(K,)`, is kept where it is given.
+    """
+    return _best(regression, phi, y, True, prior_precision, noise_variance)
 
 
-def held_out(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> ConjugateRegression:
-    """rho and s^2 of the best log-density on pairs that the regression has not seen."""
-    return _best(regression, phi, y, left_out=False)
+def held_out(
+    regression: ConjugateRegression,
+    phi: Tensor,
+    y: Tensor,
+    *,
+    prior_precision: Tensor | None = None,
+    noise_variance: Tensor | None = None,
+) -> ConjugateRegression:
+    """rho and s^2 of the best log-density on pairs that the regression has not seen; arguments as `leave_one_out`."""
+    return _best(regression, phi, y, False, prior_precision, noise_variance)
 
 
 def leave_one_out_residuals(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,21 +51,36 @@ def leave_one_out_residuals(regression: ConjugateRegression, phi: Tensor, y: Ten
     return fitted, fitted / (1.0 - regression.leverage(phi.double())).clamp(min=1e-12)
 
 
-def _best(regression: ConjugateRegression, phi: Tensor, y: Tensor, left_out: bool) -> ConjugateRegression:
+def _best(
+    regression: ConjugateRegression,
+    phi: Tensor,
+    y: Tensor,
+    left_out: bool,
+    prior_precision: Tensor | None,
+    noise_variance: Tensor | None,
+) -> ConjugateRegression:
+    if prior_precision is not None and noise_variance is not None:
+        return regression.with_hyperparameters(prior_precision * noise_variance, noise_variance)
     scale = float(regression.values.max().clamp(min=torch.finfo(torch.float64).tiny))
-    ratios = torch.logspace(math.log10(LOW), math.log10(HIGH), GRID, dtype=torch.float64, device=phi.device) * scale
+    grid = torch.logspace(math.log10(LOW), math.log10(HIGH), GRID, dtype=torch.float64, device=phi.device) * scale
+    # the present ones too: no choice is worse than none
+    ratios = torch.cat([grid.unsqueeze(1).expand(-1, regression.num_outputs), regression.ratio.to(grid).unsqueeze(0)])
     scores, noises = [], []
     for ratio in ratios:
-        candidate = regression.with_hyperparameters(
-            ratio.expand(regression.num_outputs), torch.ones_like(regression.ratio)
-        )
+        candidate = regression.with_hyperparameters(ratio, torch.ones_like(regression.ratio))
         squares, logs = _sums(candidate, phi, y, left_out)
-        variance = (squares / len(phi)).clamp(min=torch.finfo(torch.float64).tiny)
-        scores.append(0.5 * (variance.log() + logs / len(phi)))
+        square = squares / len(phi)
+        if noise_variance is not None:
+            variance = noise_variance
+        elif prior_precision is not None:
+            variance = ratio / prior_precision
+        else:
+            variance = square.clamp(min=torch.finfo(torch.float64).tiny)
+        scores.append(0.5 * (variance.log() + logs / len(phi) + square / variance))
         noises.append(variance)
     chosen = torch.stack(scores).argmin(0)
     columns = torch.arange(regression.num_outputs, device=phi.device)
-    return regression.with_hyperparameters(ratios[chosen], torch.stack(noises)[chosen, columns])
+    return regression.with_hyperparameters(ratios[chosen, columns], torch.stack(noises)[chosen, columns])
 
 
 def _sums(candidate: ConjugateRegression, phi: Tensor, y: Tensor, left_out: bool) -> tuple[Tensor, Tensor]:

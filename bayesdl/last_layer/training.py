@@ -79,10 +79,10 @@ def _head(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> NoisyHea
     }
     sizes = (linear.in_features, linear.out_features)
     if isinstance(task.likelihood, (Categorical, Bernoulli)):
-        family: dict[str, Any] = {"likelihood": task.likelihood.name, "link": task.likelihood.link}
+        options |= {"likelihood": task.likelihood.name, "link": task.likelihood.link}
         if isinstance(task.likelihood, Categorical) and task.likelihood.ignore_index is not None:
-            family["ignore_index"] = task.likelihood.ignore_index
-        return Classification(*sizes, bound=method.bound, **family, **options)
+            options["ignore_index"] = task.likelihood.ignore_index
+        return Classification(*sizes, bound=method.bound, **options)
     if isinstance(task.likelihood, Gaussian):
         known = task.likelihood.noise is not None
         start = (

@@ -9,13 +9,14 @@ from bayesdl.methods.ensemble import Ensemble
 from bayesdl.methods.function_space import ELLA, SubsetGP, VaLLA
 from bayesdl.methods.laplace import Laplace
 from bayesdl.methods.map import MAP
+from bayesdl.methods.student_t import StudentT
 from bayesdl.methods.swag import SWAG
 from bayesdl.methods.temperature import Temperature
 from bayesdl.methods.vbll import VBLL
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, SubsetGP, ELLA, VaLLA)
+    for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, StudentT, SubsetGP, ELLA, VaLLA)
 }
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Laplace",
     "MCDropout",
     "Method",
+    "StudentT",
     "SubsetGP",
     "Task",
     "Temperature",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.errors import SelectionError, UnsupportedError
+from bayesdl.errors import SelectionError
 from bayesdl.last_layer.exact import ConjugateRegression
 from bayesdl.last_layer.features import features
 from bayesdl.last_layer.parameterisation import Covariance, make
@@ -34,16 +34,10 @@ class Belief(ABC):
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Weights `(n, K, d)` and biases `(n, K)`."""
 
-    def log_evidence(self, likelihood: Likelihood) -> Tensor:
-        """log p(data), or a lower bound of it, a scalar.
-
-        Raises:
-            UnsupportedError: the fit left none.
-        """
+    def log_evidence(self, likelihood: Likelihood) -> Tensor | None:
+        """log p(data), or a lower bound of it, a scalar; None where the fit left none."""
         del likelihood
-        raise UnsupportedError(
-            "this last layer has no evidence: frozen regressions have one, and frozen classifiers a lower bound"
-        )
+        return None
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -77,13 +71,13 @@ class ConjugateWeights(Belief):
         noise = standard_normal((n, outputs, width + 1), values, generator)
         return self.regression.draw(noise[..., :width], noise[..., width])
 
-    def log_evidence(self, likelihood: Likelihood) -> Tensor:
+    def log_evidence(self, likelihood: Likelihood) -> Tensor | None:
         own = self.regression
         if isinstance(likelihood, NormalGamma):
             return own.scale_evidence(*likelihood.parameters(own.noise_variance)).sum()
         if isinstance(likelihood, Gaussian):
             return own.evidence(own.ratio, likelihood.scale(own.noise_variance).square()).sum()
-        return super().log_evidence(likelihood)
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         own = self.regression
@@ -144,8 +138,8 @@ class GaussianWeights(Belief):
             return weights[..., :-1], weights[..., -1]
         return weights, weights.new_zeros(weights.shape[:2])
 
-    def log_evidence(self, likelihood: Likelihood) -> Tensor:
-        return super().log_evidence(likelihood) if self.bound is None else self.mean.new_tensor(self.bound).double()
+    def log_evidence(self, likelihood: Likelihood) -> Tensor | None:
+        return None if self.bound is None else self.mean.new_tensor(self.bound, dtype=torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {f"covariance.{name}": value for name, value in self.covariance.state_dict().items()}

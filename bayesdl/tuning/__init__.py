@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bayesdl.errors import UnknownNameError
 from bayesdl.tuning.evidence import tune_evidence
 from bayesdl.tuning.heldout import tune_heldout
+from bayesdl.tuning.last_layer import LAST_LAYER_RULES, is_last_layer_regression, tune_last_layer
 from bayesdl.tuning.loo import tune_loo
 from bayesdl.tuning.training import tune_training
 
@@ -30,4 +31,6 @@ def tune(model: BayesianModel, rule: str, data: Iterable[Any] | None, **options:
     """
     if rule not in RULES:
         raise UnknownNameError(f"tuning rule {rule!r} is not known; choose one of {sorted(RULES)}")
+    if is_last_layer_regression(model) and rule in LAST_LAYER_RULES:
+        return tune_last_layer(model, rule, data, **options)
     return RULES[rule](model, data, **options)

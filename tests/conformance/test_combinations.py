@@ -42,11 +42,14 @@ def targets(likelihood: str) -> Tensor:
 def wrap(likelihood: str, label: str) -> bdl.BayesianModel:
     data = list(zip(X.split(7), targets(likelihood).split(7), strict=True))
     models = NETWORKS if label == "ensemble" else NETWORKS[0]
-    return bdl.wrap(models, VARIANTS[label], data, likelihood=LIKELIHOODS[likelihood], prior=PRIOR, progress=False)
+    infers = label == "student-t" and likelihood == "gaussian"  # the noise
+    family = bdl.Gaussian() if infers else LIKELIHOODS[likelihood]
+    return bdl.wrap(models, VARIANTS[label], data, likelihood=family, prior=PRIOR, progress=False)
 
 
 # a Bayesian last layer has a closed form, or a bound, for these alone
 LAST_LAYERS = dict.fromkeys(("vbll", "vbll-full"), ("categorical", "bernoulli", "gaussian"))
+LAST_LAYERS["student-t"] = ("gaussian",)
 
 
 def taken(likelihood: str, label: str) -> bool:

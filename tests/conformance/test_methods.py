@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ensemble": {"ensemble": bdl.Ensemble()},
     "dropout": {"dropout": bdl.MCDropout(num_samples=4)},
     "vbll": {"vbll": bdl.VBLL(), "vbll-full": bdl.VBLL(mode="full", epochs=2)},
+    "student-t": {"student-t": bdl.StudentT()},
 }
 VARIANTS = {label: method for group in SETTINGS.values() for label, method in group.items()}
 # what differs from one seed to the next: the fit, the prediction, or neither
@@ -134,7 +135,7 @@ CASES = [
     pytest.param(task, label, id=f"{task}-{label}")
     for task in ("classification", "regression")
     for label in VARIANTS
-    if (task, label) != ("regression", "temperature")
+    if (task, label) not in (("regression", "temperature"), ("classification", "student-t"))
 ]
 every = pytest.mark.parametrize(("task", "label"), CASES)
 
@@ -405,6 +406,10 @@ def test_evidence_where_there_is_one(task: str, label: str) -> None:
     bayes = fitted(task, label)
     if label.startswith("laplace"):
         assert bayes.log_evidence().shape == ()
+    elif label == "student-t" or label == "vbll":
+        assert bayes.log_evidence().shape == () and bool(torch.isfinite(bayes.log_evidence()))
+        if task == "regression":
+            assert bayes.tune("evidence").log_evidence() >= bayes.log_evidence() - 1e-9
     else:
         for ask in (bayes.log_evidence, lambda: bayes.layers):
             with pytest.raises(UnsupportedError, match=rf"method '{bayes.method_name}' has no"):
@@ -471,7 +476,11 @@ def test_data_that_is_no_loader(task: str, label: str) -> None:
 @every
 def test_missing_data(task: str, label: str) -> None:
     given = problem(task)
-    needs = label in ("temperature", "swag", "vbll", "vbll-full") or label.startswith("laplace") or task == "regression"
+    needs = (
+        label in ("temperature", "swag", "vbll", "vbll-full", "student-t")
+        or label.startswith("laplace")
+        or task == "regression"
+    )
     if needs:
         with pytest.raises(ArgumentError, match="needs data|no data to choose it from"):
             bdl.wrap(given.models(label), VARIANTS[label], likelihood=given.likelihood)
@@ -482,7 +491,10 @@ def test_missing_data(task: str, label: str) -> None:
 
 @every
 def test_given_noise_is_kept(task: str, label: str) -> None:
-    if task == "regression":
+    if label == "student-t":  # which is there to infer it
+        with pytest.raises(ArgumentError, match="infers the noise"):
+            fit(task, label, likelihood=bdl.Gaussian(noise=[0.4, 0.7]))
+    elif task == "regression":
         bayes = fit(task, label, likelihood=bdl.Gaussian(noise=[0.4, 0.7]))
         assert bayes.likelihood.config() == {"noise": [0.4, 0.7]}
         assert not any("noise" in finding.text for finding in bayes.record.findings)
@@ -496,7 +508,8 @@ def test_outputs_that_do_not_fit_the_likelihood(task: str, label: str) -> None:
     one = nn.Sequential(nn.Flatten(), nn.LazyLinear(1), nn.Dropout(0.1))
     one(given.train[0][0])
     networks = [one, one] if label == "ensemble" else one
-    with pytest.raises(ShapeError, match='use likelihood="bernoulli"'):
+    error = UnsupportedError if label == "student-t" else ShapeError
+    with pytest.raises(error, match='use likelihood="bernoulli"|use likelihood="gaussian", or method "vbll"'):
         wrapped = bdl.wrap(networks, VARIANTS[label], given.train, likelihood="categorical", progress=False)
         wrapped(given.train[0][0])
 

@@ -227,7 +227,7 @@ def test_several_labels_are_several_problems_and_the_bound_is_the_evidence():
     assert float(bayes.log_evidence()) == pytest.approx(bayes.cost["bound"], rel=1e-6)
     trained = bdl.wrap(net, bdl.VBLL(mode="full", epochs=3), loader, likelihood="bernoulli", progress=False)
     assert trained(x).probs.shape == (90, 2)
-    with pytest.raises(UnsupportedError, match="no evidence"):
+    with pytest.raises(UnsupportedError, match="has no log_evidence"):
         trained.log_evidence()
 
 
