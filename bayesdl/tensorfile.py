@@ -21,8 +21,8 @@ DIGEST = "sha256"
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
-def write_described(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Tensors with a JSON header, which gains the format's version, and a checksum over both.
+def write_described(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Tensors with a JSON header, which gains the format's version, and a checksum over both, which is returned.
 
     Raises:
         FileFormatError: the header is not JSON.
@@ -31,10 +31,12 @@ def write_described(path: Path, header: dict[str, Any], tensors: dict[str, Tenso
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     try:
         # one entry: the order of several would differ from one file to the next
-        text = json.dumps({**header, DIGEST: checksum(header, plain)})
+        digest = checksum(header, plain)
+        text = json.dumps({**header, DIGEST: digest})
     except TypeError as error:
         raise FileFormatError(f"the model cannot be described in JSON: {error}") from error
     write_tensors(path, plain, {KEY: text})
+    return digest
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -53,7 +55,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def read_described(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -88,12 +90,13 @@ def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"\n{name}|{tuple(value.shape)}|{value.dtype}\n".encode())
-        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    # makes the rename itself durable; not every platform lets a folder be opened
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder durable."""
+    # not every platform lets a folder be opened
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

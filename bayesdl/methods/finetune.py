@@ -14,6 +14,7 @@ from bayesdl.data import batches, in_batch
 from bayesdl.errors import NonFiniteError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.methods.base import Task
+from bayesdl.network import Network
 
 
 def train_only(module: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
@@ -55,27 +56,34 @@ def with_fresh_statistics(task: Task, data: Iterable[Any], weights: Mapping[str,
 
     Statistics of other weights would make a sampled network worse than it is (Maddox et al. 2019).
     """
-    module = independent_copy(task.models[0]).eval()
+    return {**weights, **recomputed_statistics(task.network, task.models[0], data, weights)}
+
+
+def recomputed_statistics(
+    network: Network, model: nn.Module, data: Iterable[Any], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Buffers of all batch norms, by name, at the given weights: averages over one pass, on a copy of `model`."""
+    module = independent_copy(model).eval()
     norms = {n: m for n, m in module.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     if not norms:
-        return dict(weights)
+        return {}
     own = dict(module.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
-            own[name].copy_(value)
+            if name in own:
+                own[name].copy_(value)
         for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average over the pass
             norm.train()
-        for number, inputs, _ in batches(task.network, data, progress=False, describe="statistics"):
+        for number, inputs, _ in batches(network, data, progress=False, describe="statistics"):
             with in_batch(number):
-                task.network.forward(module, task.network.prepare(inputs))
-    buffers = {
+                network.forward(module, network.prepare(inputs))
+    return {
         f"{name}.{key}" if name else key: value.detach().clone()
         for name, norm in norms.items()
         for key, value in norm.named_buffers()
     }
-    return {**weights, **buffers}
 
 
 def _trainable(likelihood: Likelihood) -> Likelihood:

@@ -2,14 +2,19 @@
 
 from bayesdl.samplers.baoab import BAOAB
 from bayesdl.samplers.base import Sampler
+from bayesdl.samplers.batches import Batches
+from bayesdl.samplers.chain import Chain, ResumeWarning, pooled
 from bayesdl.samplers.cyclical import Cyclical
 from bayesdl.samplers.entropy import EntropyMCMC
+from bayesdl.samplers.noticing import StochasticForwardWarning
 from bayesdl.samplers.psgld import PSGLD
 from bayesdl.samplers.record import StepRecord
+from bayesdl.samplers.records import SampleRecord
 from bayesdl.samplers.sa_sgld import SASGLD, UnweightedChainWarning
 from bayesdl.samplers.sghmc import SGHMC
 from bayesdl.samplers.sgld import SGLD
 from bayesdl.samplers.sgnht import SGNHT
+from bayesdl.samplers.store import SampleStore
 from bayesdl.samplers.structured import Structured
 from bayesdl.samplers.temperature import (
     Decreasing,
@@ -36,14 +41,21 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SGNHT",
+    "Batches",
+    "Chain",
     "Cyclical",
     "Decreasing",
     "EntropyMCMC",
+    "ResumeWarning",
+    "SampleRecord",
+    "SampleStore",
     "Sampler",
     "StepRecord",
+    "StochasticForwardWarning",
     "Structured",
     "UnweightedChainWarning",
     "check_loss_scale",
     "effective_temperature",
+    "pooled",
     "precision_from_weight_decay",
 ]

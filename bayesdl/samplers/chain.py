@@ -1,32 +1,45 @@
-"""Chain: samples from the user's own training loop, with weights, kept in memory or in a store."""
+"""Chain: samples from the user's own training loop, with weights, kept in memory or in a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from bayesdl.errors import ArgumentError, NotFittedError
+from bayesdl.batch import BatchAdapter
+from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.posteriors import SamplePosterior
+from bayesdl.samplers.assembling import PROBE, assembled, decoded
 from bayesdl.samplers.base import Sampler
 from bayesdl.samplers.collecting import RULES, Rule
 from bayesdl.samplers.cyclical import Cyclical
-from bayesdl.samplers.memory import MemorySamples, stacked
+from bayesdl.samplers.log_prior import log_prior
+from bayesdl.samplers.memory import MemorySamples
+from bayesdl.samplers.noticing import notice_stochastic_passes
+from bayesdl.samplers.packing import has_state, load_state, state_of
+from bayesdl.samplers.probing import fresh_statistics, probed
 from bayesdl.samplers.record import StepRecord
 from bayesdl.samplers.records import SampleRecord
 from bayesdl.samplers.retention import Retention
-from bayesdl.samplers.sampled import BUFFERS, DTYPES, Sampled
+from bayesdl.samplers.sampled import BUFFERS, DTYPES, Sampled, Snapshot
+from bayesdl.samplers.storing import StoredSamples
 from bayesdl.samplers.structured import Structured
+
+
+class ResumeWarning(UserWarning):
+    """Something that decides the steps to come was not restored."""
 
 
 @dataclass
 class _Pending:
     """theta_k, taken before the step from it; kept if the next call of `chain.step` is one of sampling."""
 
-    values: dict[str, Tensor]
+    snapshot: Snapshot
     record: StepRecord | None
     copies: int
 
@@ -45,6 +58,12 @@ class Chain:
     leaves it, and calls without a step of the sampler between (gradient accumulation, steps that AMP skipped) do not
     count. Without, a sample is the network as it is when `step` is called.
 
+    With `store=` every sample is on disk before `step` returns, and a chain that was killed goes on bit for bit:
+
+        chain = bdl.Chain(net, burn_in=500, thin=50, sampler=opt, store="chain-0")
+        chain.resume()                                    # False, and nothing happens, at the first start
+        for k in range(chain.steps, total): ...
+
     Args:
         net: the network; read, never written to (except by `resume`).
         burn_in: calls of `step` before the first sample.
@@ -52,15 +71,21 @@ class Chain:
         sampler: what moves the network: a `bdl.samplers` sampler, `Structured` or `Cyclical` around one. Its parameters
             are the sampled ones (a last layer, LoRA); None samples all that require a gradient.
         collect: "steps", or "time" (equal distances in the time of a sampler that adapts its step, so that all samples
-            weigh the same). None: the sampler's own, "steps" in a cyclical schedule.
-        store: folder of the chain; None keeps samples in memory.
+            weigh the same). None: the sampler's own, "steps" in a schedule.
+        store: folder of this chain; None keeps samples in memory.
         max_samples: at most so many are kept.
         keep: "last", or "reservoir" (a uniform draw from all samples).
-        buffers: "keep" stores those that training has changed with each sample; "shared" leaves them out.
+        buffers: "keep" stores those that training has changed with each sample; "refresh" recomputes batch-norm
+            statistics at theta_k in one pass over `data`; "shared" leaves buffers out.
         dtype: "float32", "float64", or "bfloat16-delta": the difference to the network at the first step.
         chain_id: number of the chain, from 0.
-        probe: inputs at which the outputs of each sample are recorded.
-        schedule: the `Cyclical` schedule around the sampler, for cycles and phases in the records.
+        probe: inputs at which the outputs of each sample are recorded; see `probes`.
+        schedule: `Cyclical` or any object with `state_dict`; cycles and phases go into the records.
+        loader: the training loader, whose `state_dict` the store keeps.
+        also: more to keep in the store by name: objects with `state_dict`, or `torch.Generator`s.
+        data: a loader for "refresh", of its own: iterating over it must not shift the order of the training data.
+        batch: batch adapter for `data` and `probe`, as in `wrap`.
+        checkpoint_every: steps between resume files while no sample is collected; None writes them with samples alone.
 
     Raises:
         ArgumentError: values out of range, or a sampler of another network.
@@ -75,7 +100,7 @@ class Chain:
         *,
         sampler: Sampler | Structured | Cyclical | None = None,
         collect: str | None = None,
-        store: Any = None,
+        store: str | Path | None = None,
         max_samples: int | None = None,
         keep: str = "last",
         buffers: str = "keep",
@@ -83,21 +108,35 @@ class Chain:
         chain_id: int = 0,
         probe: Any = None,
         schedule: Any = None,
+        loader: Any = None,
+        also: Mapping[str, Any] | None = None,
+        data: Iterable[Any] | None = None,
+        batch: str | BatchAdapter | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
-        _check("burn_in", burn_in, 0)
-        _check("thin", thin, 1)
-        _check("chain_id", chain_id, 0)
+        for name, value, least in (("burn_in", burn_in, 0), ("thin", thin, 1), ("chain_id", chain_id, 0)):
+            _check(name, value, least)
+        _check("checkpoint_every", 1 if checkpoint_every is None else checkpoint_every, 1)
         _one_of("buffers", buffers, BUFFERS)
         _one_of("dtype", dtype, DTYPES)
+        if (buffers == "refresh") != (data is not None):
+            raise ArgumentError(f'buffers={buffers!r} with data={data!r}; buffers="refresh" and data= belong together')
         if isinstance(sampler, Cyclical):
             sampler, schedule = sampler.sampler, sampler
-        self.sampler, self.schedule = sampler, schedule
+        self.sampler, self.schedule, self.chain_id = sampler, schedule, int(chain_id)
         self._mover: Sampler | None = sampler.sampler if isinstance(sampler, Structured) else sampler
-        self.chain_id = int(chain_id)
+        self._net, self._probe, self._data, self._batch = net, probe, data, batch
+        self._checkpoint_every, self._loader, self._also = checkpoint_every, loader, dict(also or {})
+        self._check_states()
         self._tensors = Sampled(net, self._mover, buffers, dtype)
         self._rule = self._chosen_rule(collect)(int(burn_in), int(thin))
         self._retention = Retention(max_samples, keep, self.chain_id)
-        self._samples = MemorySamples()
+        self._samples = MemorySamples() if store is None else StoredSamples(store, _writes(net))
+        self._settings = {
+            **{"chain": self.chain_id, "burn_in": burn_in, "thin": thin, "collect": self.collect, "dtype": dtype},
+            **{"max_samples": max_samples, "keep": keep, "buffers": buffers},
+            "sampler": None if self._mover is None else self._mover.name,
+        }
         self._pending: list[_Pending] = []
         self._moved = self._begun = False
         self._handle = None if self._mover is None else self._mover.register_pre_update_hook(self._before_update)
@@ -117,6 +156,11 @@ class Chain:
         """Of all samples collected, those dropped again among them."""
         return self._samples.records()
 
+    @property
+    def kept(self) -> list[SampleRecord]:
+        """Of the samples in the posterior, in its order."""
+        return self._samples.kept()
+
     def __len__(self) -> int:
         """Samples kept."""
         return len(self._samples.kept())
@@ -134,6 +178,7 @@ class Chain:
         Raises:
             NonFiniteError: the network holds NaN or infinity.
             StaleModelError: a parameter that is not sampled was trained on.
+            OSError: the disk is full; the samples written before are whole, and the last resume file is.
         """
         if self._mover is None:
             self._before_update(None)
@@ -142,9 +187,12 @@ class Chain:
         pending, self._pending, self._moved = self._pending, [], False
         self._rule.call(bool(sampling))
         if not sampling:
-            return False
+            pending = []
         for found in pending:
             self._commit(found, loss)
+        every = self._checkpoint_every
+        if pending or (every is not None and self.steps % every == 0):
+            self._checkpoint()
         return bool(pending)
 
     def posterior(self) -> SamplePosterior:
@@ -155,50 +203,167 @@ class Chain:
         """
         return pooled([self])
 
+    def probes(self) -> Tensor:
+        """Outputs at the probe inputs of the samples kept, `(S, P, C)`.
+
+        Raises:
+            UnsupportedError: the chain has no probe.
+        """
+        if self._probe is None:
+            raise UnsupportedError("the chain records no outputs: pass probe=inputs to bdl.Chain")
+        return torch.stack([self._samples.read(record)[PROBE] for record in self.kept])
+
+    def checkpoint(self) -> None:
+        """Write the resume file now, between two steps; `step` does so with every sample.
+
+        Raises:
+            ArgumentError: the chain has no store, or has made no step.
+        """
+        if not isinstance(self._samples, StoredSamples) or not self._begun or self._moved:
+            raise ArgumentError("checkpoint() needs store=, and comes after chain.step(), not before it")
+        self._checkpoint()
+
+    def resume(self) -> bool:
+        """Go on where the store's chain was when it wrote its last sample; call before the first step.
+
+        Writes parameters and buffers into the network, and restores the sampler, the schedule, the loader and whatever
+        `also` names. The global random state is never set. Samples written after the last resume file are cut, and come
+        back bit for bit. A loop of the same total length then runs `range(chain.steps, total)`.
+
+        Returns:
+            False, and nothing happens, where the folder holds no chain yet.
+
+        Raises:
+            ArgumentError: no store, the chain has begun, or another process writes there.
+            FileFormatError: the chain of another network, other settings, or a damaged folder.
+        """
+        if not isinstance(self._samples, StoredSamples):
+            raise ArgumentError("resume() needs the folder of a chain: pass store=")
+        if self._begun:
+            raise ArgumentError("the chain has begun already; resume() comes before the first step")
+        tree = self._samples.resume(self._tensors, self._settings)
+        if tree is None:
+            return False
+        self._tensors.load(tree["parameters"], tree["buffers"])
+        for name, thing in self._states().items():
+            if name not in tree["states"]:
+                raise ArgumentError(f"the store holds no state of {name!r}, which was added since the chain began")
+            load_state(thing, tree["states"][name])
+        self._rule.load(tree["rule"])
+        self._tensors.begin(self._tensors.base)  # the parameters' versions as they are now
+        self._begun = True
+        if self._loader is not None and not has_state(self._loader):
+            warnings.warn(
+                f"the loader ({type(self._loader).__name__}) has no state_dict: its order of the data was not "
+                "restored, and the chain goes on with other batches than it would have; bdl.samplers.Batches(loader) "
+                "has one",
+                ResumeWarning,
+                stacklevel=2,
+            )
+        return True
+
     def close(self) -> None:
-        """Let go of the sampler; the samples stay."""
+        """Let go of the sampler and of the folder; the samples stay."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        if isinstance(self._samples, StoredSamples):
+            self._samples.close()
 
     def __repr__(self) -> str:
         own = f"chain_id={self.chain_id}, {len(self)} samples, {self.steps} steps, collect={self.collect!r}"
         around = self.sampler if self.schedule is None else self.schedule
         return f"Chain({own}, burn_in={self._rule.burn_in}, thin={self._rule.thin}, sampler={around!r})"
 
+    # --- a step -----------------------------------------------------------------------------------------------------
+
     def _before_update(self, sampler: Sampler | None) -> None:
         if not self._begun:
-            self._tensors.begin()
-            self._begun = True
+            self._begin()
         record = None if sampler is None else sampler.record
         copies = self._rule.ahead(record)
         self._moved = True
         if self.collect == "steps":
             self._pending = []  # of several steps between two calls, the last
         if copies:
-            self._pending.append(_Pending(self._tensors.copy(sampler), record, copies))
+            self._pending.append(_Pending(self._tensors.snapshot(sampler), record, copies))
+
+    def _begin(self) -> None:
+        if self._mover is not None:
+            notice_stochastic_passes(self._net)
+        self._tensors.begin()
+        if isinstance(self._samples, StoredSamples):
+            self._samples.begin(self._tensors, self._settings, self._retention.max_samples)
+        self._begun = True
 
     def _commit(self, found: _Pending, loss: float | Tensor | None) -> None:
+        prior = None if self._mover is None else log_prior(self._mover, self._tensors.by_id(found.snapshot))
+        values: dict[str, Tensor] | None = None
         for _ in range(found.copies):
             number = len(self._samples.records())
             kept, drops = self._retention.admit(number, [record.id for record in self._samples.kept()])
-            record = self._described(number, found.record, drops, loss)
+            record = self._described(number, found.record, prior, drops, loss)
             if kept:
-                self._samples.add([record], found.values)
+                values = self._finished(self._tensors.encoded(found.snapshot)) if values is None else values
+                self._samples.add(record, values)
             else:
                 self._samples.skip(record)
 
+    def _finished(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With refreshed statistics, and outputs at the probe."""
+        if self._data is not None:
+            weights = decoded(values, self._tensors.base)
+            values = {**values, **fresh_statistics(self._net, weights, self._data, self._batch)}
+        if self._probe is not None:
+            outputs = probed(self._net, decoded(values, self._tensors.base), self._probe, self._batch)
+            values = {**values, PROBE: outputs}
+        return values
+
     def _described(
-        self, number: int, of: StepRecord | None, drops: tuple[int, ...], loss: float | Tensor | None
+        self,
+        number: int,
+        step: StepRecord | None,
+        prior: float | None,
+        drops: tuple[int, ...],
+        loss: float | Tensor | None,
     ) -> SampleRecord:
         known: dict[str, Any] = {"step": self.steps}
-        if of is not None:
-            names = ("step", "lr", "h", "temperature", "psi", "time")
-            known = {name: getattr(of, name) for name in names}
+        if step is not None:
+            known = {name: getattr(step, name) for name in ("step", "lr", "h", "temperature", "psi", "time")}
         if isinstance(self.schedule, Cyclical):
             known |= {"cycle": self.schedule.index, "phase": self.schedule.phase}
-        value = None if loss is None else float(loss)
-        return SampleRecord(number, self.chain_id, weight=self._rule.weight(of), drops=drops, loss=value, **known)
+        known |= {"weight": self._rule.weight(step), "drops": drops, "log_prior": prior}
+        value = float(loss.detach()) if isinstance(loss, Tensor) else loss
+        return SampleRecord(number, self.chain_id, loss=value, **known)
+
+    # --- the store --------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        if isinstance(self._samples, StoredSamples):
+            self._samples.checkpoint(
+                {
+                    "rule": self._rule.state(),
+                    "parameters": dict(self._tensors.parameters),
+                    "buffers": self._tensors.buffers(),
+                    "states": {name: state_of(thing) for name, thing in self._states().items()},
+                }
+            )
+
+    def _states(self) -> dict[str, Any]:
+        found = {"sampler": self.sampler, "schedule": self.schedule}
+        if has_state(self._loader):
+            found["loader"] = self._loader
+        return {name: thing for name, thing in found.items() if thing is not None} | {
+            f"also {name}": thing for name, thing in self._also.items()
+        }
+
+    def _check_states(self) -> None:
+        for name, thing in self._states().items():
+            if not has_state(thing):
+                raise ArgumentError(
+                    f"{name} is {type(thing).__name__}; expected an object with state_dict and load_state_dict, or a "
+                    "torch.Generator"
+                )
 
     def _chosen_rule(self, collect: str | None) -> type[Rule]:
         if collect is None:
@@ -210,43 +375,23 @@ class Chain:
 
 
 def pooled(chains: Sequence[Chain]) -> SamplePosterior:
-    """The samples of several chains of one network as one posterior; every chain has the weight of its samples.
+    """The samples of several chains of one network as one posterior; a chain has the weight of its samples.
 
     Raises:
         NotFittedError: fewer than two samples in all.
     """
-    parts: list[dict[str, Tensor]] = []
-    weights: list[float] = []
-    ids: list[int] = []
+    samples = []
     for chain in chains:
-        kept = chain._samples.kept()
-        parts += [chain._tensors.decoded(chain._samples.read(record)) for record in kept]
-        weights += relative_weights(kept)
-        ids += [chain.chain_id] * len(kept)
-    if len(parts) < 2:
-        one = chains[0]
-        raise NotFittedError(
-            f"{len(parts)} sample(s) were collected in {[chain.steps for chain in chains]} steps with "
-            f"burn_in={one._rule.burn_in} and thin={one._rule.thin}, and a posterior takes two or more: lower burn_in "
-            "or thin, raise max_samples, or run longer"
-        )
-    tensors = chains[0]._tensors
-    device = tensors.device
-    share = torch.tensor(weights, dtype=torch.float64)
-    return SamplePosterior(
-        stacked(parts, tensors.base, device),
-        (share / share.sum()).float().to(device),
-        torch.tensor(ids).to(device),
-    )
+        base = chain._tensors.base
+        samples += [(record, decoded(chain._samples.read(record), base), base) for record in chain.kept]
+    return assembled(samples, chains[0]._tensors.device)
 
 
-def relative_weights(records: Sequence[SampleRecord]) -> list[float]:
-    """Weights of samples: those of their steps within a cycle, of mean 1 in each cycle."""
-    cycles: dict[int | None, list[float]] = {}
-    for record in records:
-        cycles.setdefault(record.cycle, []).append(record.weight)
-    means = {cycle: sum(found) / len(found) for cycle, found in cycles.items()}
-    return [record.weight / means[record.cycle] if means[record.cycle] > 0 else 1.0 for record in records]
+def _writes(net: nn.Module) -> bool:
+    """Whether this process writes the chain's folder: of the ranks of a data-parallel network, the first."""
+    if not isinstance(net, nn.parallel.DistributedDataParallel):
+        return True
+    return torch.distributed.get_rank(net.process_group) == 0
 
 
 def _check(name: str, value: Any, least: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, final
 
-import torch
 from torch import Tensor
 
 from bayesdl.samplers.records import SampleRecord
@@ -22,8 +21,11 @@ class Samples(Protocol):
     def kept(self) -> list[SampleRecord]:
         """Those that can be read."""
 
-    def add(self, records: list[SampleRecord], values: Values) -> list[SampleRecord]:
-        """Keep one set of tensors under one or several records; the records as stored."""
+    def add(self, record: SampleRecord, values: Values) -> None:
+        """Keep a sample; what it takes the place of is gone."""
+
+    def skip(self, record: SampleRecord) -> None:
+        """A sample that is not kept."""
 
     def read(self, record: SampleRecord) -> dict[str, Tensor]:
         """The tensors of a kept sample."""
@@ -43,24 +45,14 @@ class MemorySamples:
     def kept(self) -> list[SampleRecord]:
         return [record for record in self._records if record.id in self._values]
 
-    def add(self, records: list[SampleRecord], values: Values) -> list[SampleRecord]:
-        held = {name: value.cpu() for name, value in values.items()}
-        for record in records:
-            for number in record.drops:
-                del self._values[number]
-            self._records.append(record)
-            self._values[record.id] = held
-        return records
+    def add(self, record: SampleRecord, values: Values) -> None:
+        for number in record.drops:
+            del self._values[number]
+        self._records.append(record)
+        self._values[record.id] = {name: value.cpu() for name, value in values.items()}
 
     def skip(self, record: SampleRecord) -> None:
-        """A sample that is not kept."""
         self._records.append(record)
 
     def read(self, record: SampleRecord) -> dict[str, Tensor]:
         return dict(self._values[record.id])
-
-
-def stacked(parts: list[dict[str, Tensor]], base: Values, device: torch.device) -> dict[str, Tensor]:
-    """`(S, *shape)` by name; tensors that a sample lacks are those of `base`."""
-    names = list(dict.fromkeys(name for part in parts for name in part))
-    return {name: torch.stack([(part if name in part else base)[name].to(device) for part in parts]) for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, final
 
@@ -56,3 +57,13 @@ class SampleRecord:
         if not isinstance(found, dict) or set(found) != names:
             raise FileFormatError(f"{found!r} is no line of a chain's index; expected the entries {sorted(names)}")
         return cls(**{**found, "drops": tuple(found["drops"])})
+
+
+def relative_weights(records: Sequence[SampleRecord]) -> list[float]:
+    """Weights of samples: those of their steps within a cycle, of mean 1 in each cycle of each chain."""
+    cycles: dict[tuple[int, int | None], list[float]] = {}
+    for record in records:
+        cycles.setdefault((record.chain, record.cycle), []).append(record.weight)
+    means = {cycle: sum(found) / len(found) for cycle, found in cycles.items()}
+    found = [(record.weight, means[record.chain, record.cycle]) for record in records]
+    return [weight / mean if mean > 0 else 1.0 for weight, mean in found]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import final
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,15 @@ _COUNTER = "num_batches_tracked"  # counts batches in training; a prediction doe
 
 
 @final
+@dataclass(frozen=True)
+class Snapshot:
+    """Sampled parameters and buffers at one moment."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+@final
 class Sampled:
     """The tensors of a user's network that a chain reads.
 
@@ -27,12 +38,12 @@ class Sampled:
 
     Args:
         net: the user's network; read, never written to.
-        sampler: its parameters are the sampled ones; None takes all that require a gradient.
+        sampler: its parameters are the sampled ones; names; or None for all that require a gradient.
         buffers: "shared" leaves buffers out.
         dtype: of what is kept, see `Chain`.
     """
 
-    def __init__(self, net: nn.Module, sampler: Sampler | None, buffers: str, dtype: str) -> None:
+    def __init__(self, net: nn.Module, sampler: Sampler | Sequence[str] | None, buffers: str, dtype: str) -> None:
         if not isinstance(net, nn.Module):
             raise ArgumentError(f"a torch.nn.Module is expected, got {type(net).__name__}")
         self._net = unwrap(net)
@@ -59,22 +70,23 @@ class Sampled:
         """Of the first sampled parameter."""
         return next(iter(self.parameters.values())).device
 
-    def begin(self) -> None:
-        """Take the present values as those that samples are differences from."""
-        self.base = {name: value.detach().clone() for name, value in self.buffers().items()}
-        if self.dtype == "bfloat16-delta":
-            self.base |= {name: p.detach().float().clone() for name, p in self.parameters.items()}
+    def begin(self, base: Mapping[str, Tensor] | None = None) -> None:
+        """Take the present values, or those of a store, as those that samples are differences from."""
+        if base is None:
+            base = {name: value.detach().clone() for name, value in self.buffers().items()}
+            if self.dtype == "bfloat16-delta":
+                base |= {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self.base = {name: value.to(self.device) for name, value in base.items()}
         self._versions = {name: p._version for name, p in self.others.items()}
 
     def buffers(self) -> dict[str, Tensor]:
         """All buffers of the network as they are now."""
         return dict(_plain(self._net).named_buffers())
 
-    def copy(self, sampler: Sampler | None) -> dict[str, Tensor]:
-        """The parameters, and the buffers that are not what they were at `begin`, in memory of their own.
+    def snapshot(self, sampler: Sampler | None) -> Snapshot:
+        """Parameters and buffers as they are now, in memory of their own.
 
         Raises:
-            NonFiniteError: NaN or infinity in a parameter.
             StaleModelError: a parameter that is not sampled was trained on.
         """
         for name, other in self.others.items():
@@ -83,31 +95,60 @@ class Sampled:
                     f"parameter {name!r} is not sampled and was written to while the chain ran: its samples would "
                     "belong to networks that are gone. Give it to the sampler, or freeze it (requires_grad=False)"
                 )
+        buffers = {} if self._buffers == "shared" else self.buffers()
+        return Snapshot(
+            {name: _moving(p, sampler).clone() for name, p in self.parameters.items()},
+            {name: value.detach().clone() for name, value in buffers.items() if not name.endswith(_COUNTER)},
+        )
+
+    def encoded(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """What is kept: parameters in the dtype of the chain, and the buffers that are not what they were at `begin`.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a parameter.
+        """
+        _check_finite(snapshot.parameters)
+        values = {name: self._kept(name, value) for name, value in snapshot.parameters.items()}
+        return values | {
+            name: value for name, value in snapshot.buffers.items() if not torch.equal(value, self.base[name])
+        }
+
+    def by_id(self, snapshot: Snapshot) -> dict[int, Tensor]:
+        """A snapshot's parameters by the `id` of the network's own."""
+        return {id(p): snapshot.parameters[name] for name, p in self.parameters.items()}
+
+    def load(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Write a stored state into the network."""
+        own = {**self.parameters, **self.buffers()}
         with torch.no_grad():
-            values = {name: self._copied(name, _moving(p, sampler)) for name, p in self.parameters.items()}
-            _check_finite(values)
-            return values | self._changed()
+            for name, value in (*parameters.items(), *buffers.items()):
+                own[name].copy_(value)
 
-    def decoded(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `copy` made, as tensors of the network: differences are added to their base."""
-        if self.dtype != "bfloat16-delta":
-            return dict(values)
-        moved = {name: self.base[name] + values[name].to(self.base[name]) for name in self.parameters}
-        return {**values, **moved}
+    def shapes(self) -> dict[str, Any]:
+        """Shape and dtype of the sampled parameters by name, as JSON."""
+        return {name: [list(p.shape), str(p.dtype)] for name, p in self.parameters.items()}
 
-    def _copied(self, name: str, value: Tensor) -> Tensor:
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes, dtypes and values of the parameters that are not sampled."""
+        digest = hashlib.sha256()
+        for name, tensor in self.others.items():
+            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
+            digest.update(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def planned(self, max_samples: int | None) -> int:
+        """Bytes on disk of so many samples (None: one), one more while it replaces another, base and resume files."""
+        width = {"float32": 4, "float64": 8, "bfloat16-delta": 2}[self.dtype]
+        count = sum(p.numel() for p in self.parameters.values())
+        buffers = sum(b.numel() * b.element_size() for b in self.buffers().values())
+        # a resume file holds the parameters and mostly one tensor of state for each, and is there twice while replaced
+        return ((max_samples or 1) + 1) * (width * count + buffers) + 4 * 4 * count + 2 * buffers
+
+    def _kept(self, name: str, value: Tensor) -> Tensor:
         if self.dtype == "bfloat16-delta":
             return (value.float() - self.base[name]).to(torch.bfloat16)
-        return value.to(getattr(torch, self.dtype), copy=True)
-
-    def _changed(self) -> dict[str, Tensor]:
-        if self._buffers == "shared":
-            return {}
-        return {
-            name: value.detach().clone()
-            for name, value in self.buffers().items()
-            if not name.endswith(_COUNTER) and not torch.equal(value, self.base[name])
-        }
+        kept: Tensor = value.to(getattr(torch, self.dtype))
+        return kept
 
 
 def _plain(net: nn.Module) -> nn.Module:
@@ -115,13 +156,15 @@ def _plain(net: nn.Module) -> nn.Module:
     return structural_clone(net, lambda tensor: tensor, lambda tensor: tensor)
 
 
-def _chosen(everything: dict[str, Tensor], sampler: Sampler | None) -> dict[str, Tensor]:
+def _chosen(everything: dict[str, Tensor], sampler: Sampler | Sequence[str] | None) -> dict[str, Tensor]:
     if sampler is None:
         found = {name: p for name, p in everything.items() if p.requires_grad}
         if not found:
             raise ArgumentError("no parameter of the network requires a gradient: there is nothing to sample")
         return found
-    own = {id(p): index for index, p in enumerate(p for group in sampler.param_groups for p in group["params"])}
+    if not isinstance(sampler, Sampler):
+        return {name: everything[name] for name in sampler if name in everything}
+    own = {id(p) for group in sampler.param_groups for p in group["params"]}
     found = {name: p for name, p in everything.items() if id(p) in own}
     if len(found) != len(own):
         raise ArgumentError(

@@ -1,0 +1,34 @@
+"""What in a network makes its loss no sum over the data, so that a chain samples another law than the posterior."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+
+class StochasticForwardWarning(UserWarning):
+    """The loss of an example depends on chance, or on the other examples of its batch."""
+
+
+def notice_stochastic_passes(net: nn.Module) -> None:
+    """Warn once of active dropout and of batch norm in train mode."""
+    modules = list(net.named_modules())
+    dropout = [name for name, part in modules if isinstance(part, _DropoutNd) and part.training and part.p > 0]
+    norm = [name for name, part in modules if isinstance(part, _BatchNorm) and part.training]
+    if dropout:
+        warnings.warn(
+            f"dropout {dropout[0]!r} is active: the chain samples the law of a noisier loss than the posterior's; "
+            "put it in eval mode",
+            StochasticForwardWarning,
+            stacklevel=7,
+        )
+    if norm:
+        warnings.warn(
+            f"batch norm {norm[0]!r} is in train mode: the loss of an example depends on its batch, and is no term of "
+            "a sum over the data; each sample keeps the running statistics of its own pass",
+            StochasticForwardWarning,
+            stacklevel=7,
+        )
