@@ -5,8 +5,21 @@ and `METRICS`, which applies them to `Predictions` by name. `nll` exists for cla
 through its module.
 """
 
-from bayesdl.evaluation import bootstrap, classification, decomposition, ood, ranking, regression, selective
+from bayesdl.evaluation import (
+    bootstrap,
+    calibration,
+    classification,
+    decomposition,
+    dispersion,
+    joint,
+    ood,
+    ranking,
+    regression,
+    selective,
+)
 from bayesdl.evaluation.bootstrap import Interval, Resamples, resample, resample_ood
+from bayesdl.evaluation.brier_terms import BrierTerms, brier_decomposition
+from bayesdl.evaluation.calibration import ace, calibration_p, ce2_debiased, skce, smece, spiegelhalter_z, tace
 from bayesdl.evaluation.classification import (
     Reliability,
     accuracy,
@@ -22,6 +35,18 @@ from bayesdl.evaluation.classification import (
     reliability,
 )
 from bayesdl.evaluation.decomposition import Split, disagreement, split, variation_ratio
+from bayesdl.evaluation.dispersion import (
+    ause,
+    crps_samples,
+    ence,
+    miscal_area,
+    pinball,
+    pit_samples,
+    ssc,
+    uce,
+    worst_slab,
+)
+from bayesdl.evaluation.joint import joint_gain, joint_nll
 from bayesdl.evaluation.metrics import (
     HEADLINE,
     METRICS,
@@ -31,8 +56,9 @@ from bayesdl.evaluation.metrics import (
     metric_values,
     metrics_for,
 )
+from bayesdl.evaluation.multiple_choice import MultipleChoice, multiple_choice, option_log_probs
 from bayesdl.evaluation.ood import DEFAULT_SCORE, OOD_METRICS, SCORES, ood_metrics, ood_score, score_metrics
-from bayesdl.evaluation.predictions import Predictions
+from bayesdl.evaluation.predictions import Predictions, cat_predictions
 from bayesdl.evaluation.ranking import auroc, average_precision, fpr_at_recall
 from bayesdl.evaluation.regression import (
     crps,
@@ -56,6 +82,7 @@ from bayesdl.evaluation.selective import (
     risk_at_coverage,
     risk_coverage,
 )
+from bayesdl.evaluation.streaming import ClassificationStream, MetricStream, in_order
 from bayesdl.evaluation.validation import UndefinedError
 
 __all__ = [
@@ -64,9 +91,13 @@ __all__ = [
     "METRICS",
     "OOD_METRICS",
     "SCORES",
+    "BrierTerms",
+    "ClassificationStream",
     "Interval",
     "Metric",
+    "MetricStream",
     "MetricValue",
+    "MultipleChoice",
     "Predictions",
     "Reliability",
     "Resamples",
@@ -74,40 +105,59 @@ __all__ = [
     "Split",
     "UndefinedError",
     "accuracy",
+    "ace",
     "augrc",
     "aurc",
     "auroc",
+    "ause",
     "average_precision",
     "bootstrap",
     "brier",
+    "brier_decomposition",
+    "calibration",
+    "calibration_p",
+    "cat_predictions",
+    "ce2_debiased",
     "classification",
     "classwise_ece",
     "coverage_at_risk",
     "crps",
+    "crps_samples",
     "decomposition",
     "disagreement",
+    "dispersion",
     "eaurc",
     "ece",
     "ece_l2",
     "ece_mass",
     "ece_unweighted",
+    "ence",
     "error_auroc",
     "evaluate_metrics",
     "fpr_at_recall",
+    "in_order",
     "interval_score",
+    "joint",
+    "joint_gain",
+    "joint_nll",
     "mae",
     "mce",
     "metric_values",
     "metrics_for",
+    "miscal_area",
     "mixture_cdf",
     "mixture_quantile",
     "mpiw",
+    "multiple_choice",
     "nll_zero_count",
     "ood",
     "ood_metrics",
     "ood_score",
+    "option_log_probs",
     "picp",
+    "pinball",
     "pit",
+    "pit_samples",
     "qce",
     "ranking",
     "regression",
@@ -120,6 +170,13 @@ __all__ = [
     "score_metrics",
     "selective",
     "sharpness",
+    "skce",
+    "smece",
+    "spiegelhalter_z",
     "split",
+    "ssc",
+    "tace",
+    "uce",
     "variation_ratio",
+    "worst_slab",
 ]

@@ -73,9 +73,8 @@ def equal_mass(values: Tensor, bins: int, weights: Tensor | None = None) -> Tens
     upto = table[:, order].cumsum(1)[:, ends]
     below = torch.cat([upto.new_zeros(len(upto), 1), upto[:, :-1]], 1)
     # 2 L + c = mass below + mass up to; for integer weights all operands are exact in float64.
-    index = (
-        torch.div(bins * (below + upto), 2 * upto[:, -1:], rounding_mode="floor").clamp_(0, bins - 1).to(torch.int64)
-    )
+    whole = (2 * upto[:, -1:]).clamp_min(torch.finfo(torch.float64).tiny)  # a resample may leave no weight at all
+    index = torch.div(bins * (below + upto), whole, rounding_mode="floor").clamp_(0, bins - 1).to(torch.int64)
     by_example = torch.empty_like(order)
     by_example[order] = group
     index = index[:, by_example]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bayesdl.evaluation import classification, regression, validation
+from bayesdl.evaluation import classification, dispersion, regression, validation
 from bayesdl.evaluation.decomposition import log_complement, votes_of
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.validation import UndefinedError
@@ -91,6 +91,11 @@ def width(level: float) -> Callable[[Predictions], Tensor]:
 def interval_score(level: float) -> Callable[[Predictions], Tensor]:
     """Losses of `interval_score` at a level."""
     return lambda p: regression.interval_score_losses(numbers(p), *p.interval(level), level)
+
+
+def pinball(q: float) -> Callable[[Predictions], Tensor]:
+    """Quantile losses."""
+    return lambda p: dispersion.pinball_losses(numbers(p), p.mixture.quantile(q), q)
 
 
 def numbers(predictions: Predictions) -> Tensor:

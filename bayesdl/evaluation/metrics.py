@@ -5,15 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from torch import Tensor
 
 from bayesdl.errors import UnknownNameError
-from bayesdl.evaluation import binning, classification, losses, ranking, regression, selective, validation, weighting
+from bayesdl.evaluation import (
+    calibration,
+    dispersion,
+    losses,
+    ranking,
+    regression,
+    selective,
+)
 from bayesdl.evaluation.predictions import Predictions
+from bayesdl.evaluation.readers import (
+    BINS,
+    ause,
+    binned,
+    calibrated,
+    classwise_calibrated,
+    classwise_ece,
+    error_rank,
+    joint_log_loss,
+    mean_of,
+    of_confidence,
+    of_errors,
+    of_pit,
+    of_probs,
+    risk_curve,
+    zero_count,
+)
 from bayesdl.evaluation.validation import UndefinedError
+
+if TYPE_CHECKING:
+    from bayesdl.evaluation.streaming import MetricStream
 
 Direction = Literal["min", "max", "target", "none"]
 Need = Literal["targets", "members", "components", "log_prob"]
@@ -58,6 +85,17 @@ class Metric:
         """The metric is (a monotone function of) a mean of per-example losses."""
         return self.losses is not None
 
+    @property
+    def streaming(self) -> Literal["constant", "stored"]:
+        """What a stream of batches keeps: sums, or all scores."""
+        return "constant" if self.additive else "stored"
+
+    def accumulator(self) -> MetricStream:
+        """A fresh `MetricStream` of this metric."""
+        from bayesdl.evaluation.streaming import MetricStream  # not at module level: that module reads METRICS
+
+        return MetricStream((self.name,))
+
 
 @final
 @dataclass(frozen=True)
@@ -68,88 +106,9 @@ class MetricValue:
     reason: str = ""
 
 
-BINS = 15
 LEVELS = (50, 90, 95)
 CLASSES, LABELS, MOMENTS = ("classification",), ("classification", "multilabel"), ("regression", "count")
 EVERY = LABELS + MOMENTS
-
-
-def mean_of(losses: Callable[[Predictions], Tensor], link: str = "identity") -> Callable[..., float | Tensor]:
-    """The metric that is `link` of the mean of per-example losses."""
-
-    def value(predictions: Predictions, weights: Any = None) -> float | Tensor:
-        checked = validation.example_weights(weights, len(predictions))
-        result = weighting.mean(losses(predictions), checked)
-        return result if link == "identity" else result**0.5
-
-    return value
-
-
-def calibration(statistic: str, *, mass: bool = False) -> Callable[..., float | Tensor]:
-    """A top-label calibration error."""
-    read = binning.STATISTICS[statistic]
-
-    def value(predictions: Predictions, weights: Any = None) -> float | Tensor:
-        checked = validation.example_weights(weights, len(predictions))
-        sums = binning.bin_sums(predictions.confidence, predictions.correct, BINS, mass=mass, weights=checked)
-        return weighting.finish(read(sums), checked)
-
-    return value
-
-
-def calibrated(statistic: str, *, mass: bool = False) -> Callable[[Predictions, int, torch.Generator | None], Tensor]:
-    """The law (draws,) of a top-label calibration error when every forecast is right."""
-    read = binning.STATISTICS[statistic]
-
-    def draw(predictions: Predictions, draws: int, generator: torch.Generator | None) -> Tensor:
-        confidence = predictions.confidence
-        chunks = classification.redraw_hits(confidence, draws, generator)
-        return torch.cat([read(binning.redrawn_sums(confidence, hits, BINS, mass=mass)) for hits in chunks]).cpu()
-
-    return draw
-
-
-def classwise_ece(predictions: Predictions, weights: Any = None) -> float | Tensor:
-    """Mean over classes of the one-vs-rest calibration error."""
-    checked = validation.example_weights(weights, len(predictions))
-    sums = classification.class_sums(predictions.probs, predictions.labelled(), BINS, mass=False, weights=checked)
-    return weighting.finish(torch.stack([part.ece() for part in sums]).mean(0), checked)
-
-
-def classwise_calibrated(predictions: Predictions, draws: int, generator: torch.Generator | None) -> Tensor:
-    """The law (draws,) of `classwise_ece` when every forecast is right."""
-    probs = predictions.probs
-    found = []
-    for labels in classification.redraw_labels(probs, draws, generator):
-        parts = [binning.redrawn_sums(probs[:, c], labels == c, BINS).ece() for c in range(probs.shape[1])]
-        found.append(torch.stack(parts).mean(0))
-    return torch.cat(found).cpu()
-
-
-def zero_count(predictions: Predictions, weights: Any = None) -> float | Tensor:
-    """Examples whose target was given probability 0."""
-    zero = losses.nll(predictions).isinf().double()
-    return weighting.total(zero, validation.example_weights(weights, len(zero)))
-
-
-def error_auroc(predictions: Predictions, weights: Any = None) -> float | Tensor:
-    """AUROC of 1 - confidence for wrong predictions."""
-    return ranking.auroc(-predictions.confidence, ~predictions.correct, weights=weights)
-
-
-def risk_curve(function: Callable[..., float | Tensor], **options: float) -> Callable[..., float | Tensor]:
-    """A function of the risk-coverage curve of 0/1 errors by confidence."""
-
-    def value(predictions: Predictions, weights: Any = None) -> float | Tensor:
-        return function(predictions.confidence, ~predictions.correct, weights=weights, **options)
-
-    return value
-
-
-def qce(predictions: Predictions, weights: Any = None) -> float | Tensor:
-    """Quantile calibration error."""
-    checked = validation.example_weights(weights, len(predictions))
-    return regression.qce_of(predictions.mixture.cdf(losses.numbers(predictions)), checked)
 
 
 def _mean(
@@ -198,7 +157,7 @@ def _at_level(percent: int) -> tuple[Metric, ...]:
 
 def _calibration(name: str, label: str, statistic: str, definition: str, *, mass: bool = False) -> Metric:
     return Metric(
-        name, label, CLASSES, calibration(statistic, mass=mass), "min", "fraction", definition,
+        name, label, CLASSES, binned(statistic, mass=mass), "min", "fraction", definition,
         interval="calibration", null=calibrated(statistic, mass=mass),
     )  # fmt: skip
 
@@ -231,11 +190,35 @@ METRICS: dict[str, Metric] = {
             "Root of the mean predictive variance; smaller is better at equal calibration.", needs=(), link="sqrt",
         ),
         Metric(
-            "qce", "QCE", ("regression",), qce, "min", "fraction",
+            "qce", "QCE", ("regression",), of_pit(regression.qce_of), "min", "fraction",
             "Mean over the levels 5 % .. 95 % of |share of targets below the quantile - level|.",
             needs=("targets", "components"),
         ),
         *(metric for percent in LEVELS for metric in _at_level(percent)),
+        Metric(
+            "miscal_area", "miscalibration area", ("regression",), of_pit(dispersion.miscal_area_of), "min", "fraction",
+            "Area between the coverage of central intervals and their level.", needs=("targets", "components"),
+        ),
+        Metric(
+            "ence", "ENCE", MOMENTS, of_errors(dispersion.ence_of, BINS), "min", "fraction",
+            f"Mean over {BINS} equal-mass bins of |root mean variance - RMSE| / root mean variance.",
+        ),
+        Metric(
+            "uce", "UCE", MOMENTS, of_errors(dispersion.uce_of, BINS), "min", "target units squared",
+            f"Mean gap between squared errors and variances, {BINS} equal-mass bins of the variance.",
+        ),
+        Metric(
+            "ause", "AUSE", MOMENTS, ause, "min", "fraction",
+            "Excess error when the most uncertain are removed first, over the mean absolute error.",
+        ),
+        *(
+            _mean(
+                f"pinball_{percent}", f"pinball {percent} %", ("regression",), losses.pinball(percent / 100), "min",
+                "target units", f"Quantile loss at the predicted {percent} % quantile.", proper=True,
+                needs=("targets", "components"),
+            )
+            for percent in (10, 90)
+        ),
         _calibration("ece", "ECE", "ece", f"Top-label expected calibration error, {BINS} equal-width bins."),
         _calibration("mce", "MCE", "mce", f"Largest top-label calibration gap, {BINS} equal-width bins."),
         _calibration("ece_l2", "ECE l2", "l2", f"Root mean squared top-label gap, {BINS} equal-width bins."),
@@ -250,11 +233,53 @@ METRICS: dict[str, Metric] = {
             interval="calibration", null=classwise_calibrated,
         ),
         Metric(
+            "ace", "ACE", CLASSES, of_probs(calibration.tace_of, BINS, -1.0), "min", "fraction",
+            f"Mean gap over all classes and their {BINS} equal-mass bins.",
+        ),
+        Metric(
+            "tace", "TACE", CLASSES, of_probs(calibration.tace_of, BINS, 0.01), "min", "fraction",
+            "As ACE over the probabilities above 1 %.",
+        ),
+        Metric(
+            "ce2_debiased", "debiased CE^2", CLASSES, of_confidence(calibration.ce2_of, BINS), "target", "score",
+            f"Squared top-label calibration error without its bias, {BINS} equal-mass bins; may be negative.",
+            target=0.0,
+        ),
+        Metric(
+            "smece", "smooth ECE", CLASSES, of_confidence(calibration.smece_of), "min", "fraction",
+            "Top-label calibration error smoothed by a reflected Gaussian kernel of its own width.", resampled=False,
+        ),
+        Metric(
+            "skce", "kernel CE^2", CLASSES, of_probs(calibration.skce_of, None), "target", "score",
+            "Unbiased squared kernel calibration error over all pairs; may be negative.", target=0.0, resampled=False,
+        ),
+        Metric(
+            "calibration_p", "calibration p", CLASSES, of_confidence(calibration.calibration_p_of), "none", "p-value",
+            "p-value of the hypothesis that the confidences are right, by cumulative differences.", resampled=False,
+        ),
+        Metric(
+            "spiegelhalter_z", "Spiegelhalter z", CLASSES, of_confidence(calibration.spiegelhalter_of), "target", "sd",
+            "Standard normal where the confidences are right.", target=0.0, resampled=False,
+        ),
+        Metric(
+            "error_ap", "error AP", CLASSES, error_rank(ranking.average_precision), "max", "fraction",
+            "Average precision of 1 - confidence for wrong predictions.",
+        ),
+        Metric(
+            "error_fpr95", "error FPR95", CLASSES, error_rank(ranking.fpr_at_recall), "min", "fraction",
+            "Share of right predictions flagged at the strictest threshold that flags at least 95 % of the wrong ones.",
+        ),
+        Metric(
+            "joint_nll_10", "joint NLL, 10", ("classification", "regression"), joint_log_loss(10), "min",
+            "nats per block", "Joint log-loss of random blocks of 10 examples under coherent members.", proper=True,
+            needs=("targets", "members"), resampled=False,
+        ),
+        Metric(
             "nll_zero_count", "zero probability", CLASSES, zero_count, "none", "count",
             "Number of examples whose label was given probability 0 (NLL is then infinite).", resampled=False,
         ),
         Metric(
-            "error_auroc", "error AUROC", CLASSES, error_auroc, "max", "fraction",
+            "error_auroc", "error AUROC", CLASSES, error_rank(ranking.auroc), "max", "fraction",
             "Probability that a wrong prediction is less confident than a right one, ties 1/2.",
         ),
         Metric(

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -375,3 +375,25 @@ def _from_arrays(arrays: dict[str, Any]) -> Predictions:
         return Predictions.from_probs(value, **rest)
     log_probs = validation.tensor(value, "log_probs")
     return Predictions(task="classification", log_probs=log_probs[None] if log_probs.dim() == 2 else log_probs, **rest)
+
+
+def cat_predictions(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of several batches as one; fields that a batch lacks are left out.
+
+    Raises:
+        ArgumentError: no batches, or batches of different tasks or members.
+    """
+    if not parts:
+        raise ArgumentError("no predictions to concatenate")
+    first = parts[0]
+    for part in parts:
+        same = (part.task, part.num_members, part.num_outputs) == (first.task, first.num_members, first.num_outputs)
+        weights = [first.member_weights, part.member_weights]
+        if not same or ((weights[0] is None) != (weights[1] is None)):
+            raise ArgumentError("predictions of different tasks, members or outputs cannot be concatenated")
+    held = [part._tensors() for part in parts]
+    joined: dict[str, Any] = {}
+    for name, axis in validation.EXAMPLE_AXIS.items():
+        if all(name in fields_ for fields_ in held):
+            joined[name] = held[0][name] if axis is None else torch.cat([fields_[name] for fields_ in held], axis)
+    return Predictions(task=first.task, name=first.name, meta=first.meta, **joined)

@@ -59,11 +59,14 @@ class Mixture:
         """(N, D), by the law of total variance."""
         return (self.column * (self.deviations.square() + (self.means - self.mean).square())).sum(0)
 
+    def member_log_prob(self, y: Tensor) -> Tensor:
+        """(S, N), joint log-density over outputs of every component."""
+        z = (y - self.means) / self.deviations
+        return (-0.5 * z.square() - self.deviations.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
     def log_prob(self, y: Tensor) -> Tensor:
         """(N,), joint log-density over outputs, which are independent within a component."""
-        z = (y - self.means) / self.deviations
-        joint = (-0.5 * z.square() - self.deviations.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return (joint + self.weights.log()[:, None]).logsumexp(0)
+        return (self.member_log_prob(y) + self.weights.log()[:, None]).logsumexp(0)
 
     def cdf(self, y: Tensor) -> Tensor:
         """(N, D), P(Y <= y) of every output."""
@@ -111,7 +114,7 @@ def nll(
     per_example: bool = False,
 ) -> float | Tensor:
     """Minus the log predictive density in nats, summed over outputs."""
-    mixture, y = _read(targets, mean, variance, member_weights)
+    mixture, y = read(targets, mean, variance, member_weights)
     return _reduce(-mixture.log_prob(y), weights, per_example)
 
 
@@ -125,7 +128,7 @@ def crps(
     per_example: bool = False,
 ) -> float | Tensor:
     """Continuous ranked probability score in target units, closed form for a Gaussian and for a Gaussian mixture."""
-    mixture, y = _read(targets, mean, variance, member_weights)
+    mixture, y = read(targets, mean, variance, member_weights)
     return _reduce(mixture.crps(y).mean(1), weights, per_example)
 
 
@@ -140,7 +143,7 @@ def interval_score(
     per_example: bool = False,
 ) -> float | Tensor:
     """(u - l) + (2/a)(l - y)+ + (2/a)(y - u)+ of the central interval, a = 1 - level (Gneiting and Raftery 2007)."""
-    mixture, y = _read(targets, mean, variance, member_weights)
+    mixture, y = read(targets, mean, variance, member_weights)
     return _reduce(interval_score_losses(y, *interval_of(mixture, level), level), weights, per_example)
 
 
@@ -155,7 +158,7 @@ def picp(
     per_example: bool = False,
 ) -> float | Tensor:
     """Share of targets with (1 - level)/2 <= F(y) <= (1 + level)/2; best is `level`."""
-    mixture, y = _read(targets, mean, variance, member_weights)
+    mixture, y = read(targets, mean, variance, member_weights)
     return _reduce(coverage_losses(mixture.cdf(y), level), weights, per_example)
 
 
@@ -205,13 +208,13 @@ def sharpness(*, mean: Any, variance: Any, member_weights: Any = None, weights: 
 
 def qce(targets: Any, *, mean: Any, variance: Any, member_weights: Any = None, weights: Any = None) -> float | Tensor:
     """Mean over the levels 0.05 .. 0.95 of |share of PIT values <= level - level|, averaged over outputs."""
-    mixture, y = _read(targets, mean, variance, member_weights)
+    mixture, y = read(targets, mean, variance, member_weights)
     return qce_of(mixture.cdf(y), validation.example_weights(weights, len(y)))
 
 
 def pit(targets: Any, *, mean: Any, variance: Any, member_weights: Any = None) -> Tensor:
     """(N, D) float64, probability integral transform F(y); uniform for a right forecaster."""
-    mixture, y = _read(targets, mean, variance, member_weights)
+    mixture, y = read(targets, mean, variance, member_weights)
     return mixture.cdf(y)
 
 
@@ -259,7 +262,8 @@ def _spread(difference: Tensor, deviation: Tensor) -> Tensor:
     return 2 * deviation * density + difference * torch.erf(z / math.sqrt(2))
 
 
-def _read(targets: Any, mean: Any, variance: Any, member_weights: Any) -> tuple[Mixture, Tensor]:
+def read(targets: Any, mean: Any, variance: Any, member_weights: Any) -> tuple[Mixture, Tensor]:
+    """Checked mixture and targets (N, D) float64."""
     mixture = Mixture.read(mean, variance, member_weights)
     return mixture, _targets(targets, mean, mixture.means)
 
@@ -275,7 +279,7 @@ def _targets(targets: Any, mean: Any, means: Tensor) -> Tensor:
 def _point(targets: Any, mean: Any, variance: Any, member_weights: Any) -> tuple[Tensor, Tensor]:
     if variance is None:
         variance = torch.ones_like(validation.tensor(mean, "mean"), dtype=torch.float64)
-    mixture, y = _read(targets, mean, variance, member_weights)
+    mixture, y = read(targets, mean, variance, member_weights)
     return mixture.mean, y
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import UnknownNameError
+from bayesdl.evaluation import calibration as cal
 from bayesdl.evaluation import classification as cls
 from bayesdl.evaluation import decomposition as dec
+from bayesdl.evaluation import dispersion, joint, ranking, selective
 from bayesdl.evaluation import regression as reg
-from bayesdl.evaluation import selective
 from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics, metric_values, metrics_for
 from bayesdl.evaluation.predictions import Predictions
 
@@ -88,6 +89,16 @@ def test_classification_entries_are_the_pure_functions() -> None:
         "classwise_ece": cls.classwise_ece(targets, probs=probs),
         "nll_zero_count": cls.nll_zero_count(targets, probs=probs),
         "error_auroc": cls.error_auroc(targets, probs=probs),
+        "error_ap": ranking.average_precision(-found.confidence, wrong),
+        "error_fpr95": ranking.fpr_at_recall(-found.confidence, wrong),
+        "ace": cal.ace(targets, probs=probs),
+        "tace": cal.tace(targets, probs=probs),
+        "ce2_debiased": cal.ce2_debiased(targets, probs=probs),
+        "smece": cal.smece(targets, probs=probs),
+        "skce": cal.skce(targets, probs=probs),
+        "calibration_p": cal.calibration_p(targets, probs=probs),
+        "spiegelhalter_z": cal.spiegelhalter_z(targets, probs=probs),
+        "joint_nll_10": joint.joint_nll(found, tau=10),
         "aurc": selective.aurc(found.confidence, wrong),
         "eaurc": selective.eaurc(found.confidence, wrong),
         "augrc": selective.augrc(found.confidence, wrong),
@@ -109,6 +120,13 @@ def test_regression_entries_are_the_pure_functions() -> None:
         "mae": reg.mae(y, **given),
         "sharpness": reg.sharpness(**given),
         "qce": reg.qce(y, **given),
+        "miscal_area": dispersion.miscal_area(y, **given),
+        "ence": dispersion.ence(y, **given),
+        "uce": dispersion.uce(y, **given),
+        "ause": dispersion.ause(y, **given),
+        "pinball_10": dispersion.pinball(y, q=0.1, **given),
+        "pinball_90": dispersion.pinball(y, q=0.9, **given),
+        "joint_nll_10": joint.joint_nll(found, tau=10),
     }
     for percent in (50, 90, 95):
         pure[f"picp_{percent}"] = reg.picp(y, level=percent / 100, **given)
