@@ -48,6 +48,9 @@ def entropy(distribution: Distribution) -> Tensor:
     Families unknown here: a Monte Carlo mean from a fixed seed, which does.
     """
     inner = _without_independent(distribution)
+    single = _single_outputs(inner)
+    if single is not None:
+        return entropy(single).reshape(inner.batch_shape).sum(-1)
     if isinstance(inner, (Categorical, Bernoulli, Normal, MultivariateNormal, StudentT)):
         return per_example(distribution, distribution.entropy())
     mixed = isinstance(inner, MixtureSameFamily)
@@ -94,6 +97,9 @@ def sample(distribution: Distribution, n: int, generator: torch.Generator | None
     """
     if isinstance(distribution, Independent):
         return sample(distribution.base_dist, n, generator)
+    single = _single_outputs(distribution)
+    if single is not None:
+        return sample(single, n, generator).reshape(n, *distribution.batch_shape)
     if isinstance(distribution, MixtureSameFamily):
         return _sample_mixture(distribution, n, generator)
     shape = torch.Size([n]) + distribution.batch_shape
@@ -128,6 +134,9 @@ def quantile(distribution: Distribution, q: float) -> Tensor:
     """
     if isinstance(distribution, Independent):
         return quantile(distribution.base_dist, q)
+    single = _single_outputs(distribution)
+    if single is not None:
+        return quantile(single, q).reshape(distribution.batch_shape)
     if isinstance(distribution, Normal):
         return distribution.icdf(torch.as_tensor(q, dtype=distribution.loc.dtype, device=distribution.loc.device))
     if isinstance(distribution, MultivariateNormal):
@@ -192,6 +201,17 @@ def _poisson_quantile(rate: Tensor, weights: Tensor, q: float | Tensor) -> Tenso
         wide = high - low > 1
         low, high = torch.where(below & wide, middle, low), torch.where(~below & wide, middle, high)
     return high.to(rate.dtype)
+
+
+def _single_outputs(distribution: Distribution) -> MixtureSameFamily | None:
+    """Mixtures of normals that every output `(B, C)` has for itself, as those of B C examples of one output."""
+    if not isinstance(distribution, MixtureSameFamily) or len(distribution.batch_shape) != 2:
+        return None
+    parts = distribution.component_distribution
+    if not isinstance(parts, Normal):
+        return None
+    flat = Normal(parts.loc.flatten(0, 1).unsqueeze(-1), parts.scale.flatten(0, 1).unsqueeze(-1))
+    return MixtureSameFamily(Categorical(distribution.mixture_distribution.probs.flatten(0, 1)), Independent(flat, 1))
 
 
 def _components(distribution: MixtureSameFamily) -> Distribution:

@@ -10,6 +10,7 @@ _PUBLIC = {
     "Classification": "heads",
     "ConjugateRegression": "exact",
     "Head": "head",
+    "Heteroscedastic": "heteroscedastic",
     "HeadOutput": "output",
     "RecursiveRegression": "online",
     "Regression": "heads",
@@ -23,6 +24,7 @@ __all__ = [
     "ConjugateRegression",
     "Head",
     "HeadOutput",
+    "Heteroscedastic",
     "RecursiveRegression",
     "Regression",
     "Statistics",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from bayesdl.last_layer.exact import ConjugateRegression
     from bayesdl.last_layer.head import Head
     from bayesdl.last_layer.heads import Classification, Regression
+    from bayesdl.last_layer.heteroscedastic import Heteroscedastic
     from bayesdl.last_layer.online import RecursiveRegression
     from bayesdl.last_layer.output import HeadOutput
     from bayesdl.last_layer.statistics import Statistics

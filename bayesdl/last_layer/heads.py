@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, ShapeError, UnknownNameError
 from bayesdl.last_layer import bounds
-from bayesdl.last_layer.head import Head
+from bayesdl.last_layer.head import LinearHead
 from bayesdl.latent import GaussianLatent
 from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, NormalGamma
 
@@ -19,7 +19,7 @@ NOISES = ("point", "gamma")
 LIKELIHOODS = ("categorical", "bernoulli")
 
 
-class NoisyHead(Head):
+class NoisyHead(LinearHead):
     """A head whose outputs carry noise of variance s_k^2: learned as a number, or as Gamma(a_k, b_k) over 1 / s_k^2.
 
     Args:
@@ -27,7 +27,7 @@ class NoisyHead(Head):
         noise_prior: (a, b) of the gamma prior over 1 / s^2; None for none (point only).
         init_noise: s at the start, a number or one per output.
         fixed_noise: keep `init_noise` as it is (point only).
-        options: see `Head`.
+        options: see `LinearHead`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Regression(NoisyHead):
     """y_k ~ N(w_k^T phi, s_k^2), one noise per output.
 
     With noise="gamma" the noise has a posterior too and the predictive is Student-t: heavier tails where there are few
-    data. Arguments as `NoisyHead` and `Head`.
+    data. Arguments as `NoisyHead` and `LinearHead`.
     """
 
     @property
@@ -150,7 +150,7 @@ class Classification(NoisyHead):
             logit and one that is pinned at zero.
         link: of the predictive: "probit", "bridge" (categorical) or "mc".
         ignore_index: label of elements that do not count.
-        options: see `NoisyHead` and `Head`.
+        options: see `NoisyHead` and `LinearHead`.
     """
 
     def __init__(

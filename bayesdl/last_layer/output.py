@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 
 from torch import Tensor
 
-from bayesdl.errors import ShapeError, UnsupportedError
+from bayesdl.errors import UnsupportedError
 from bayesdl.latent import GaussianLatent
 from bayesdl.predictive import Predictive
 
@@ -70,13 +70,18 @@ class HeadOutput:
         """`(...,)`; higher means further from the training data.
 
         Args:
-            kind: "variance" (mean latent variance), "entropy", "epistemic" or "max_prob" (less the largest
-                probability; classification).
+            kind: "variance" (mean latent variance), "entropy", "epistemic", "max_prob" (less the largest probability;
+                classification), and of heads that model the features "density" (less their log density),
+                "mahalanobis" (squared distance to the nearest class) and "relative_mahalanobis" (less that to all).
 
         Raises:
             UnsupportedError: this head has no such score.
         """
-        predictive, shape = self.predictive, self.mean.shape[:-1]
+        shape = self.mean.shape[:-1]
+        modelled = self.head.score(kind, self.features.flatten(0, -2))
+        if modelled is not None:
+            return modelled.reshape(shape)
+        predictive = self.predictive
         regression = predictive.task == "regression"
         if kind == "variance":
             score = self.latent.variance.mean(-1)
@@ -89,6 +94,4 @@ class HeadOutput:
         else:
             known = "variance, entropy, epistemic" + ("" if regression else ", max_prob")
             raise UnsupportedError(f"this head has no score {kind!r}; choose one of {known}")
-        if score.shape[0] != self.latent.mean.shape[0]:
-            raise ShapeError(f"the score has shape {tuple(score.shape)} for {self.latent.mean.shape[0]} inputs")
         return score.reshape(shape)

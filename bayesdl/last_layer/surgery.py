@@ -41,7 +41,7 @@ def replace(
         linear = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
         what = "there is no such layer" if old is None else f"it is {type(old).__name__}"
         raise SelectionError(f"layer {name!r} cannot be replaced: {what}; the linear layers are {linear}")
-    if (old.in_features, old.out_features) != (head.in_features, head.out_features):
+    if not head.takes(old):
         raise ShapeError(
             f"layer {name!r} maps {old.in_features} features to {old.out_features} outputs and the head "
             f"{head.in_features} to {head.out_features}"

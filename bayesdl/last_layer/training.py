@@ -12,11 +12,13 @@ from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Finding
 from bayesdl.errors import UnsupportedError
 from bayesdl.last_layer.features import linear_layer
-from bayesdl.last_layer.head import Head
-from bayesdl.last_layer.heads import Classification, NoisyHead, Regression
+from bayesdl.last_layer.head import Head, LinearHead
+from bayesdl.last_layer.heads import Classification, Regression
+from bayesdl.last_layer.heteroscedastic import Heteroscedastic
 from bayesdl.last_layer.output import HeadOutput
 from bayesdl.last_layer.surgery import parameter_groups, replace
 from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian
+from bayesdl.likelihoods import Heteroscedastic as HeteroscedasticLikelihood
 from bayesdl.methods.base import Fitted, Task, residual_noise
 from bayesdl.posteriors import PointPosterior
 from bayesdl.posteriors.last_layer import LastLayerPosterior
@@ -64,7 +66,7 @@ def train(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> Fitted:
     )
 
 
-def _head(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> NoisyHead:
+def _head(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> LinearHead:
     linear = linear_layer(task.network, layer)
     task.likelihood.check_outputs(linear.weight.new_zeros(1, linear.out_features))
     prior = task.gaussian_prior()
@@ -78,6 +80,9 @@ def _head(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> NoisyHea
         "prior_precision": None if prior is None else float(torch.as_tensor(prior.precision).reshape(-1)[0]),
     }
     sizes = (linear.in_features, linear.out_features)
+    if isinstance(task.likelihood, HeteroscedasticLikelihood):
+        kept = {name: options[name] for name in ("num_data", "covariance", "rank", "prior_precision")}
+        return Heteroscedastic(sizes[0], sizes[1] // 2, bias=linear.bias is not None, **kept)
     if isinstance(task.likelihood, (Categorical, Bernoulli)):
         options |= {"likelihood": task.likelihood.name, "link": task.likelihood.link}
         if isinstance(task.likelihood, Categorical) and task.likelihood.ignore_index is not None:
@@ -90,7 +95,8 @@ def _head(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> NoisyHea
         )
         return Regression(*sizes, init_noise=start.cpu(), fixed_noise=known, **options)
     raise UnsupportedError(
-        f"the {task.likelihood.name} likelihood has no trained head; use gaussian, categorical or bernoulli"
+        f"the {task.likelihood.name} likelihood has no trained head; use gaussian, heteroscedastic, "
+        "categorical or bernoulli"
     )
 
 

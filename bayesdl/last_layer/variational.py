@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +15,10 @@ from bayesdl.errors import ArgumentError
 from bayesdl.last_layer.ascent import ascend
 from bayesdl.last_layer.cache import gathered, observations
 from bayesdl.last_layer.features import linear_layer
+from bayesdl.last_layer.heteroscedastic import Heteroscedastic
 from bayesdl.last_layer.parameterisation import make
 from bayesdl.likelihoods import Bernoulli, Categorical
+from bayesdl.likelihoods import Heteroscedastic as HeteroscedasticLikelihood
 from bayesdl.methods.base import Fitted, Task
 from bayesdl.posteriors.last_layer import GaussianWeights, LastLayerPosterior
 from bayesdl.priors import GaussianPrior
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from bayesdl.methods.vbll import VBLL
 
 HALF = (torch.float16, torch.bfloat16)
+ROUNDS, STEPS, TOLERANCE = 20, 200, 1e-6  # of a heteroscedastic fit: choices of the prior, steps for each
 
 
 def classify(method: VBLL, task: Task, layer: str, data: Iterable[Any], likelihood: Categorical | Bernoulli) -> Fitted:
@@ -91,3 +96,62 @@ def precision_of(prior: GaussianPrior, outputs: int, like: Tensor) -> Tensor:
             f"got {value.numel()} precisions"
         )
     return value.reshape(-1).expand(outputs)
+
+
+def model_noise(
+    method: VBLL, task: Task, layer: str, data: Iterable[Any], likelihood: HeteroscedasticLikelihood
+) -> Fitted:
+    """L-BFGS on the bound of a `Heteroscedastic` head over cached features, from the network's own weights.
+
+    Without a prior, one precision for the means and one for the log-variances maximise the bound in turn with it
+    (MacKay 1992).
+    """
+    linear = linear_layer(task.network, layer)
+    outputs = linear.out_features
+    prior = task.gaussian_prior()
+    seen = observations(task.network, layer, likelihood, outputs, data, progress=task.progress)
+    with gathered(seen, method.cache_bytes) as (phi, y), torch.enable_grad():
+        with torch.device(phi.device):
+            head = Heteroscedastic(
+                linear.in_features,
+                outputs // 2,
+                num_data=len(phi),
+                covariance=method.covariance,
+                rank=method.rank,
+                prior_precision=None if prior is None else float(precision_of(prior, 1, phi)[0]),
+            ).double()
+        head.start_from(linear)
+        precision = head.prior_precision.expand(outputs, -1).clone()
+        head.prior_precision = precision
+        rounds = ROUNDS if prior is None else 1
+        value = -math.inf
+        for number in range(rounds):
+            before, value = value, _maximise(head, phi.double(), y.double())
+            settled = abs(value - before) <= TOLERANCE * abs(value)
+            if (number and settled) or number == rounds - 1:
+                break
+            spread = (head.mean.square() + head.covariance.diagonal()).detach()[:, :-1]
+            for rows in (slice(0, outputs // 2), slice(outputs // 2, outputs)):
+                precision[rows, :-1] = spread[rows].numel() / spread[rows].sum()
+    belief = head.float().posterior(layer).belief
+    how = "by the bound" if prior is None else "as given"
+    text = ", ".join(f"{float(precision[row, 0]):.3g}" for row in (0, -1))
+    found = Finding("info", f"prior precisions {text} of means and log-variances {how}", topic="prior")
+    bounded = replace(belief, bound=value) if isinstance(belief, GaussianWeights) else belief
+    chosen = likelihood if likelihood.nodes is not None else head.likelihood()
+    return Fitted(LastLayerPosterior(layer, bounded), chosen, (found,), cost=(("bound", value),))
+
+
+def _maximise(head: Heteroscedastic, phi: Tensor, y: Tensor) -> float:
+    """The bound of log p(data) at its maximum; in place."""
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = head(phi).loss(y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return -float(head(phi).loss(y)) * len(phi)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, MultivariateNormal, Normal
+from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal, Normal
 
 from bayesdl.errors import ArgumentError, NotFittedError, ShapeError, as_numbers
 from bayesdl.latent import GaussianLatent, Latent
@@ -100,10 +101,20 @@ class Heteroscedastic(Likelihood):
 
     The first D outputs are means, the last D log-variances. Curvature uses the Fisher information
     diag(exp(-s), 1/2), which is positive semi-definite where the Hessian is not.
+
+    Args:
+        nodes: of the Gauss-Hermite quadrature over s that makes the predictive of a Gaussian latent a mixture of
+            normals for each output; None matches its moments with one normal.
     """
+
+    nodes: int | None = None
 
     name: ClassVar[str] = "heteroscedastic"
     task: ClassVar[str] = "regression"
+
+    def __post_init__(self) -> None:
+        if self.nodes is not None and not 1 <= self.nodes <= 64:
+            raise ArgumentError(f"nodes={self.nodes}; expected None or a number of nodes from 1 to 64")
 
     def num_targets(self, outputs: int) -> int:
         return outputs // 2
@@ -127,17 +138,25 @@ class Heteroscedastic(Likelihood):
         return torch.diag_embed(root).permute(2, 0, 1)
 
     def marginal(self, latent: Latent, noise: Tensor) -> Distribution:
-        """Moment-matched normal of a Gaussian latent; the mixture over draws otherwise."""
+        """Moment-matched normal of a Gaussian latent, or with `nodes` a mixture for each output; the mixture over draws
+        otherwise."""
         if not isinstance(latent, GaussianLatent):
             return super().marginal(latent, noise)
-        _, mean, variance = self.components(latent, noise)
+        weights, mean, variance = self.components(latent, noise)
+        if self.nodes is not None:
+            parts = Normal(mean.movedim(0, -1), variance.sqrt().movedim(0, -1))
+            return MixtureSameFamily(Categorical(weights.expand_as(parts.loc)), parts)
         return Normal(mean[0], variance[0].sqrt())
 
     def components(self, latent: Latent, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(latent, GaussianLatent):
             return super().components(latent, noise)
-        split = self.split(latent, noise)
         mean, _ = latent.mean.chunk(2, -1)
+        if self.nodes is not None:
+            weights, levels = self._levels(latent)
+            spread, _ = latent.variance.chunk(2, -1)
+            return weights, mean.expand_as(levels), levels + spread
+        split = self.split(latent, noise)
         return mean.new_ones(1), mean.unsqueeze(0), (split.aleatoric + split.epistemic).unsqueeze(0)
 
     def split(self, latent: Latent, noise: Tensor) -> Split:
@@ -146,4 +165,19 @@ class Heteroscedastic(Likelihood):
             return super().split(latent, noise)
         _, log_variance = latent.mean.chunk(2, -1)
         spread, doubt = latent.variance.chunk(2, -1)
+        if self.nodes is not None:
+            weights, levels = self._levels(latent)
+            return Split(torch.einsum("s,s...->...", weights, levels), spread)
         return Split((log_variance + 0.5 * doubt).exp(), spread)
+
+    def _levels(self, latent: GaussianLatent) -> tuple[Tensor, Tensor]:
+        """Weights `(S,)` and noise variances `(S, B, D)` at the nodes of the quadrature over s."""
+        points, weights = np.polynomial.hermite_e.hermegauss(self.nodes or 1)
+        _, log_variance = latent.mean.chunk(2, -1)
+        _, doubt = latent.variance.chunk(2, -1)
+        nodes = torch.as_tensor(points).to(log_variance).view(-1, *(1,) * log_variance.dim())
+        shares = torch.as_tensor(weights / weights.sum()).to(log_variance)
+        return shares, (log_variance + nodes * doubt.clamp(min=0).sqrt()).exp()
+
+    def config(self) -> dict[str, object]:
+        return {"nodes": self.nodes}

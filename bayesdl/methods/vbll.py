@@ -17,8 +17,8 @@ from bayesdl.last_layer.features import last_linear, linear_layer
 from bayesdl.last_layer.rules import leave_one_out, leave_one_out_residuals
 from bayesdl.last_layer.search import SHARINGS, maximise
 from bayesdl.last_layer.statistics import Statistics
-from bayesdl.last_layer.variational import classify, precision_of
-from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, NormalGamma
+from bayesdl.last_layer.variational import classify, model_noise, precision_of
+from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, NormalGamma
 from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.network import first_inputs
 from bayesdl.posteriors.last_layer import ConjugateWeights, LastLayerPosterior
@@ -89,9 +89,11 @@ class VBLL(Method):
             return self._regression(task, layer, data)
         if isinstance(task.likelihood, (Categorical, Bernoulli)):
             return classify(self, task, layer, data, task.likelihood)
+        if isinstance(task.likelihood, Heteroscedastic):
+            return model_noise(self, task, layer, data, task.likelihood)
         raise UnsupportedError(
             f"the {task.likelihood.name} likelihood has no closed-form last layer; use "
-            'bdl.Laplace(select="last_layer"), or likelihood="gaussian", "categorical" or "bernoulli"'
+            'bdl.Laplace(select="last_layer"), or likelihood="gaussian", "heteroscedastic", "categorical", "bernoulli"'
         )
 
     def _check(self) -> None:

@@ -48,7 +48,7 @@ def wrap(likelihood: str, label: str) -> bdl.BayesianModel:
 
 
 # a Bayesian last layer has a closed form, or a bound, for these alone
-LAST_LAYERS = dict.fromkeys(("vbll", "vbll-full"), ("categorical", "bernoulli", "gaussian"))
+LAST_LAYERS = dict.fromkeys(("vbll", "vbll-full"), ("categorical", "bernoulli", "gaussian", "heteroscedastic"))
 LAST_LAYERS["student-t"] = ("gaussian",)
 
 
@@ -112,7 +112,7 @@ def test_last_layers_say_what_they_take(likelihood: str, label: str) -> None:
 
 
 def test_every_method_takes_part() -> None:
-    assert {method.name for method in VARIANTS.values()} == set(METHODS)
+    assert {method.label for method in VARIANTS.values()} == set(METHODS)
 
 
 @pytest.mark.parametrize("likelihood", [n for n in LIKELIHOODS if n in ("gaussian", "heteroscedastic", "poisson")])
