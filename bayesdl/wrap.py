@@ -110,7 +110,8 @@ def wrap(
         if group is not None:
             same_network(group, network)
         start = time.perf_counter()
-        fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress, distributed))
+        held_out = validation is not None
+        fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress, distributed, held_out))
         seconds = time.perf_counter() - start
     result = fitted.network or network
     _unchanged(network)

@@ -36,6 +36,7 @@ class Task:
         generator: randomness, or None.
         progress: whether to show bars.
         distributed: the processes that hold a share of the data each; see `bayesdl.distributed`.
+        held_out: whether held-out data will choose what was left open, after the fit.
     """
 
     network: Network
@@ -46,6 +47,7 @@ class Task:
     generator: torch.Generator | None
     progress: bool
     distributed: Processes = None
+    held_out: bool = False
 
     def need_data(self, method: str, what: str = "the training loader") -> Iterable[Any]:
         """The data, or an error that says what to pass."""

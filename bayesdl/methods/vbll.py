@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from bayesdl.diagnose import Finding
-from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
+from bayesdl.errors import (
+    ArgumentError,
+    SelectionError,
+    UnknownNameError,
+    UnreachedParameterError,
+    UnsupportedError,
+)
 from bayesdl.last_layer.cache import gathered, observations
 from bayesdl.last_layer.exact import ConjugateRegression
 from bayesdl.last_layer.features import last_linear, linear_layer
-from bayesdl.last_layer.rules import leave_one_out, leave_one_out_residuals
+from bayesdl.last_layer.leftout import left_out_pairs, misfit
+from bayesdl.last_layer.rules import held_out, leave_one_out, leave_one_out_residuals
 from bayesdl.last_layer.search import SHARINGS, maximise
 from bayesdl.last_layer.statistics import Statistics
 from bayesdl.last_layer.variational import classify, model_noise, precision_of
@@ -25,7 +32,7 @@ from bayesdl.posteriors.last_layer import ConjugateWeights, LastLayerPosterior
 from bayesdl.select import Selector
 
 MODES = ("frozen", "full")
-RULES = ("evidence", "loo")
+RULES = ("evidence", "loo", "training")
 OVERFITTED = 1.5  # left-out over fitted residuals from which on a warning is given
 
 
@@ -47,7 +54,10 @@ class VBLL(Method):
         mean: frozen classification: "refit" the means, or "keep" those of the network.
         intercept: frozen regression: "flat", "proper" or "none".
         prior_sharing: frozen regression: one prior precision per "output", or "shared".
-        tuning: frozen regression: prior and noise by "evidence" or by exact leave-one-out ("loo").
+        tuning: frozen regression: prior and noise by left-out residuals of the whole network ("training", chosen by
+            the study in benchmarks/README.md; with `wrap(..., validation=loader)` the held-out data decide), by
+            "evidence", or by exact leave-one-out of the last layer ("loo"); the latter two take the features as they
+            are, and those of an overfitted network have seen the noise.
         rank: of "lowrank".
         epochs: mode "full".
         lr: mode "full", AdamW.
@@ -65,7 +75,7 @@ class VBLL(Method):
     mean: str = "refit"
     intercept: str = "flat"
     prior_sharing: str = "output"
-    tuning: str = "evidence"
+    tuning: str = "training"
     rank: int = 8
     epochs: int = 20
     lr: float = 1e-3
@@ -121,13 +131,36 @@ class VBLL(Method):
         pairs = observations(task.network, layer, family, width, data, progress=task.progress)
         moments: list[Statistics] = []
         with gathered(_tap(pairs, moments), self.cache_bytes) as (phi, y):
-            regression, findings = self._hyperparameters(moments[0], task, phi, y)
-            findings += _overfitted(regression, phi, y)
+            unseen, found = self._left_out(task, layer, data, phi, y)
+            regression, findings = self._hyperparameters(moments[0], task, phi, y, unseen)
+            findings += found or (() if task.held_out else _overfitted(regression, phi, y))
         likelihood, regression = self._likelihood(task, regression)
         return Fitted(LastLayerPosterior(layer, ConjugateWeights(regression)), likelihood, findings)
 
+    def _left_out(
+        self, task: Task, layer: str, data: Iterable[Any], phi: Tensor, y: Tensor
+    ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Finding, ...]]:
+        """Pairs that stand for held-out data, where there are none and the rule asks for them."""
+        family = task.likelihood
+        fixed = task.prior is not None and isinstance(family, Gaussian) and family.noise is not None
+        if self.tuning != "training" or task.held_out or fixed or not isinstance(family, Gaussian):
+            return None, ()
+        own = misfit(linear_layer(task.network, layer), phi, y)
+        try:
+            features, targets = left_out_pairs(task.network, layer, family.with_noise(1.0), data, own)
+        except (UnsupportedError, UnreachedParameterError, SelectionError) as error:
+            text = f"prior and noise are those of the evidence, which trusts the features: {error}"
+            return None, (Finding("warning", text, "pass validation=..."),)
+        ratio = misfit(linear_layer(task.network, layer), features, targets) / own.clamp(min=1e-300)
+        found: tuple[Finding, ...] = ()
+        if bool((ratio > OVERFITTED).any()):
+            text = f"left-out residuals are {float(ratio.max()):.2g} times those of the training data: the network fits"
+            advice = "held-out data choose best: wrap(..., validation=loader)"
+            found = (Finding("warning", f"{text} noise; prior and noise are chosen by the former", advice, "overfit"),)
+        return (features, targets), found
+
     def _hyperparameters(
-        self, total: Statistics, task: Task, phi: Tensor, y: Tensor
+        self, total: Statistics, task: Task, phi: Tensor, y: Tensor, unseen: tuple[Tensor, Tensor] | None
     ) -> tuple[ConjugateRegression, tuple[Finding, ...]]:
         start = ConjugateRegression.decompose(total, intercept=self.intercept)
         outputs, like = start.num_outputs, start.values
@@ -136,17 +169,23 @@ class VBLL(Method):
         variance = None
         if isinstance(task.likelihood, Gaussian) and task.likelihood.noise is not None:
             variance = task.likelihood.scale(like.new_zeros(1, outputs)).square()
-        if self.tuning == "loo" and precision is None and variance is None:
-            best, edge = leave_one_out(start, phi, y), torch.zeros(outputs, dtype=torch.bool)
-        else:
-            best, edge = maximise(start, sharing=self.prior_sharing, prior_precision=precision, noise_variance=variance)
+        best, edge = maximise(start, sharing=self.prior_sharing, prior_precision=precision, noise_variance=variance)
+        # one prior for all outputs is the evidence's; the other rules then choose the noise
+        common = best.prior_precision if self.prior_sharing == "shared" and variance is None else precision
+        if self.tuning == "loo":
+            best = leave_one_out(best, phi, y, prior_precision=common, noise_variance=variance)
+        elif unseen is not None:
+            best = held_out(best, *unseen, prior_precision=common, noise_variance=variance)
+        how = "residuals of left-out training points" if unseen is not None else self.tuning
+        if unseen is None and self.tuning == "training":
+            how = "evidence"
         findings = []
         if precision is None:
             text = ", ".join(f"{float(v):.3g}" for v in best.prior_precision)
-            findings.append(Finding("info", f"prior precision {text} by {self.tuning}", topic="prior"))
+            findings.append(Finding("info", f"prior precision {text} by {how}", topic="prior"))
         if variance is None:
             text = ", ".join(f"{float(v):.3g}" for v in best.noise_variance.sqrt())
-            findings.append(Finding("info", f"noise {text} by {self.tuning}", topic="noise"))
+            findings.append(Finding("info", f"noise {text} by {how}", topic="noise"))
         if bool(edge.any()):
             findings.append(
                 Finding(
@@ -166,7 +205,8 @@ class VBLL(Method):
             raise ArgumentError('noise="gamma" infers the noise; leave bdl.Gaussian() without one')
         a0, b0 = self.noise_prior or (0.0, 0.0)
         shape = a0 + 0.5 * regression.degrees
-        rate = b0 + 0.5 * regression.misfit(regression.ratio)
+        # by evidence the noise of the best ratio is R / degrees; any other rule says what takes its place
+        rate = b0 + 0.5 * regression.degrees * regression.noise_variance
         if not shape > 1:
             raise ArgumentError(f"{regression.statistics.count} examples give a noise without a variance; use more")
         scaled = regression.with_hyperparameters(regression.ratio, rate / (shape - 1.0))

@@ -12,6 +12,8 @@ from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError
 from bayesdl.last_layer.cache import gathered, observations
 from bayesdl.last_layer.exact import ConjugateRegression
+from bayesdl.last_layer.features import linear_layer
+from bayesdl.last_layer.leftout import left_out_pairs, misfit
 from bayesdl.last_layer.rules import held_out, leave_one_out
 from bayesdl.last_layer.search import maximise
 from bayesdl.likelihoods import Gaussian, Likelihood, NormalGamma
@@ -20,7 +22,12 @@ from bayesdl.posteriors.last_layer import ConjugateWeights, LastLayerPosterior
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
 
-LAST_LAYER_RULES = {"evidence": "by evidence", "loo": "by leave-one-out", "heldout": "on held-out data"}
+LAST_LAYER_RULES = {
+    "evidence": "by evidence",
+    "loo": "by leave-one-out",
+    "training": "by residuals of left-out training points",
+    "heldout": "on held-out data",
+}
 PRIORS = ("output", "shared", "keep")
 CACHE = 2**31
 
@@ -45,8 +52,9 @@ def tune_last_layer(
 
     Args:
         model: a frozen regression, point noise or Student-t.
-        rule: "evidence" (from the stored statistics, no data), "loo" (exact, over the training features) or "heldout".
-        data: held-out loader; for "loo" the training loader, default the one of the fit.
+        rule: "evidence" (from the stored statistics, no data), "loo" (exact, over the training features), "training"
+            (residuals of the whole network's linear model, see `bayesdl.last_layer.leftout`) or "heldout".
+        data: held-out loader; for "loo" and "training" the training loader, default the one of the fit.
         prior: one precision per "output", "shared" (evidence alone) or "keep".
         noise: False keeps the noise.
         cache_bytes: features beyond this live in a temporary file.
@@ -67,19 +75,22 @@ def tune_last_layer(
     if rule == "evidence":
         new, _ = maximise(old, sharing="output" if prior == "keep" else prior, **kept)
     else:
-        source = model.fit_data if rule == "loo" and data is None else data
+        source = model.fit_data if rule != "heldout" and data is None else data
         if source is None:
             raise ArgumentError(
                 'tune("heldout", val_loader) needs a loader of data the network was not trained on'
                 if rule == "heldout"
-                else 'tune("loo", train_loader) needs the training loader; the model does not remember it'
+                else f'tune("{rule}", train_loader) needs the training loader; the model does not remember it'
             )
         layer = posterior.layer_of(model.network)
         # the shape of the targets is the same for every noise
         pairs = observations(model.network, layer, Gaussian(1.0), old.num_outputs, source, progress=progress)
         with gathered(pairs, cache_bytes) as (phi, y):
+            if rule == "training":
+                own = misfit(linear_layer(model.network, layer), phi, y)
+                phi, y = left_out_pairs(model.network, layer, Gaussian(1.0), source, own)
             new = (leave_one_out if rule == "loo" else held_out)(old, phi, y, **kept)
-    likelihood, new = _likelihood(model.likelihood, old, new)
+    likelihood, new = _likelihood(model.likelihood, old, new, rule)
     changed = LastLayerPosterior(posterior.layer, ConjugateWeights(new), posterior.trunk)
     found = []
     if prior != "keep":
@@ -90,14 +101,17 @@ def tune_last_layer(
 
 
 def _likelihood(
-    before: Likelihood, old: ConjugateRegression, new: ConjugateRegression
+    before: Likelihood, old: ConjugateRegression, new: ConjugateRegression, rule: str
 ) -> tuple[Likelihood, ConjugateRegression]:
+    if torch.equal(old.noise_variance, new.noise_variance):
+        return before, new
     if not isinstance(before, NormalGamma):
-        same = torch.equal(old.noise_variance, new.noise_variance)
-        return (before if same else Gaussian(noise=new.noise_variance.sqrt())), new
-    # rho is what was chosen: the noise has a posterior, with R(rho) in the place of its old residual
+        return Gaussian(noise=new.noise_variance.sqrt()), new
     shape, rate = before.parameters(old.noise_variance)
-    rate = rate + 0.5 * (new.misfit(new.ratio) - old.misfit(old.ratio))
+    if rule == "evidence" and bool((shape > 0.5 * old.degrees).any()):  # a proper prior over the noise
+        rate = rate + 0.5 * (new.misfit(new.ratio) - old.misfit(old.ratio))
+    else:  # the reference prior: R / degrees is the noise of the evidence, other rules put theirs in its place
+        rate = shape * new.noise_variance
     return NormalGamma(shape, rate), new.with_hyperparameters(new.ratio, rate / (shape - 1.0))
 
 

@@ -42,10 +42,11 @@ def wrapped(net, x, y, **options):
     return bdl.wrap(net, bdl.VBLL(**options), batches(x, y), likelihood="gaussian", progress=False)
 
 
-def test_regression_is_the_exact_posterior_at_the_evidence_optimum():
+@pytest.mark.parametrize("tuning", ["evidence", "training"])
+def test_regression_is_the_exact_posterior_at_its_prior_and_noise(tuning):
     x, y = data()
     net = Counting(2)
-    bayes = wrapped(net, x, y)
+    bayes = wrapped(net, x, y, tuning=tuning)
     fresh, _ = data(n=20)
     latent = bayes(fresh).latent
     with torch.no_grad():
@@ -67,7 +68,7 @@ def test_the_trunk_runs_once_over_the_data():
     x, y = data()
     net = Counting(2)
     CALLS[0] = 0
-    bayes = wrapped(net, x, y)
+    bayes = wrapped(net, x, y, tuning="evidence")
     assert CALLS[0] == 3 + 2  # three batches, the first one's outputs for the proof, and the search for the last layer
     CALLS[0] = 0
     bayes(x)
@@ -88,7 +89,7 @@ def test_student_t_has_the_same_mean_and_wider_tails():
     assert torch.allclose(h.total, h.aleatoric + h.epistemic)
 
 
-@pytest.mark.parametrize("tuning", ["evidence", "loo"])
+@pytest.mark.parametrize("tuning", ["evidence", "loo", "training"])
 def test_given_noise_and_prior_are_kept(tuning):
     x, y = data()
     prior = bdl.GaussianPrior(precision=3.0)
@@ -272,3 +273,55 @@ def test_a_loader_without_a_target_that_counts_is_refused():
     x = torch.randn(4, 5, 3)
     with pytest.raises(ArgumentError, match="every target of the data is ignored"):
         bdl.wrap(Counting(2), "vbll", [(x, torch.full((4, 5), -100))], likelihood="categorical", progress=False)
+
+
+def overfitted():
+    """A network trained until it knows its few noisy targets by heart, and data it never saw."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(240, 3, generator=generator)
+    y = x.sin().sum(1, keepdim=True) + 0.5 * torch.randn(240, 1, generator=generator)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        (net(x[:80]) - y[:80]).square().mean().backward()
+        optimizer.step()
+    return net, (x[:80], y[:80]), (x[80:160], y[80:160]), (x[160:], y[160:])
+
+
+def test_an_overfitted_network_does_not_collapse_the_noise():
+    net, train, held_out, test = overfitted()
+    nll = {}
+    for rule in ("evidence", "loo", "training"):
+        bayes = wrapped(net, *train, tuning=rule)
+        nll[rule] = -float(bayes(test[0]).log_prob(test[1]).mean())
+        told = [f.text for f in bayes.diagnose().warnings if "left-out residuals" in f.text]
+        assert told
+    assert wrapped(net, *train).likelihood == bayes.likelihood  # the default
+    heavy = wrapped(net, *train, noise="gamma")
+    options = {"likelihood": "gaussian", "progress": False}
+    tuned = bdl.wrap(net, "vbll", batches(*train), validation=batches(*held_out), **options)
+    plain = bdl.wrap(net, "map", batches(*held_out), **options)  # with the noise of held-out data
+    bound = -float(plain(test[0]).log_prob(test[1]).mean()) + 0.1
+    assert nll["training"] < bound
+    assert -float(heavy(test[0]).log_prob(test[1]).mean()) < bound
+    assert -float(tuned(test[0]).log_prob(test[1]).mean()) < bound
+    assert min(nll["evidence"], nll["loo"]) > bound + 5
+    assert not any("left-out" in f.text for f in tuned.diagnose().findings)
+
+
+def test_a_network_without_jacobians_leaves_the_evidence_with_a_warning():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(3, 3)
+            self.fc = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    x, y = data(1)
+    bayes = wrapped(Unused(), x, y)
+    assert any("those of the evidence" in finding.text for finding in bayes.diagnose().warnings)
+    assert {f.topic: f.text for f in bayes.diagnose().findings}["noise"].endswith("by evidence")

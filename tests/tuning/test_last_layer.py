@@ -25,10 +25,10 @@ TRAIN = [data()]
 HELD_OUT = [data(60, 1)]
 
 
-def fit(likelihood="gaussian", prior=None, validation=None, **options):
+def fit(likelihood="gaussian", prior=None, validation=None, tuning="evidence", **options):
     return bdl.wrap(
         net(),
-        bdl.VBLL(**options),
+        bdl.VBLL(tuning=tuning, **options),
         TRAIN,
         likelihood=likelihood,
         prior=prior,
@@ -119,13 +119,29 @@ def test_shared_prior():
 
 def test_unknown_noise_keeps_its_prior():
     bayes = fit(noise="gamma", noise_prior=(2.0, 0.3))
-    tuned = bayes.tune("heldout", HELD_OUT)
+    tuned = bayes.tune("evidence", prior="shared")
     own = tuned.posterior.belief.regression
     shape, rate = tuned.likelihood.parameters(own.ratio)
     assert torch.allclose(shape, torch.tensor(2.0 + 0.5 * own.degrees).double())
     assert torch.allclose(rate, 0.3 + 0.5 * own.misfit(own.ratio))
     assert torch.allclose(own.noise_variance, rate / (shape - 1))
-    assert tuned.log_evidence() < bayes.log_evidence()  # whose ratio was the evidence's choice, for noise known
+    assert not torch.allclose(own.ratio, bayes.posterior.belief.regression.ratio)
+
+
+@pytest.mark.parametrize("rule", ["loo", "training", "heldout"])
+def test_unknown_noise_is_centred_at_the_one_of_the_rule(rule):
+    given = HELD_OUT if rule == "heldout" else None
+    known, unknown = (fit(noise=noise).tune(rule, given) for noise in ("point", "gamma"))
+    shape, rate = unknown.likelihood.parameters(known.likelihood.noise)
+    assert torch.allclose(rate / shape, known.likelihood.noise.square(), rtol=1e-6)
+    assert torch.allclose(unknown(TRAIN[0][0]).mean, known(TRAIN[0][0]).mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("noise", ["point", "gamma"])
+def test_the_rule_of_training_data_is_that_of_the_fit(noise):
+    wanted, tuned = fit(tuning="training", noise=noise), fit(noise=noise).tune("training")
+    assert torch.allclose(hyperparameters(tuned), hyperparameters(wanted), rtol=1e-6)
+    assert torch.allclose(wanted(TRAIN[0][0]).variance, tuned(TRAIN[0][0]).variance, rtol=1e-5)
 
 
 def test_the_evidence_needs_no_data_and_no_features(tmp_path):
