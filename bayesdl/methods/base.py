@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -56,8 +56,12 @@ class Task:
         return self.data
 
     def gaussian_prior(self) -> GaussianPrior | None:
-        """The prior as a Gaussian, or None."""
-        if self.prior is None or isinstance(self.prior, GaussianPrior):
+        """The prior as a Gaussian, or None; named precisions become one per parameter."""
+        if self.prior is None:
+            return None
+        if isinstance(self.prior, GaussianPrior):
+            if isinstance(self.prior.precision, Mapping):
+                return replace(self.prior, precision=self.prior.vector(self.network.parameters))
             return self.prior
         raise ArgumentError(
             f"prior is {type(self.prior).__name__}; this method needs a bdl.GaussianPrior (its posterior is Gaussian)"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesdl.curvature.cotangents import KINDS
 from bayesdl.curvature.estimate import fit_curvature
+from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
 from bayesdl.curvature.registry import Recipe, check_recipe, check_shared
@@ -153,7 +154,7 @@ class Laplace(Method):
         posterior = GaussianPosterior(
             fit.curvature,
             fit.parts,
-            wide(1.0 if prior is None else prior.precision),
+            _by_block(fit.curvature.layout, wide(1.0 if prior is None else prior.precision)),
             mean,
             noise,
             float(self.temperature),
@@ -169,6 +170,16 @@ class Laplace(Method):
         # raise here, not at the first prediction, if the prior does not fit the structure
         posterior.structure.logdet(posterior.scale, posterior.shift)
         return posterior
+
+
+def _by_block(layout: Layout, precision: Tensor) -> Tensor:
+    """One precision a block where one per parameter says no more: every structure takes that."""
+    if precision.shape != (layout.numel,):
+        return precision
+    pieces = layout.split(precision)
+    if all(bool((piece == piece.flatten()[0]).all()) for piece in pieces):
+        return torch.stack([piece.flatten()[0] for piece in pieces])
+    return precision
 
 
 def _after(posterior: GaussianPosterior, prior: PosteriorPrior) -> GaussianPosterior:

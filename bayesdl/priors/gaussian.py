@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
 import torch
@@ -20,18 +20,28 @@ class GaussianPrior(Prior):
 
     Args:
         precision: inverse variance of the weights: a positive number, one per layer (block) in the order of
-            `bayes.layers`, or one per selected parameter in flat order.
+            `bayes.layers`, one per selected parameter in flat order, or a dictionary from parameter names to numbers.
         mean: a number, or a flat vector over the selected parameters.
+        report: how it was found, where `bdl.functional.match` found it.
     """
 
-    precision: float | Sequence[float] | Tensor = 1.0
+    precision: float | Sequence[float] | Tensor | Mapping[str, float] = 1.0
     mean: float | Tensor = 0.0
+    report: object = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "gaussian"
 
     def __post_init__(self) -> None:
-        value = as_numbers(self.precision, "precision")
-        if value.dim() > 1 or not value.numel() or not bool((torch.isfinite(value) & (value > 0)).all()):
+        named = isinstance(self.precision, Mapping)
+        value = as_numbers(
+            list(self.precision.values()) if isinstance(self.precision, Mapping) else self.precision, "precision"
+        )
+        if (
+            (named and not value.numel())
+            or value.dim() > 1
+            or not value.numel()
+            or not bool((torch.isfinite(value) & (value > 0)).all())
+        ):
             raise ArgumentError(
                 f"precision={self.precision!r}; expected a positive finite number, or a vector of them (per layer "
                 "or per parameter)"
@@ -39,7 +49,7 @@ class GaussianPrior(Prior):
 
     def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
         flat = torch.cat([p.reshape(-1) for p in parameters.values()]).double()
-        precision = torch.as_tensor(self.precision, dtype=flat.dtype, device=flat.device)
+        precision = self.vector(parameters).to(flat)
         if precision.numel() not in (1, flat.numel()):
             raise ArgumentError(
                 f"log_prob needs a scalar precision or one per parameter ({flat.numel()}), got {precision.numel()}"
@@ -50,7 +60,7 @@ class GaussianPrior(Prior):
 
     def sample(self, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         total = sum(value.numel() for value in parameters.values())
-        precision = as_numbers(self.precision, "precision")
+        precision = self.vector(parameters)
         if precision.numel() not in (1, total):
             raise ArgumentError(
                 f"sample needs a scalar precision or one per parameter ({total}), got {precision.numel()}"
@@ -59,6 +69,23 @@ class GaussianPrior(Prior):
         flat = torch.as_tensor(self.mean, dtype=torch.float64).cpu() + noise * precision.cpu().rsqrt()
         pieces = flat.split([value.numel() for value in parameters.values()])
         return {n: d.view(v.shape).to(v) for (n, v), d in zip(parameters.items(), pieces, strict=True)}
+
+    def vector(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The precision as a number or a vector, float64: named precisions one per parameter, in the order given.
+
+        Raises:
+            ArgumentError: a parameter has no precision by its name.
+        """
+        if not isinstance(self.precision, Mapping):
+            return as_numbers(self.precision, "precision")
+        missing = [name for name in parameters if name not in self.precision]
+        if missing:
+            raise ArgumentError(
+                f"the prior names a precision for {sorted(self.precision)} and none for {missing[0]!r}; select the "
+                "same parameters that it was made for"
+            )
+        pieces = [torch.full((value.numel(),), float(self.precision[n])).double() for n, value in parameters.items()]
+        return torch.cat(pieces)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> GaussianPrior:
         """Apply `function` to the tensors held."""

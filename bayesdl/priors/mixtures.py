@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -62,41 +62,67 @@ class HierarchicalPrior(ScaleMixturePrior):
     Without v, each tensor is a multivariate t with `2 shape` degrees of freedom and squared scale `rate / shape`.
 
     Args:
-        shape, rate: of the inverse gamma.
+        shape, rate: of the inverse gamma: numbers, or dictionaries from parameter names to numbers.
         fan_in: the variance of weight matrices and kernels is v / fan-in.
         step_cap: see `ScaleMixturePrior`.
+        report: how it was found, where `bdl.functional.match` found it.
     """
 
-    shape: float = 2.0
-    rate: float = 1.0
+    shape: float | Mapping[str, float] = 2.0
+    rate: float | Mapping[str, float] = 1.0
     fan_in: bool = False
     step_cap: float = 1.0
+    report: object = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "hierarchical"
 
     def __post_init__(self) -> None:
-        check_positive(self, "shape", "rate", "step_cap")
+        check_positive(self, "step_cap")
+        for value in (self.shape, self.rate):
+            for number in value.values() if isinstance(value, Mapping) else (value,):
+                if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+                    raise ArgumentError(
+                        f"HierarchicalPrior: shape={self.shape!r}, rate={self.rate!r}; expected positive finite numbers"
+                    )
+
+    def hyper(self, name: str) -> tuple[float, float]:
+        """Shape and rate of one parameter.
+
+        Raises:
+            ArgumentError: they are given by name and not for this one.
+        """
+        found = []
+        for value in (self.shape, self.rate):
+            if isinstance(value, Mapping) and name not in value:
+                raise ArgumentError(
+                    f"the prior has a shape and rate for {sorted(value)} and none for {name!r}; select the same "
+                    "parameters that it was made for"
+                )
+            found.append(float(value[name] if isinstance(value, Mapping) else value))
+        return found[0], found[1]
 
     def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Marginal over v."""
         total = torch.zeros((), dtype=torch.float64, device=_device(parameters))
-        for p in parameters.values():
+        for name, p in parameters.items():
+            shape, rate = self.hyper(name)
             n, scale = p.numel(), self._fan(p)
             half = p.double().square().sum() * scale / 2
             total = total + (
-                math.lgamma(self.shape + n / 2)
-                - math.lgamma(self.shape)
-                + self.shape * math.log(self.rate)
+                math.lgamma(shape + n / 2)
+                - math.lgamma(shape)
+                + shape * math.log(rate)
                 + 0.5 * n * math.log(scale / (2 * math.pi))
-                - (self.shape + n / 2) * torch.log(self.rate + half).to(total.device)
+                - (shape + n / 2) * torch.log(rate + half).to(total.device)
             )
         return total
 
     def grad(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: -p * (self.shape + p.numel() / 2) * self._fan(p) / (self.rate + p.square().sum() * self._fan(p) / 2)
-            for name, p in parameters.items()
-        }
+        found = {}
+        for name, p in parameters.items():
+            shape, rate = self.hyper(name)
+            found[name] = -p * (shape + p.numel() / 2) * self._fan(p) / (rate + p.square().sum() * self._fan(p) / 2)
+        return found
 
     def sample(self, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         variance = self.variance(parameters, self.start(parameters, generator))
@@ -106,8 +132,8 @@ class HierarchicalPrior(ScaleMixturePrior):
         }
 
     def start(self, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Scales:
-        shape, rate = torch.full((), self.shape).double(), torch.full((), self.rate).double()
-        return {name: inverse_gamma(shape, rate, 1.0, generator) for name in parameters}
+        pairs = {name: torch.tensor(self.hyper(name), dtype=torch.float64) for name in parameters}
+        return {name: inverse_gamma(pair[0], pair[1], 1.0, generator) for name, pair in pairs.items()}
 
     def gibbs(
         self,
@@ -118,8 +144,9 @@ class HierarchicalPrior(ScaleMixturePrior):
     ) -> Scales:
         drawn = {}
         for name, p in parameters.items():
-            rate = self.rate + 0.5 * self._fan(p) * p.detach().double().square().sum().cpu()
-            drawn[name] = inverse_gamma(rate.new_tensor(self.shape + p.numel() / 2), rate, temperature, generator)
+            shape, start = self.hyper(name)
+            rate = start + 0.5 * self._fan(p) * p.detach().double().square().sum().cpu()
+            drawn[name] = inverse_gamma(rate.new_tensor(shape + p.numel() / 2), rate, temperature, generator)
         return drawn
 
     def variance(self, parameters: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:

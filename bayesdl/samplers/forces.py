@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -83,7 +83,8 @@ class GaussianForce(Force):
 
     def __init__(self, prior: GaussianPrior) -> None:
         self._prior = prior
-        precision = as_numbers(prior.precision, "precision")
+        # named precisions are looked up once the parameters are known
+        precision = torch.zeros(2) if isinstance(prior.precision, Mapping) else as_numbers(prior.precision, "precision")
         mean = torch.as_tensor(prior.mean)
         self._scalar = float(precision) if precision.numel() == 1 and not bool(mean.any()) else None
         self._terms: dict[str, tuple[Tensor, Tensor]] = {}  # precision and mean by parameter name
@@ -101,7 +102,7 @@ class GaussianForce(Force):
         return list(torch._foreach_addcmul(block.grads, offset, precision, value=1.0 / num_data))
 
     def _split(self, names: list[str], params: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        precision = as_numbers(self._prior.precision, "precision").cpu().reshape(-1)
+        precision = self._prior.vector(dict(zip(names, params, strict=True))).cpu().reshape(-1)
         mean = torch.as_tensor(self._prior.mean, dtype=torch.float64).cpu().reshape(-1)
         sizes = [p.numel() for p in params]
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))

@@ -1,0 +1,154 @@
+"""Families of weight priors that `match` learns, of mean zero; weights are scaled by 1 / sqrt(fan-in)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from bayesdl.errors import NonFiniteError, UnknownNameError
+from bayesdl.priors import GaussianPrior, HierarchicalPrior, Prior
+
+WIDEST = 1e6  # variances beyond it are cut: their functions overflow, and no target asks for them
+
+
+@final
+@dataclass(frozen=True)
+class Slot:
+    """One parameter tensor: its name, shape, and the fan-in that divides its variance (1 for a bias)."""
+
+    name: str
+    shape: tuple[int, ...]
+    fan_in: int
+
+
+class Family(nn.Module, ABC):
+    """Parameterised law of the selected weights.
+
+    Args:
+        slots: the parameter tensors, in order.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, slots: tuple[Slot, ...]) -> None:
+        super().__init__()
+        self.slots = slots
+
+    @abstractmethod
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`n` draws `(n, *shape)` by name, differentiable in the family's parameters."""
+
+    @abstractmethod
+    def prior(self) -> Prior:
+        """The law as it stands, detached."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, dict[str, float]]:
+        """Learned quantities by parameter name, readable."""
+
+    def check(self, step: int) -> None:
+        """Raise `NonFiniteError` that names the layer whose parameters are no longer numbers."""
+        for name, values in self.describe().items():
+            for key, value in values.items():
+                if not math.isfinite(value):
+                    raise NonFiniteError(f"matching: {key} of {name!r} became {value} at step {step}: lower lr")
+
+
+@final
+class GaussianFamily(Family):
+    """w = std eps / sqrt(fan-in), one std for each tensor."""
+
+    name: ClassVar[str] = "gaussian"
+
+    def __init__(self, slots: tuple[Slot, ...]) -> None:
+        super().__init__(slots)
+        self.raw = nn.Parameter(torch.full((len(slots),), _inverse_softplus(1.0), dtype=torch.float64))
+
+    def deviations(self) -> Tensor:
+        """std, one for each slot."""
+        return nn.functional.softplus(self.raw)
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        scales = self.deviations().float()
+        return {
+            slot.name: torch.randn(n, *slot.shape, generator=generator) * (scale / math.sqrt(slot.fan_in))
+            for slot, scale in zip(self.slots, scales, strict=True)
+        }
+
+    def prior(self) -> Prior:
+        precision = {
+            slot.name: slot.fan_in / float(scale) ** 2
+            for slot, scale in zip(self.slots, self.deviations().detach(), strict=True)
+        }
+        return GaussianPrior(precision=precision)
+
+    def describe(self) -> dict[str, dict[str, float]]:
+        found = self.deviations().detach()
+        return {slot.name: {"std": float(value)} for slot, value in zip(self.slots, found, strict=True)}
+
+
+@final
+class HierarchicalFamily(Family):
+    """w = sqrt(v / fan-in) eps, v ~ InverseGamma(shape, rate), one v for each tensor AND each function."""
+
+    name: ClassVar[str] = "hierarchical"
+
+    def __init__(self, slots: tuple[Slot, ...], start: float = 3.0) -> None:
+        super().__init__(slots)
+        self.raw_shape = nn.Parameter(torch.full((len(slots),), _inverse_softplus(start), dtype=torch.float64))
+        self.raw_rate = nn.Parameter(torch.full((len(slots),), _inverse_softplus(start), dtype=torch.float64))
+
+    def hyper(self) -> tuple[Tensor, Tensor]:
+        """Shape and rate, constrained, one for each slot."""
+        return nn.functional.softplus(self.raw_shape), nn.functional.softplus(self.raw_rate)
+
+    def variances(self, n: int, generator: torch.Generator) -> Tensor:
+        """v, `(n, slots)`: every function has its own, or its law would be a conditional one."""
+        shape, rate = self.hyper()
+        # implicit reparameterisation: the derivative of a gamma draw in its shape
+        gamma = torch._standard_gamma(shape.expand(n, -1), generator)
+        return (rate / gamma.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=WIDEST)
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        drawn = {}
+        for slot, v in zip(self.slots, self.variances(n, generator).float().unbind(1), strict=True):
+            noise = torch.randn(n, *slot.shape, generator=generator)
+            drawn[slot.name] = noise * (v / slot.fan_in).sqrt().reshape(n, *(1,) * len(slot.shape))
+        return drawn
+
+    def prior(self) -> Prior:
+        shape, rate = (value.detach() for value in self.hyper())
+        names = [slot.name for slot in self.slots]
+        return HierarchicalPrior(
+            shape=dict(zip(names, shape.tolist(), strict=True)),
+            rate=dict(zip(names, rate.tolist(), strict=True)),
+            fan_in=True,
+        )
+
+    def describe(self) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        for slot, shape, rate in zip(self.slots, *(v.detach().tolist() for v in self.hyper()), strict=True):
+            mean = rate / (shape - 1.0) if shape > 1.0 else math.inf
+            found[slot.name] = {"shape": shape, "rate": rate}
+            if math.isfinite(mean):
+                found[slot.name]["mean variance"] = mean
+        return found
+
+
+FAMILIES: dict[str, type[Family]] = {"gaussian": GaussianFamily, "hierarchical": HierarchicalFamily}
+
+
+def make(name: str, slots: tuple[Slot, ...]) -> Family:
+    """A family by name. Raises `UnknownNameError`."""
+    if name not in FAMILIES:
+        raise UnknownNameError(f"family {name!r} is not known; choose one of {sorted(FAMILIES)}")
+    return FAMILIES[name](slots)
+
+
+def _inverse_softplus(value: float) -> float:
+    return value + math.log(-math.expm1(-value))

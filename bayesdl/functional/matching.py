@@ -1,0 +1,217 @@
+"""`match`: a prior over the weights of an existing network whose functions look like those of a target."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import trange
+
+from bayesdl.errors import ArgumentError, NonFiniteError, ShapeError, UnknownNameError
+from bayesdl.functional.critic import DistributionalSliced, Wasserstein
+from bayesdl.functional.distances import DISTANCES
+from bayesdl.functional.families import Family, make
+from bayesdl.functional.functions import Pushforward
+from bayesdl.functional.gp import GP, Target
+from bayesdl.functional.measurement import Measurement, Places
+from bayesdl.functional.report import FUNCTIONS, Fit, MatchReport, compare, fresh, notes
+from bayesdl.network import Network
+from bayesdl.priors import GaussianPrior, HierarchicalPrior, Prior
+from bayesdl.select import Selector
+
+
+def match(
+    model: nn.Module | Network,
+    target: Target,
+    inputs: Tensor,
+    *,
+    family: str = "gaussian",
+    distance: str | Wasserstein | DistributionalSliced = "w1",
+    measurement: Places | None = None,
+    steps: int = 200,
+    num_functions: int = 128,
+    lr: float = 0.05,
+    select: Selector = "all",
+    extra: Mapping[str, float] | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> Prior:
+    """Learn a prior over the selected weights (Tran, Rossi, Milios and Filippone 2022).
+
+    Args:
+        model: any network; its trained values are neither read nor written. Parameters outside the selection keep
+            theirs, affine parameters of norm layers are held at (1, 0).
+        target: `GP(...)`, or any object with `sample(inputs, n, generator) -> (n, M, C)` and `outputs`.
+        inputs: `(N, ...)`, standardised training inputs; the measurement sets come from these alone.
+        family: "gaussian" (one standard deviation a tensor) or "hierarchical" (inverse-gamma variances).
+        distance: "w1", "energy", "mmd", "gaussian-w2", "moments", "sw", "dsw", or a configured one.
+        measurement: where functions are compared; default 100 points, 70 of them inputs.
+        steps: of the prior.
+        num_functions: n, draws a step.
+        lr: of RMSprop on the family's parameters.
+        select: which weights have the prior.
+        extra: standard deviations for parameters of layers without a fan-in.
+        generator: the same state gives the same prior, bit for bit.
+        progress: show a bar.
+
+    Returns:
+        a `GaussianPrior` or `HierarchicalPrior` with a `.report`, for every method that takes a prior.
+
+    Raises:
+        UnknownNameError: no such family or distance.
+        ShapeError: target and network differ in outputs.
+        NonFiniteError: functions or parameters became NaN; the step is named.
+        UnsupportedError, SelectionError: see `bayesdl.functional.functions.Pushforward`.
+    """
+    if steps < 1 or num_functions < 2:
+        raise ArgumentError(f"steps={steps} and num_functions={num_functions}; expected at least 1 and 2")
+    network = model if isinstance(model, Network) else Network(model, select=select, example=inputs[:1])
+    push = Pushforward(network, extra)
+    source = generator or torch.Generator().manual_seed(0)
+    places = measurement or _default_places(inputs)
+    law = make(family, push.slots)
+    own = fresh(source)
+    before = _fit(push, law, target, places, own, num_functions)
+    start = time.perf_counter()
+    trace = _learn(push, law, target, places, distance, steps, num_functions, lr, source, progress)
+    seconds = time.perf_counter() - start
+    fit = _fit(push, law, target, places, own, FUNCTIONS)
+    found = notes(fit, before)
+    if push.held:
+        found = (*found, f"held at one and zero: {sorted(push.held)}")
+    name = distance if isinstance(distance, str) else type(distance).__name__
+    return _with_report(law.prior(), MatchReport(fit, before, name, tuple(trace), law.describe(), seconds, found))
+
+
+def evaluate(
+    model: nn.Module | Network,
+    prior: Prior,
+    target: Target,
+    inputs: Tensor,
+    *,
+    measurement: Places | None = None,
+    num_functions: int = FUNCTIONS,
+    select: Selector = "all",
+    generator: torch.Generator | None = None,
+) -> MatchReport:
+    """The report of `match` for ANY prior that can be drawn from.
+
+    Args:
+        as in `match`.
+    """
+    network = model if isinstance(model, Network) else Network(model, select=select, example=inputs[:1])
+    source = generator or torch.Generator().manual_seed(0)
+    points = (measurement or _default_places(inputs)).draw(source)
+    own = network.parameters
+    drawn = [prior.sample(own, source) for _ in range(num_functions)]
+    weights = {name: torch.stack([one[name] for one in drawn]) for name in own}
+    module, call = network.module(), network.prepare(points)
+
+    def one(tensors: dict[str, Tensor]) -> Tensor:
+        return network.forward(module, call, tensors)
+
+    with torch.no_grad():
+        h = torch.func.vmap(one, chunk_size=64)(weights)
+        fit = compare(h.cpu(), target.sample(points, num_functions, source), target, points)
+    return MatchReport(fit, notes=notes(fit, None))
+
+
+def _learn(
+    push: Pushforward,
+    law: Family,
+    target: Target,
+    places: Places,
+    distance: str | Wasserstein | DistributionalSliced,
+    steps: int,
+    count: int,
+    lr: float,
+    source: torch.Generator,
+    progress: bool,
+) -> list[float]:
+    """Gradient steps on the family's parameters; the value of the distance at each."""
+    optimizer = torch.optim.RMSprop(law.parameters(), lr=lr)
+    trace: list[float] = []
+    for step in trange(steps, desc="match", disable=not progress, leave=False):
+        points = places.draw(source)
+        h = _functions(push, law, points, count, source)
+        g = target.sample(points, count, source).to(h)
+        if h.shape[1:] != g.shape[1:]:
+            raise ShapeError(
+                f"the network's functions have shape {tuple(h.shape[1:])} (points, outputs) and the target's "
+                f"{tuple(g.shape[1:])}: set outputs= of the target"
+            )
+        value = _distance(distance, push, law, target, points, count, source, h, g)
+        optimizer.zero_grad()
+        value.backward()
+        if not all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in law.parameters()):
+            raise NonFiniteError(f"matching: the gradient of the distance is NaN or infinite at step {step}: lower lr")
+        optimizer.step()
+        law.check(step)
+        trace.append(float(value.detach()))
+    return trace
+
+
+def _distance(
+    distance: str | Wasserstein | DistributionalSliced,
+    push: Pushforward,
+    law: Family,
+    target: Target,
+    points: Tensor,
+    count: int,
+    source: torch.Generator,
+    h: Tensor,
+    g: Tensor,
+) -> Tensor:
+    if isinstance(distance, str):
+        if distance not in DISTANCES:
+            raise UnknownNameError(f"distance {distance!r} is not known; choose one of {sorted(DISTANCES)}")
+        entry = DISTANCES[distance]
+        if entry.value is not None:
+            known = isinstance(target, GP) and target.fixed
+            k = (
+                target.moments(points)[1].to(h.device)
+                if isinstance(target, GP) and (known or entry.needs_moments)
+                else None
+            )
+            return entry.value(h, g, k, source)
+        distance = Wasserstein() if entry.critic == "w1" else DistributionalSliced()
+
+    def draw() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            values = _functions(push, law, points, count, source)
+        return values, target.sample(points, count, source).to(values)
+
+    return distance.value(h, g, draw, source)
+
+
+def _functions(push: Pushforward, law: Family, points: Any, count: int, source: torch.Generator) -> Tensor:
+    return push(law.draw(count, source), points, source)
+
+
+def _fit(push: Pushforward, law: Family, target: Target, places: Places, source: torch.Generator, count: int) -> Fit:
+    points = places.draw(source)
+    with torch.no_grad():
+        h = _functions(push, law, points, count, source).cpu()
+    g = target.sample(points, count, source)
+    if h.shape[1:] != g.shape[1:]:
+        raise ShapeError(
+            f"the network's functions have shape {tuple(h.shape[1:])} (points, outputs) and the target's "
+            f"{tuple(g.shape[1:])}: set outputs= of the target"
+        )
+    return compare(h, g, target, points)
+
+
+def _default_places(inputs: Tensor) -> Places:
+    if inputs.dim() < 2:
+        raise ShapeError(f"inputs have shape {tuple(inputs.shape)}; expected (N, features) or (N, ...)")
+    return Measurement(inputs, min(100, len(inputs)) if inputs.dim() > 2 else 100, 1.0 if inputs.dim() > 2 else 0.7)
+
+
+def _with_report(prior: Prior, report: MatchReport) -> Prior:
+    if isinstance(prior, (GaussianPrior, HierarchicalPrior)):
+        return replace(prior, report=report)
+    return prior
