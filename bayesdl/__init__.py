@@ -50,7 +50,7 @@ _PUBLIC = {
     "replace": "bayesdl.last_layer",
 }
 _MODULES = (
-    *("curvature", "demo", "errors", "evaluation", "last_layer", "likelihoods", "methods", "posteriors", "samplers"),
+    *("curvature", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods", "methods", "posteriors", "samplers"),
     "select",
 )
 
