@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any, final
 
@@ -51,7 +52,7 @@ class StoredSamples:
         self._dropped: set[int] = set()
         self._length = 0  # of the index in bytes
         self._dead: list[str] = []
-        self._lock: Any = None
+        self._lock: weakref.finalize[[int], StoredSamples] | None = None
 
     def records(self) -> list[SampleRecord]:
         return list(self._records)
@@ -150,7 +151,7 @@ class StoredSamples:
     def close(self) -> None:
         """Let another process write."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock()
             self._lock = None
 
     def _append(self, record: SampleRecord) -> None:
@@ -193,13 +194,13 @@ class StoredSamples:
         import fcntl
 
         # a record lock: it ends with the process, and workers that it forks do not hold it
-        file = open(self.path / LOCK, "wb")
+        handle = os.open(self.path / LOCK, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.close()
+            os.close(handle)
             raise ArgumentError(f"another process is writing the chain in {self.path}: end it first") from error
-        self._lock = file
+        self._lock = weakref.finalize(self, os.close, handle)
 
 
 def _some(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

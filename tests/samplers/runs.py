@@ -25,7 +25,7 @@ from bayesdl.samplers import SAMPLERS, Batches, Cyclical, Structured, storing
 
 N, STEPS = 24, 26
 OWN: dict[str, dict[str, Any]] = {
-    "psgld": {"freeze_after": 4},
+    "psgld": {"freeze_after": 4, "eps": 0.05, "lr": 0.002},
     "sghmc": {"adapt": True, "burn_in": 4},
     "entropy-mcmc": {"eta": 0.3},
 }
