@@ -46,6 +46,7 @@ from bayesdl.evaluation.dispersion import (
     uce,
     worst_slab,
 )
+from bayesdl.evaluation.feature_density import FeatureDensity, FittedDensity
 from bayesdl.evaluation.joint import joint_gain, joint_nll
 from bayesdl.evaluation.metrics import (
     HEADLINE,
@@ -57,7 +58,7 @@ from bayesdl.evaluation.metrics import (
     metrics_for,
 )
 from bayesdl.evaluation.multiple_choice import MultipleChoice, multiple_choice, option_log_probs
-from bayesdl.evaluation.ood import DEFAULT_SCORE, OOD_METRICS, SCORES, ood_metrics, ood_score, score_metrics
+from bayesdl.evaluation.ood import DEFAULT_SCORE, OOD_METRICS, SCORES, ood_metrics, ood_score, p_value, score_metrics
 from bayesdl.evaluation.predictions import Predictions, cat_predictions
 from bayesdl.evaluation.ranking import auroc, average_precision, fpr_at_recall
 from bayesdl.evaluation.regression import (
@@ -93,6 +94,8 @@ __all__ = [
     "SCORES",
     "BrierTerms",
     "ClassificationStream",
+    "FeatureDensity",
+    "FittedDensity",
     "Interval",
     "Metric",
     "MetricStream",
@@ -154,6 +157,7 @@ __all__ = [
     "ood_metrics",
     "ood_score",
     "option_log_probs",
+    "p_value",
     "picp",
     "pinball",
     "pit",

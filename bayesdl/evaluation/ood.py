@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import Tensor
 
 from bayesdl.errors import UnknownNameError
 from bayesdl.evaluation import weighting
+from bayesdl.evaluation.decomposition import votes_of
 from bayesdl.evaluation.ranking import Counts, separated
-from bayesdl.evaluation.validation import UndefinedError, wide
+from bayesdl.evaluation.validation import UndefinedError, vector, wide
 
 if TYPE_CHECKING:
     from bayesdl.evaluation.predictions import Predictions
@@ -49,6 +51,12 @@ SCORES: dict[str, Score] = {
             ("classification",),
             lambda p: p.energy,
             "Minus logsumexp of the raw outputs, averaged over members.",
+        ),
+        Score(
+            "variation_ratio",
+            ("classification",),
+            lambda p: _variation_ratio(p),
+            "1 - the share of members that predict the most common class.",
         ),
         Score(
             "variance",
@@ -160,6 +168,17 @@ def score_metrics(
     return result
 
 
+def p_value(scores: Any, reference: Any) -> Tensor:
+    """Conformal p-values (1 + #{s_i >= s}) / (n + 1) of scores (B,) against held-out in-distribution ones (n,).
+
+    Flagging p <= alpha flags a share of at most alpha of exchangeable in-distribution inputs, whatever the score.
+    """
+    values, held = wide(vector(scores, "scores")), wide(vector(reference, "reference")).sort().values
+    held = held.to(values.device)
+    below = torch.searchsorted(held, values)
+    return (1 + len(held) - below).double() / (len(held) + 1)
+
+
 def auroc(id_scores: Any, ood_scores: Any, *, id_weights: Any = None, ood_weights: Any = None) -> float | Tensor:
     """Probability that an OOD score exceeds an ID score, ties 1/2; scores (N,), (M,) on any scale."""
     return score_metrics(id_scores, ood_scores, id_weights=id_weights, ood_weights=ood_weights)["auroc"]
@@ -187,6 +206,12 @@ def _mirrored(table: Counts) -> Counts:
         return steps.flip(1).cumsum(1)
 
     return Counts(below(table.negative), below(table.positive))
+
+
+def _variation_ratio(predictions: Predictions) -> Tensor | None:
+    if predictions.log_probs is None or predictions.num_members < 2:
+        return None
+    return 1 - votes_of(predictions.log_probs).amax(-1) / predictions.num_members
 
 
 def _latent_variance(predictions: Predictions) -> Tensor | None:
