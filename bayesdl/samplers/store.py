@@ -74,7 +74,16 @@ class SampleStore:
         named = dict(self.header["sampled"])
         sampled = Sampled(net, list(named), "keep", "float32")
         check_network(self.path, self.header, sampled)
-        return assembled([(record, self.read(record), self.base) for record in self.kept()], sampled.device)
+        return assembled(self._all(), sampled.device)
+
+    def _all(self) -> list[tuple[SampleRecord, dict[str, Tensor], dict[str, Tensor]]]:
+        kept = self.kept()
+        try:
+            return [(record, self.read(record), self.base) for record in kept]
+        except FileFormatError:
+            if self.kept() == kept:
+                raise
+            return self._all()  # the writer dropped a sample meanwhile
 
 
 def check_network(path: Path, header: Mapping[str, Any], sampled: Sampled) -> None:

@@ -56,7 +56,9 @@ def sampler_of(name: str, net: nn.Module, seed: int) -> Any:
     return sampler
 
 
-def run(folder: Path, name: str, seed: int = 1, resume: bool = True, **options: Any) -> tuple[bdl.Chain, Tensor]:
+def run(
+    folder: Path, name: str, seed: int = 1, resume: bool = True, stop: int = STEPS, **options: Any
+) -> tuple[bdl.Chain, Tensor]:
     """The whole chain, or the rest of it, and the last weights. The seeds do not matter to a resumed chain."""
     net = network(seed)
     own = sampler_of(name, net, seed)
@@ -69,11 +71,11 @@ def run(folder: Path, name: str, seed: int = 1, resume: bool = True, **options: 
     if resume:
         chain.resume()
     schedule = own if isinstance(own, Cyclical) else None
-    while chain.steps < STEPS:
+    while chain.steps < stop:
         for inputs, target in batches:
             step(net, own, schedule, inputs, target)
             chain.step(schedule is None or schedule.sampling)
-            if chain.steps == STEPS:
+            if chain.steps == stop:
                 break
     return chain, torch.cat([t.detach().reshape(-1).float() for t in net.state_dict().values()])
 
@@ -102,14 +104,14 @@ def contents(folder: Path) -> dict[str, str]:
 class _Half:
     """A file of which one write stops in the middle."""
 
-    def __init__(self, file: Any, event: Callable[[], bool]) -> None:
-        self._file, self._event = file, event
+    def __init__(self, file: Any, event: Callable[[], bool], end: Callable[[], None]) -> None:
+        self._file, self._event, self._end = file, event, end
 
     def write(self, payload: bytes) -> None:
         if self._event():
             self._file.write(payload[: len(payload) // 2])
             self._file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._end()
         self._file.write(payload)
 
     def __enter__(self) -> _Half:
@@ -123,9 +125,10 @@ class _Half:
 
 
 @contextmanager
-def events(deadly: int | None) -> Iterator[list[int]]:
-    """Count what touches the disk, before and after each; at number `deadly` the process dies, in writes half-way."""
+def events(deadly: int | None, end: Callable[[], None] | None = None) -> Iterator[list[int]]:
+    """Count what touches the disk, before and after each; at number `deadly` all ends (SIGKILL), in writes half-way."""
     count = [0]
+    ending = end or _die
 
     def event() -> bool:
         count[0] += 1
@@ -134,17 +137,17 @@ def events(deadly: int | None) -> Iterator[list[int]]:
     def around(function: Any) -> Any:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if event():
-                os.kill(os.getpid(), signal.SIGKILL)
+                ending()
             found = function(*args, **kwargs)
             if event():
-                os.kill(os.getpid(), signal.SIGKILL)
+                ending()
             return found
 
         return wrapped
 
     def opened(path: Any, mode: str = "r") -> Any:
         file = builtins.open(path, mode)
-        return _Half(file, event) if mode in ("xb", "ab") else file
+        return _Half(file, event, ending) if mode in ("xb", "ab") else file
 
     before = (os.fsync, os.replace, Path.unlink)
     os.fsync, os.replace, Path.unlink = (around(function) for function in before)  # type: ignore[misc, assignment]
@@ -156,6 +159,10 @@ def events(deadly: int | None) -> Iterator[list[int]]:
         os.fsync, os.replace, Path.unlink = before  # type: ignore[misc, assignment]
         for module in (storing, tensorfile):
             del module.open  # type: ignore[attr-defined]
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_child(work: Callable[[], None]) -> int:
