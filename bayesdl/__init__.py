@@ -36,6 +36,7 @@ _PUBLIC = {
     "Prior": "bayesdl.priors",
     "Report": "bayesdl.evaluation.report",
     "SWAG": "bayesdl.methods",
+    "TFB": "bayesdl.methods",
     "SubsetGP": "bayesdl.methods",
     "StudentT": "bayesdl.methods",
     "StudentTPrior": "bayesdl.priors",
@@ -50,14 +51,15 @@ _PUBLIC = {
     "replace": "bayesdl.last_layer",
 }
 _MODULES = (
-    *("curvature", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods", "methods", "posteriors", "samplers"),
-    "select",
+    *("curvature", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods", "lora", "methods"),
+    *("posteriors", "samplers", "select"),
 )
 
 __all__ = [
     "ELLA",
     "MAP",
     "SWAG",
+    "TFB",
     "VBLL",
     "BayesianModel",
     "Bernoulli",
@@ -107,6 +109,7 @@ if TYPE_CHECKING:
         ELLA,
         MAP,
         SWAG,
+        TFB,
         VBLL,
         Ensemble,
         Laplace,

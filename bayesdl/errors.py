@@ -79,6 +79,10 @@ class FileFormatError(BayesDLError, ValueError):
     """A file is not what the library wrote, or belongs to another network."""
 
 
+class StaleAdapterError(FileFormatError):
+    """A file belongs to another adapter than the model holds, or to the same one before it was trained on."""
+
+
 class MissingDependencyError(BayesDLError, ImportError):
     """An optional package is absent; the message holds the line to type."""
 

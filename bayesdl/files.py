@@ -71,6 +71,8 @@ def load(
     header, tensors = _read(Path(path))
     network = Network(model, batch=batch)
     if header["fingerprint"] != network.fingerprint():
+        if str(header["posterior"]) in POSTERIORS:
+            POSTERIORS[str(header["posterior"])].check_network(network, header["config"])
         raise FileFormatError(
             f"{path} was saved for a network with other weights (fingerprint {str(header['fingerprint'])[:12]}, "
             f"this network {network.fingerprint()[:12]}); load the weights that were wrapped"

@@ -12,11 +12,12 @@ from bayesdl.methods.map import MAP
 from bayesdl.methods.student_t import StudentT
 from bayesdl.methods.swag import SWAG
 from bayesdl.methods.temperature import Temperature
+from bayesdl.methods.tfb import TFB
 from bayesdl.methods.vbll import VBLL
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, StudentT, SubsetGP, ELLA, VaLLA)
+    for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, StudentT, SubsetGP, ELLA, VaLLA, TFB)
 }
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MAP",
     "METHODS",
     "SWAG",
+    "TFB",
     "VBLL",
     "Ensemble",
     "Fitted",

@@ -3,6 +3,7 @@
 from bayesdl.posteriors.base import Posterior
 from bayesdl.posteriors.gaussian import GaussianPosterior
 from bayesdl.posteriors.last_layer import LastLayerPosterior
+from bayesdl.posteriors.lora import AdapterPosterior
 from bayesdl.posteriors.masks import MaskPosterior
 from bayesdl.posteriors.point import PointPosterior
 from bayesdl.posteriors.samples import SamplePosterior
@@ -17,11 +18,13 @@ POSTERIORS: dict[str, type[Posterior]] = {
         ScaledPosterior,
         MaskPosterior,
         LastLayerPosterior,
+        AdapterPosterior,
     )
 }
 
 __all__ = [
     "POSTERIORS",
+    "AdapterPosterior",
     "GaussianPosterior",
     "LastLayerPosterior",
     "MaskPosterior",

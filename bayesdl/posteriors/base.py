@@ -72,6 +72,11 @@ class Posterior(ABC):
     def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         """Inverse of `tensors` and `config`."""
 
+    @classmethod
+    def check_network(cls, network: Network, config: Mapping[str, Any]) -> None:
+        """Raise where this kind can say in what a file's network differs; called where fingerprints do."""
+        del network, config
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply `function` to every tensor (moves between devices and dtypes)."""
         return self.restore({name: function(value) for name, value in self.tensors().items()}, self.config())

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from bayesdl.errors import UnknownNameError
+from bayesdl.lora.scale import tune_heldout_scale, tune_tolerance
+from bayesdl.posteriors import AdapterPosterior
 from bayesdl.tuning.evidence import tune_evidence
 from bayesdl.tuning.heldout import tune_heldout
 from bayesdl.tuning.last_layer import LAST_LAYER_RULES, is_last_layer_regression, tune_last_layer
@@ -19,6 +21,7 @@ RULES: dict[str, Callable[..., BayesianModel]] = {
     "evidence": tune_evidence,
     "heldout": tune_heldout,
     "loo": tune_loo,
+    "tolerance": tune_tolerance,
     "training": tune_training,
 }
 
@@ -33,4 +36,6 @@ def tune(model: BayesianModel, rule: str, data: Iterable[Any] | None, **options:
         raise UnknownNameError(f"tuning rule {rule!r} is not known; choose one of {sorted(RULES)}")
     if is_last_layer_regression(model) and rule in LAST_LAYER_RULES:
         return tune_last_layer(model, rule, data, **options)
+    if isinstance(model.posterior, AdapterPosterior) and rule == "heldout" and data is not None:
+        return tune_heldout_scale(model, data, **options)
     return RULES[rule](model, data, **options)

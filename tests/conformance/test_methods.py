@@ -160,7 +160,7 @@ def nll(bayes: BayesianModel, data: Batches) -> float:
 
 
 def test_every_method_is_here() -> None:
-    assert set(SETTINGS) == set(METHODS)
+    assert set(SETTINGS) == set(METHODS) - {"tfb"}  # for networks with adapters: tests/lora
     assert all(type(method) is METHODS[name] for name, group in SETTINGS.items() for method in group.values())
 
 
