@@ -134,8 +134,11 @@ def read_sample(folder: Path, record: SampleRecord) -> dict[str, Tensor]:
     tensors = read_described(path)[1]
     if record.digest is None:  # a rank that does not write knows the sample and not its file
         return tensors
-    with safe_open(path, framework="pt") as file:
-        found = json.loads(file.metadata()[KEY])[DIGEST]
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads(file.metadata()[KEY])[DIGEST]
+    except OSError as error:
+        raise FileFormatError(f"{path} was dropped while it was read") from error
     if found != record.digest:
         raise FileFormatError(
             f"{path} is not the sample that the index speaks of: digest {found[:12]}, expected {record.digest[:12]}"

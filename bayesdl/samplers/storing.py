@@ -157,11 +157,15 @@ class StoredSamples:
     def _append(self, record: SampleRecord) -> None:
         line = json.dumps(record.to_json()).encode() + b"\n"
         if self._writes:
-            self._truncate()  # a line that a full disk left unfinished
-            with open(self.path / INDEX, "ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            self._truncate()  # what a failed write left
+            try:
+                with open(self.path / INDEX, "ab") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                self._truncate()
+                raise
             if not self._records:
                 sync_folder(self.path)
             self._length += len(line)
