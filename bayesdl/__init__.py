@@ -35,8 +35,8 @@ _PUBLIC = {
     "Predictive": "bayesdl.predictive",
     "Prior": "bayesdl.priors",
     "Report": "bayesdl.evaluation.report",
+    "SGMCMC": "bayesdl.methods",
     "SWAG": "bayesdl.methods",
-    "TFB": "bayesdl.methods",
     "SubsetGP": "bayesdl.methods",
     "StudentT": "bayesdl.methods",
     "StudentTPrior": "bayesdl.priors",
@@ -51,15 +51,15 @@ _PUBLIC = {
     "replace": "bayesdl.last_layer",
 }
 _MODULES = (
-    *("curvature", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods", "lora", "methods"),
-    *("posteriors", "samplers", "select"),
+    *("curvature", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods", "methods", "posteriors", "samplers"),
+    "select",
 )
 
 __all__ = [
     "ELLA",
     "MAP",
+    "SGMCMC",
     "SWAG",
-    "TFB",
     "VBLL",
     "BayesianModel",
     "Bernoulli",
@@ -108,8 +108,8 @@ if TYPE_CHECKING:
     from bayesdl.methods import (
         ELLA,
         MAP,
+        SGMCMC,
         SWAG,
-        TFB,
         VBLL,
         Ensemble,
         Laplace,

@@ -129,5 +129,5 @@ def check_finite(value: Tensor, what: str) -> None:
         first = tuple(int(i) for i in bad.nonzero()[0])
         raise NonFiniteError(
             f"{what}: {int(bad.sum())} of {value.numel()} values are NaN or infinite, the first at index {first} "
-            f"({float(value[first])})"
+            f"({float(value.detach()[first])})"
         )

@@ -22,7 +22,7 @@ PUBLIC = {
     *("Chain", "ELLA", "SubsetGP", "VaLLA"),
     *("CauchyPrior", "HierarchicalPrior", "HorseshoePrior", "LaplacePrior", "StudentTPrior"),
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
-    *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SWAG", "TFB"),
+    *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SGMCMC", "SWAG", "TFB"),
     *("EvidenceTrainer", "MinibatchEvidence", "evidence_training"),
     *("Temperature", "VBLL", "__version__", "as_module", "compare", "evaluate", "load", "replace", "wrap"),
 }

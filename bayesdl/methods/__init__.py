@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.methods.dropout import MCDropout
@@ -9,23 +12,30 @@ from bayesdl.methods.ensemble import Ensemble
 from bayesdl.methods.function_space import ELLA, SubsetGP, VaLLA
 from bayesdl.methods.laplace import Laplace
 from bayesdl.methods.map import MAP
+from bayesdl.methods.sgmcmc import SGMCMC
 from bayesdl.methods.student_t import StudentT
 from bayesdl.methods.swag import SWAG
 from bayesdl.methods.temperature import Temperature
-from bayesdl.methods.tfb import TFB
 from bayesdl.methods.vbll import VBLL
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, StudentT, SubsetGP, ELLA, VaLLA, TFB)
+CHAINS = ("sgld", "sghmc", "baoab", "sgnht", "psgld", "sa-sgld", "entropy-mcmc", "cyclical", "structured")
+
+# name -> what makes the method: its class, or a class with the arguments that the name stands for
+METHODS: dict[str, Callable[[], Method]] = {
+    **{
+        method.name: method
+        for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, StudentT, SubsetGP, ELLA, VaLLA)
+    },
+    **{name: partial(SGMCMC, name) for name in CHAINS},
 }
 
 __all__ = [
+    "CHAINS",
     "ELLA",
     "MAP",
     "METHODS",
+    "SGMCMC",
     "SWAG",
-    "TFB",
     "VBLL",
     "Ensemble",
     "Fitted",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from bayesdl.network import Network, OutputAxis
 from bayesdl.posteriors import SamplePosterior
 from bayesdl.priors import GaussianPrior, Prior
 from bayesdl.samplers import SAMPLERS, Cyclical, Sampler, Structured
+from bayesdl.samplers.noticing import StochasticForwardWarning
 
 if TYPE_CHECKING:
     from bayesdl.methods.sgmcmc import SGMCMC
@@ -70,11 +72,17 @@ class Job:
 
 
 def run(job: Job) -> SamplePosterior:
-    """Run one chain from its start to its last sample.
+    """Run one chain from its start, or from what its store holds, to its last sample.
 
     Raises:
         NonFiniteError: the chain diverged; the message names chain and step.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StochasticForwardWarning)  # a finding says it
+        return _run(job)
+
+
+def _run(job: Job) -> SamplePosterior:
     from bayesdl.samplers.chain import Chain  # with its files: only where a chain runs
 
     settings = job.settings
@@ -93,7 +101,7 @@ def run(job: Job) -> SamplePosterior:
         cycle, explore, thin = cycle_of(total, settings.cycles, settings.num_samples, settings.explore)
         schedule, burn_in = Cyclical(sampler, cycle, settings.cycles, explore), 0
         total = schedule.total
-    structured, chain = _structured(job, sampler, burn_in, thin), None
+    structured, chain, done = _structured(job, sampler, burn_in, thin), None, 0
     if structured is None:
         store = None if settings.store is None else Path(settings.store) / f"chain-{job.chain:04d}"
         wide = any(parameter.dtype is torch.float64 for _, parameter in pairs)
@@ -106,8 +114,13 @@ def run(job: Job) -> SamplePosterior:
             dtype="float64" if wide else "float32",
             chain_id=job.chain,
         )
-    source = endless(network, job.data, job.base, job.chain)
-    bar = tqdm(range(total), desc=f"chain {job.chain + 1}/{settings.chains}", disable=not job.progress, leave=False)
+        if store is not None and chain.resume():
+            done = chain.steps
+    length = job.energy.num_batches
+    source = endless(network, job.data, job.base, job.chain, start=done, length=length)
+    bar = tqdm(
+        range(done, total), desc=f"chain {job.chain + 1}/{settings.chains}", disable=not job.progress, leave=False
+    )
     for step in bar:
         number, inputs, target = next(source)
         try:
@@ -135,6 +148,7 @@ def run(job: Job) -> SamplePosterior:
     if structured is not None:
         return _drawn(structured, module, job)
     assert chain is not None
+    chain.close()
     found = chain.posterior()
     values = {**found.snapshots}
     for name, buffer in _moving_buffers(module).items():  # a chain may have found them unchanged
@@ -224,12 +238,13 @@ def _from_owner(mine: SamplePosterior | None, job: Job, group: Group) -> SampleP
 
 
 def _moving_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that a prepared module changes: those of batch norm in training."""
+    """Buffers that a prepared module changes and a prediction uses: statistics of batch norm in training."""
     return {
         f"{name}.{key}" if name else key: value
         for name, layer in module.named_modules()
         if layer.training and isinstance(layer, _BatchNorm)
         for key, value in layer.named_buffers()
+        if value.is_floating_point()
     }
 
 

@@ -17,7 +17,7 @@ from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.methods.chains import Job, build_sampler, run_shared
 from bayesdl.methods.energy import prepare_module, survey
 from bayesdl.methods.stepsize import DIMENSIONLESS, check_stable, gradient_squares, largest_curvature
-from bayesdl.methods.stream import INIT, chain_generator, check_steps, endless
+from bayesdl.methods.stream import INIT, chain_generator, check_steps, endless, repeatable
 from bayesdl.network import Network
 from bayesdl.posteriors import SamplePosterior
 from bayesdl.priors import GaussianPrior
@@ -57,7 +57,8 @@ class SGMCMC(Method):
         groups, reservoir, live: of "structured"; see `bdl.samplers.Structured`.
         workers: processes that run chains, of one thread each. They are spawned: network and data must be picklable,
             and a script needs its `if __name__ == "__main__":`.
-        store: folder in which each chain writes its samples as they come; see `bdl.Chain`.
+        store: folder in which each chain writes its samples as they come; see `bdl.Chain`. The same call after an
+            interruption goes on from there, bit for bit.
         options: further arguments of the sampler's constructor, such as `{"adapt": True}`.
         select: which parameters move; the others stay as they are.
 
@@ -116,11 +117,13 @@ class SGMCMC(Method):
             network = task.network.map(lambda t: t.float() if t.is_floating_point() else t)
         else:
             model, network = independent_copy(task.models[0]), task.network
-        energy, findings = survey(task, data)
+        group = resolve_group(task.distributed)
+        base = _base_seed(task.generator, group)
+        with repeatable(data, base):
+            energy, findings = survey(task, data)
         prior = task.prior or GaussianPrior(1.0)
         if task.prior is None:
             findings = (*findings, Finding("info", "the prior is N(0, 1) on every weight", "pass prior=", "prior"))
-        group = resolve_group(task.distributed)
         thin = energy.num_batches if self.thin is None else self.thin
         burn_in = (self.num_samples * thin + 1) // 2 if self.burn_in is None else self.burn_in
         _, said = prepare_module(independent_copy(model), task.network.names)
@@ -137,7 +140,7 @@ class SGMCMC(Method):
             burn_in=burn_in,
             thin=thin,
             squares=None,
-            base=_base_seed(task.generator, group),
+            base=base,
             chain=0,
             progress=task.progress,
         )
@@ -168,7 +171,8 @@ class SGMCMC(Method):
             else:
                 stretch = self._factor(job, sum(float(value.sum()) for value in squares.values()))
         try:
-            largest = largest_curvature(network, energy, job.data, job.prior, generator, scales)
+            with repeatable(job.data, job.base):
+                largest = largest_curvature(network, energy, job.data, job.prior, generator, scales)
         except UnsupportedError as error:
             if self.lr is None:
                 raise UnsupportedError(f"the step size cannot be chosen, pass lr=...: {error}") from error

@@ -20,7 +20,7 @@ from bayesdl.priors import GaussianPrior, Prior, ScaleMixturePrior
 from bayesdl.samplers.forces import Block, GaussianForce
 
 EXAMPLES = 2000  # of the data, from the front of the loader, whose curvature stands for that of all
-STEPS = 12  # Lanczos steps; the largest Ritz value is then within a few per cent of the largest eigenvalue
+STEPS = 8  # Lanczos steps; the largest Ritz value is then within a few per cent of the largest eigenvalue
 DIMENSIONLESS = 0.2  # h lambda_max of the default: no variance is inflated by more than 1 / (1 - 0.1)
 
 

@@ -13,7 +13,7 @@ from bayesdl.data import batches
 from bayesdl.errors import ArgumentError
 from bayesdl.network import Network
 
-INIT, NOISE, DATA, GIBBS = range(4)  # streams of a chain
+INIT, NOISE, DATA, PASS = range(4)  # streams of a chain
 
 
 def chain_seed(base: int, chain: int, stream: int, *more: int) -> int:
@@ -27,12 +27,21 @@ def chain_generator(base: int, chain: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(chain_seed(base, chain, stream))
 
 
-def endless(network: Network, data: Iterable[Any], base: int, chain: int) -> Iterator[tuple[int, Any, Any]]:
+def endless(
+    network: Network, data: Iterable[Any], base: int, chain: int, *, start: int = 0, length: int = 1
+) -> Iterator[tuple[int, Any, Any]]:
     """`(number in its pass, inputs, target)`, pass after pass; each pass is seeded by chain and number.
 
     Neither torch's global generator nor the loader's own is moved: both are put back after every batch.
+
+    Args:
+        network: gives the adapter.
+        data: loader.
+        base, chain: of the seeds.
+        start: batches to leave out at first, those of whole passes without being read.
+        length: batches of a pass.
     """
-    epoch = 0
+    epoch, skip = divmod(start, length)
     while True:
         with _seeded(data, chain_seed(base, chain, DATA, epoch)) as switch:
             source = batches(network, data, progress=False)
@@ -41,8 +50,18 @@ def endless(network: Network, data: Iterable[Any], base: int, chain: int) -> Ite
                     found = next(source, None)
                 if found is None:
                     break
-                yield found
+                if skip:
+                    skip -= 1
+                else:
+                    yield found
         epoch += 1
+
+
+@contextmanager
+def repeatable(data: Iterable[Any], base: int) -> Iterator[None]:
+    """Passes over the data inside are the same each time, whatever was read before."""
+    with _seeded(data, chain_seed(base, 0, PASS)) as switch, switch():
+        yield
 
 
 @contextmanager
