@@ -44,7 +44,7 @@ assert abs(report.fit.std[0] / report.fit.target_std[0] - 1) < 0.2
 # %% [markdown]
 # ## Before, after, and the belief itself
 #
-# Eight functions of each. The standard normal prior over weights (scaled by nothing) believes in large, rough functions.
+# Eight functions of each. The standard normal prior over weights believes in large, rough functions.
 
 # %%
 source = torch.Generator().manual_seed(1)
