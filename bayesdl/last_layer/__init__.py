@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "Classification": "heads",
     "ConjugateRegression": "exact",
+    "ClassStatistics": "class_statistics",
+    "Generative": "generative",
     "Head": "head",
     "Heteroscedastic": "heteroscedastic",
     "HeadOutput": "output",
+    "Prototype": "prototype",
+    "PseudoCounts": "densities",
     "RecursiveRegression": "online",
     "Regression": "heads",
     "Statistics": "statistics",
@@ -20,11 +24,15 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ClassStatistics",
     "Classification",
     "ConjugateRegression",
+    "Generative",
     "Head",
     "HeadOutput",
     "Heteroscedastic",
+    "Prototype",
+    "PseudoCounts",
     "RecursiveRegression",
     "Regression",
     "Statistics",
@@ -33,12 +41,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from bayesdl.last_layer.class_statistics import ClassStatistics
+    from bayesdl.last_layer.densities import PseudoCounts
     from bayesdl.last_layer.exact import ConjugateRegression
+    from bayesdl.last_layer.generative import Generative
     from bayesdl.last_layer.head import Head
     from bayesdl.last_layer.heads import Classification, Regression
     from bayesdl.last_layer.heteroscedastic import Heteroscedastic
     from bayesdl.last_layer.online import RecursiveRegression
     from bayesdl.last_layer.output import HeadOutput
+    from bayesdl.last_layer.prototype import Prototype
     from bayesdl.last_layer.statistics import Statistics
     from bayesdl.last_layer.surgery import parameter_groups, replace
 

@@ -9,9 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, ShapeError, UnknownNameError
+from bayesdl.errors import ArgumentError, ShapeError, UnknownNameError
 from bayesdl.last_layer import bounds
 from bayesdl.last_layer.head import LinearHead
+from bayesdl.last_layer.labels import class_labels, soft_labels
 from bayesdl.latent import GaussianLatent
 from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, NormalGamma
 
@@ -183,33 +184,9 @@ class Classification(NoisyHead):
         return self.bound == "km_reduced"
 
     def targets(self, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        batch, classes = mean.shape
-        if self.binary or y.dtype.is_floating_point:
-            return self._soft(y, mean), torch.ones(batch, dtype=torch.bool, device=mean.device)
-        if y.numel() != batch or y.dtype is torch.bool:
-            raise ShapeError(f"targets have shape {tuple(y.shape)} and dtype {y.dtype}; expected {batch} class indices")
-        labels = y.reshape(-1).to(device=mean.device, dtype=torch.long)
-        kept = labels != self.ignore_index
-        bad = kept & ((labels < 0) | (labels >= classes))
-        if bool(bad.any()):
-            place = int(bad.nonzero()[0])
-            raise LabelError(f"target {int(labels[place])} at index {place} is outside 0..{classes - 1}")
-        hard = nn.functional.one_hot(torch.where(kept, labels, 0), classes)
-        return hard.to(mean.dtype), kept
-
-    def _soft(self, y: Tensor, mean: Tensor) -> Tensor:
-        """Probabilities of classes or labels as `(B, K)`."""
-        classes = mean.shape[-1]
-        if y.numel() != mean.numel() or (y.shape[-1] != classes and classes > 1):
-            raise ShapeError(f"targets have shape {tuple(y.shape)}; expected labels {tuple(mean.shape)}")
-        soft = y.reshape(mean.shape).to(mean)
-        if not bool(torch.isfinite(soft).all()):
-            raise NonFiniteError("soft labels: NaN or infinity")
-        bad = (soft < 0) | (soft > 1)
-        if bool(bad.any()):
-            place = tuple(int(i) for i in bad.nonzero()[0])
-            raise LabelError(f"target {float(soft[place])} at index {place} is no probability; expected 0..1")
-        return soft
+        if self.binary:
+            return soft_labels(y, mean), torch.ones(len(mean), dtype=torch.bool, device=mean.device)
+        return class_labels(y, mean, self.ignore_index)
 
     def expected_log_likelihood(self, mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
         noise, precision = self.variance_and_precision()

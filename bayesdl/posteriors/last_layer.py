@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, final
@@ -19,43 +18,13 @@ from bayesdl.latent import GaussianLatent, Latent
 from bayesdl.likelihoods import Gaussian, Likelihood, NormalGamma
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, standard_normal
-
-
-class Belief(ABC):
-    """A distribution over linear maps from features to outputs."""
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def latent(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the outputs at `(B, d)`: two `(B, K)`."""
-
-    @abstractmethod
-    def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Weights `(n, K, d)` and biases `(n, K)`."""
-
-    def log_evidence(self, likelihood: Likelihood) -> Tensor | None:
-        """log p(data), or a lower bound of it, a scalar; None where the fit left none."""
-        del likelihood
-        return None
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by name."""
-
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """JSON-ready rest."""
-
-    @classmethod
-    @abstractmethod
-    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
-        """Inverse of `tensors` and `config`."""
+from bayesdl.posteriors.belief import Belief, LinearBelief, Map
+from bayesdl.posteriors.discriminant import Discriminant
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class ConjugateWeights(Belief):
+class ConjugateWeights(LinearBelief):
     """The exact posterior of a regression."""
 
     regression: ConjugateRegression
@@ -99,7 +68,7 @@ class ConjugateWeights(Belief):
 
 @final
 @dataclass(frozen=True, eq=False)
-class GaussianWeights(Belief):
+class GaussianWeights(LinearBelief):
     """q(W) = prod_k N(mu_k, S_k).
 
     Attributes:
@@ -168,7 +137,7 @@ class GaussianWeights(Belief):
         return cls(mean, whole, tensors["scale"], bool(config["bias"]), None if bound is None else float(bound))
 
 
-BELIEFS: dict[str, type[Belief]] = {belief.name: belief for belief in (ConjugateWeights, GaussianWeights)}
+BELIEFS: dict[str, type[Belief]] = {belief.name: belief for belief in (ConjugateWeights, GaussianWeights, Discriminant)}
 
 
 @final
@@ -195,17 +164,15 @@ class LastLayerPosterior(Posterior):
         return GaussianLatent(mean.reshape(*shape, -1), variance.reshape(*shape, -1))
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
-        weights, biases = self.belief.draw(n, generator)
         layer, held = self.layer_of(network), self._cast(network)
 
-        def function(weight: Tensor, bias: Tensor) -> Function:
+        def function(chosen: Map) -> Function:
             def outputs(inputs: Any) -> Tensor:
-                phi = features(network, layer, inputs, held)
-                return phi @ weight.mT.to(phi) + bias.to(phi)
+                return chosen(features(network, layer, inputs, held))
 
             return outputs
 
-        return [function(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return [function(chosen) for chosen in self.belief.functions(n, generator)]
 
     def layer_of(self, network: Network) -> str:
         """Name of the layer.
