@@ -37,6 +37,7 @@ _PUBLIC = {
     "Report": "bayesdl.evaluation.report",
     "SGMCMC": "bayesdl.methods",
     "SWAG": "bayesdl.methods",
+    "TFB": "bayesdl.methods",
     "SubsetGP": "bayesdl.methods",
     "StudentT": "bayesdl.methods",
     "StudentTPrior": "bayesdl.priors",
@@ -51,8 +52,8 @@ _PUBLIC = {
     "replace": "bayesdl.last_layer",
 }
 _MODULES = (
-    *("curvature", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods", "methods", "posteriors", "samplers"),
-    "select",
+    *("curvature", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods", "lora", "methods"),
+    *("posteriors", "samplers", "select"),
 )
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "MAP",
     "SGMCMC",
     "SWAG",
+    "TFB",
     "VBLL",
     "BayesianModel",
     "Bernoulli",
@@ -110,6 +112,7 @@ if TYPE_CHECKING:
         MAP,
         SGMCMC,
         SWAG,
+        TFB,
         VBLL,
         Ensemble,
         Laplace,

@@ -16,6 +16,7 @@ from bayesdl.methods.sgmcmc import SGMCMC
 from bayesdl.methods.student_t import StudentT
 from bayesdl.methods.swag import SWAG
 from bayesdl.methods.temperature import Temperature
+from bayesdl.methods.tfb import TFB
 from bayesdl.methods.vbll import VBLL
 
 CHAINS = ("sgld", "sghmc", "baoab", "sgnht", "psgld", "sa-sgld", "entropy-mcmc", "cyclical", "structured")
@@ -24,7 +25,7 @@ CHAINS = ("sgld", "sghmc", "baoab", "sgnht", "psgld", "sa-sgld", "entropy-mcmc",
 METHODS: dict[str, Callable[[], Method]] = {
     **{
         method.name: method
-        for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, StudentT, SubsetGP, ELLA, VaLLA)
+        for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, StudentT, SubsetGP, ELLA, VaLLA, TFB)
     },
     **{name: partial(SGMCMC, name) for name in CHAINS},
 }
@@ -36,6 +37,7 @@ __all__ = [
     "METHODS",
     "SGMCMC",
     "SWAG",
+    "TFB",
     "VBLL",
     "Ensemble",
     "Fitted",
