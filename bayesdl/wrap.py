@@ -24,6 +24,7 @@ from bayesdl.methods import resolve as resolve_method
 from bayesdl.model import BayesianModel, Record
 from bayesdl.network import Network, first_inputs
 from bayesdl.posteriors import GaussianPosterior
+from bayesdl.posteriors.last_layer import LastLayerPosterior
 from bayesdl.priors import Prior
 from bayesdl.select import Selector, Subnetwork
 from bayesdl.tuning.last_layer import is_last_layer_regression
@@ -56,8 +57,8 @@ def wrap(
             "temperature", optional for the others (it chooses an open Gaussian noise).
         likelihood: "categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson" or an object.
         validation: held-out loader. What was left open (Laplace's prior precision, a Gaussian noise, the temperature of
-            "temperature") is then chosen by its NLL. Without it Laplace uses the training data alone
-            (`tune("training")`).
+            "temperature" and of a classifier's last layer) is then chosen by its NLL. Without it Laplace
+            uses the training data alone (`tune("training")`).
         prior: `bdl.GaussianPrior(precision=...)` is kept as given; `earlier.as_prior()` continues an earlier Laplace
             fit; None lets the method choose.
         select: which parameters are Bayesian; overrides the method's own selection.
@@ -144,7 +145,8 @@ def _tuned(
         return bayes.tune("heldout", validation, prior=keep, noise=open_noise, progress=progress)
     if validation is None:
         return _on_training_data(bayes, generator, progress) if over_prior and prior is None else bayes
-    if (over_prior and prior is None) or (open_noise and not over_prior):
+    classifier = isinstance(bayes.posterior, LastLayerPosterior) and family.task in ("classification", "multilabel")
+    if (over_prior and prior is None) or (open_noise and not over_prior) or (classifier and prior is None):
         return bayes.tune("heldout", validation, progress=progress)
     return bayes
 

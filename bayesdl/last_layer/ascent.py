@@ -17,6 +17,7 @@ from bayesdl.last_layer.bounds import Normaliser
 from bayesdl.last_layer.parameterisation import Covariance
 
 MOST_ROUNDS, TOLERANCE, HALVINGS = 100, 1e-6, 20
+LEAST_STEP = 1.0 / 16.0
 CHUNK = 64 << 20  # bytes of weighted features at once
 
 
@@ -79,12 +80,16 @@ def ascend(
     width = phi.shape[1]
     counted = torch.ones(width, dtype=torch.bool, device=phi.device) if penalised is None else penalised
     precision = torch.full((width,), float(prior_precision or width), dtype=phi.dtype, device=phi.device)
-    variance = _start(phi, mean, covariance, precision, normaliser)
+    covariance.set_precision(curvature(phi, mean, binary=binary) + torch.diag(precision).double())
+    variance = covariance.quad(phi)
     trace: list[float] = []
-    for _ in range(rounds):
+    weight, step = torch.zeros_like(variance), 1.0
+    for number in range(rounds):
         if not keep_mean:
             mean = _step(phi, y, mean, variance, covariance, precision, normaliser)
-        _, weight = normaliser.gradients(phi @ mean.mT, variance)
+        _, wanted = normaliser.gradients(phi @ mean.mT, variance)
+        # a natural-gradient step in the precision; whole ones may swing between two states
+        weight = wanted if number == 0 else weight + step * (wanted - weight)
         covariance.set_precision(_gram(phi, weight) + torch.diag(precision).double())
         variance = covariance.quad(phi)
         if prior_precision is None:
@@ -93,15 +98,16 @@ def ascend(
         trace.append(float(_bound(phi, y, mean, variance, covariance, precision, normaliser)))
         if len(trace) > 1 and abs(trace[-1] - trace[-2]) <= TOLERANCE * abs(trace[-1]):
             return Ascent(mean, precision, tuple(trace), True)
+        if len(trace) > 1 and trace[-1] < trace[-2]:
+            step = max(0.5 * step, LEAST_STEP)
     return Ascent(mean, precision, tuple(trace), False)
 
 
-def _start(phi: Tensor, mean: Tensor, covariance: Covariance, precision: Tensor, normaliser: Normaliser) -> Tensor:
-    """The curvature of the softmax at the means alone."""
+def curvature(phi: Tensor, mean: Tensor, *, binary: bool = False) -> Tensor:
+    """sum_n p_nk (1 - p_nk) phi_n phi_n^T at the means alone, `(K, d', d')` float64."""
     logits = phi @ mean.mT
-    share, _ = normaliser.gradients(logits, torch.zeros_like(logits))
-    covariance.set_precision(_gram(phi, share * (1.0 - share)) + torch.diag(precision).double())
-    return covariance.quad(phi)
+    share, _ = Normaliser("km", binary).gradients(logits, torch.zeros_like(logits))
+    return _gram(phi, share * (1.0 - share))
 
 
 def _gram(phi: Tensor, weight: Tensor) -> Tensor:

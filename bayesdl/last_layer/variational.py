@@ -15,9 +15,10 @@ from bayesdl.errors import ArgumentError
 from bayesdl.last_layer.ascent import ascend
 from bayesdl.last_layer.cache import gathered, observations
 from bayesdl.last_layer.features import linear_layer
+from bayesdl.last_layer.harmless import LIMIT, training_losses, widest_prior
 from bayesdl.last_layer.heteroscedastic import Heteroscedastic
-from bayesdl.last_layer.parameterisation import make
-from bayesdl.likelihoods import Bernoulli, Categorical
+from bayesdl.last_layer.parameterisation import Covariance, make
+from bayesdl.likelihoods import Bernoulli, Categorical, Likelihood
 from bayesdl.likelihoods import Heteroscedastic as HeteroscedasticLikelihood
 from bayesdl.methods.base import Fitted, Task
 from bayesdl.posteriors.last_layer import GaussianWeights, LastLayerPosterior
@@ -48,21 +49,26 @@ def classify(method: VBLL, task: Task, layer: str, data: Iterable[Any], likeliho
             covariance = make(method.covariance, phi.shape[1], outputs).to(phi.dtype)
         counted = torch.ones(phi.shape[1], dtype=torch.bool, device=phi.device)
         counted[-1] = not bias
+        precision = None if prior is None else float(precision_of(prior, 1, phi)[0])
+        start, how = weights_of(linear).to(phi.dtype), "by the bound" if prior is None else "as given"
+        if prior is None and method.tuning == "training" and method.mean == "keep":
+            precision, allowed = widest_prior(phi, y, start, covariance, likelihood, binary=binary)
+            how = f"so as to cost the training data at most {allowed:.2g} nats"
         found = ascend(
             phi,
             (y if binary else nn.functional.one_hot(y, outputs)).to(phi.dtype),
-            weights_of(linear).to(phi.dtype),
+            start,
             covariance,
-            prior_precision=None if prior is None else float(precision_of(prior, 1, phi)[0]),
+            prior_precision=precision,
             penalised=counted,
             bound=method.bound,
             binary=binary,
             keep_mean=method.mean == "keep",
         )
+        harm = _harm(phi, y, start, found.mean, covariance, likelihood) if prior is None else ()
     scale = torch.ones(2, outputs, dtype=phi.dtype, device=phi.device)
     belief = GaussianWeights.of(found.mean, covariance, scale, bias, bound=found.bounds[-1])
-    how = "by the bound" if prior is None else "as given"
-    findings = [Finding("info", f"prior precision {float(found.prior_precision[0]):.3g} {how}", topic="prior")]
+    findings = [*harm, Finding("info", f"prior precision {float(found.prior_precision[0]):.3g} {how}", topic="prior")]
     if not found.converged:
         findings.append(
             Finding("warning", f"the bound still moved after {len(found.bounds)} rounds", "fix the prior: prior=...")
@@ -73,6 +79,24 @@ def classify(method: VBLL, task: Task, layer: str, data: Iterable[Any], likeliho
         tuple(findings),
         cost=(("bound", found.bounds[-1]), ("rounds", float(len(found.bounds)))),
     )
+
+
+def _harm(
+    phi: Tensor, y: Tensor, own: Tensor, mean: Tensor, covariance: Covariance, likelihood: Likelihood
+) -> tuple[Finding, ...]:
+    """A warning where the posterior costs the training points more than their own spread explains."""
+    from bayesdl.tuning.training import harm_of  # imports the methods, which import this
+
+    seen, goal = phi[:LIMIT], y[:LIMIT]
+    with torch.no_grad():
+        logits = seen @ own.mT
+        plain = training_losses(likelihood, logits, torch.zeros_like(logits), goal)
+        cost = float((training_losses(likelihood, seen @ mean.mT, covariance.quad(seen), goal) - plain).mean())
+    allowed = 2.0 * harm_of(plain, len(phi))
+    if cost <= allowed:
+        return ()
+    text = f"the posterior costs the training data {cost:.2g} nats a point against the network, more than {allowed:.2g}"
+    return (Finding("warning", text, 'use bdl.VBLL() as it is (mean="keep", tuning="training"), or fix the prior'),)
 
 
 def weights_of(linear: nn.Linear) -> Tensor:

@@ -51,13 +51,14 @@ class VBLL(Method):
             "lowrank".
         bound: on the softmax: "km", "jensen", or trained only "km_reduced".
         noise: "point" or "gamma" (unknown noise, Student-t predictive).
-        mean: frozen classification: "refit" the means, or "keep" those of the network.
+        mean: frozen classification: "keep" the means of the network, or "refit" them to the bound.
         intercept: frozen regression: "flat", "proper" or "none".
         prior_sharing: frozen regression: one prior precision per "output", or "shared".
         tuning: frozen regression: prior and noise by left-out residuals of the whole network ("training", chosen by
             the study in benchmarks/README.md; with `wrap(..., validation=loader)` the held-out data decide), by
             "evidence", or by exact leave-one-out of the last layer ("loo"); the latter two take the features as they
-            are, and those of an overfitted network have seen the noise.
+            are, and those of an overfitted network have seen the noise. Frozen classification: "training" takes the
+            widest prior that costs the training points next to nothing (with mean="keep"), "evidence" the bound's.
         rank: of "lowrank".
         epochs: mode "full".
         lr: mode "full", AdamW.
@@ -72,7 +73,7 @@ class VBLL(Method):
     covariance: str = "full"
     bound: str = "km"
     noise: str = "point"
-    mean: str = "refit"
+    mean: str = "keep"
     intercept: str = "flat"
     prior_sharing: str = "output"
     tuning: str = "training"
@@ -98,6 +99,8 @@ class VBLL(Method):
         if isinstance(task.likelihood, Gaussian):
             return self._regression(task, layer, data)
         if isinstance(task.likelihood, (Categorical, Bernoulli)):
+            if self.tuning == "loo":
+                raise UnsupportedError('tuning="loo" is exact for regression alone; use "training" or "evidence"')
             return classify(self, task, layer, data, task.likelihood)
         if isinstance(task.likelihood, Heteroscedastic):
             return model_noise(self, task, layer, data, task.likelihood)

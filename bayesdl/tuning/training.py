@@ -76,7 +76,7 @@ def tune_training(
         return choose(model, posterior, candidates, pick(candidates, table), factors, how)
     rows = passes(model, posterior, source, "training", progress, limit, len(candidates))
     cost, plain = _cost(model, posterior, candidates, rows)
-    bound = _bound(plain, posterior.num_data) if harm is None else harm
+    bound = harm_of(plain, posterior.num_data) if harm is None else harm
     how = f"so as to cost the training data at most {bound:.2g} nats"
     return choose(model, posterior, candidates, _widest(cost, bound), None, how, widest=True)
 
@@ -203,7 +203,7 @@ def _cost(
     return (table - alone).mean(1), alone
 
 
-def _bound(plain: Tensor, count: int) -> float:
+def harm_of(plain: Tensor, count: int) -> float:
     """What the posterior may cost each of `count` training points, some of whose NLL under the network is `plain`."""
     error = float(plain.std()) / count**0.5 if len(plain) > 1 else 0.0
     return max(HARM, math.log(count) / (2 * count), error)

@@ -146,7 +146,7 @@ def test_classification_keeps_the_networks_means_on_request():
     kept = bdl.wrap(net, bdl.VBLL(mean="keep"), loader, likelihood="categorical", progress=False)
     assert torch.allclose(kept(x).latent.mean, net(x), atol=1e-5)
     assert float(kept(x).epistemic.min()) > 0
-    refit = bdl.wrap(net, "vbll", loader, likelihood="categorical", progress=False)
+    refit = bdl.wrap(net, bdl.VBLL(mean="refit", tuning="evidence"), loader, likelihood="categorical", progress=False)
     assert refit.cost["bound"] > kept.cost["bound"]
     far = bdl.wrap(
         net, "vbll", loader, likelihood="categorical", prior=bdl.GaussianPrior(precision=1e6), progress=False
@@ -222,7 +222,7 @@ def test_several_labels_are_several_problems_and_the_bound_is_the_evidence():
     labels = (y > 0.3).float()
     net = Counting(2)
     loader = batches(x, labels)
-    bayes = bdl.wrap(net, "vbll", loader, likelihood="bernoulli", progress=False)
+    bayes = bdl.wrap(net, bdl.VBLL(mean="refit"), loader, likelihood="bernoulli", progress=False)
     assert bayes(x).probs.shape == (90, 2)
     assert bayes(x).log_prob(labels).mean() > bdl.wrap(net, "map", likelihood="bernoulli")(x).log_prob(labels).mean()
     assert float(bayes.log_evidence()) == pytest.approx(bayes.cost["bound"], rel=1e-6)
@@ -325,3 +325,33 @@ def test_a_network_without_jacobians_leaves_the_evidence_with_a_warning():
     bayes = wrapped(Unused(), x, y)
     assert any("those of the evidence" in finding.text for finding in bayes.diagnose().warnings)
     assert {f.topic: f.text for f in bayes.diagnose().findings}["noise"].endswith("by evidence")
+
+
+def test_a_classifier_that_knows_its_labels_by_heart_is_not_harmed():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, generator=generator)
+    labels = (x[:, 0] + 0.7 * torch.randn(400, generator=generator) > 0).long()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x[:100]), labels[:100]).backward()
+        optimizer.step()
+    train, held_out, test = (batches(x[a:b], labels[a:b]) for a, b in ((0, 100), (100, 200), (200, 400)))
+    options = {"likelihood": "categorical", "progress": False}
+
+    def nll(bayes):
+        return -float(torch.cat([bayes(a).log_prob(b) for a, b in test]).mean())
+
+    plain = bdl.wrap(net, "map", **options)
+    bayes = bdl.wrap(net, "vbll", train, **options)
+    assert nll(bayes) < nll(plain)
+    assert not bayes.diagnose().warnings
+    assert any("so as to cost the training data" in f.text for f in bayes.diagnose().findings)
+    refit = bdl.wrap(net, bdl.VBLL(mean="refit", tuning="evidence"), train, **options)
+    if nll(refit) > nll(plain) + 0.1:  # the bound's own prior falls without end on separable features
+        assert any("costs the training data" in f.text for f in refit.diagnose().warnings)
+    tuned = bdl.wrap(net, "vbll", train, validation=held_out, **options)
+    scaled = bdl.wrap(net, "temperature", held_out, **options)
+    assert nll(tuned) < min(nll(bayes), nll(scaled) + 0.02)

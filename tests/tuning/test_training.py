@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.posteriors import GaussianPosterior
-from bayesdl.tuning.training import _bound, left_out_residuals
+from bayesdl.tuning.training import harm_of, left_out_residuals
 
 LAST = bdl.Laplace(select="last_layer", structure="full")
 
@@ -177,8 +177,8 @@ def test_some_points_stand_for_all_of_them_by_the_ratio_of_their_residuals() -> 
 
 def test_the_default_harm_is_the_largest_of_three() -> None:
     flat = torch.full((50,), 0.3, dtype=torch.float64)
-    assert _bound(flat, 10_000) == 0.002
-    assert _bound(flat, 50) == pytest.approx(math.log(50) / 100)
+    assert harm_of(flat, 10_000) == 0.002
+    assert harm_of(flat, 50) == pytest.approx(math.log(50) / 100)
     noisy = torch.tensor([0.0, 1.0] * 25, dtype=torch.float64)  # standard deviation 0.5 sqrt(50 / 49)
-    assert _bound(noisy, 400) == pytest.approx(0.5 * math.sqrt(50 / 49) / 20)
-    assert _bound(flat[:1], 100) == pytest.approx(math.log(100) / 200)
+    assert harm_of(noisy, 400) == pytest.approx(0.5 * math.sqrt(50 / 49) / 20)
+    assert harm_of(flat[:1], 100) == pytest.approx(math.log(100) / 200)
