@@ -1,5 +1,6 @@
 """Samplers that are `torch.optim.Optimizer`s: gradient of the mean loss in, a chain from the posterior out."""
 
+from bayesdl.samplers import diagnostics
 from bayesdl.samplers.baoab import BAOAB
 from bayesdl.samplers.base import Sampler
 from bayesdl.samplers.batches import Batches
@@ -55,6 +56,7 @@ __all__ = [
     "Structured",
     "UnweightedChainWarning",
     "check_loss_scale",
+    "diagnostics",
     "effective_temperature",
     "pooled",
     "precision_from_weight_decay",

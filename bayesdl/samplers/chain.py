@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.batch import BatchAdapter
+from bayesdl.diagnose import Diagnosis
 from bayesdl.errors import ArgumentError, UnsupportedError
+from bayesdl.likelihoods import Likelihood, resolve
 from bayesdl.posteriors import SamplePosterior
 from bayesdl.samplers.assembling import PROBE, assembled, decoded
 from bayesdl.samplers.base import Sampler
@@ -212,6 +214,18 @@ class Chain:
         if self._probe is None:
             raise UnsupportedError("the chain records no outputs: pass probe=inputs to bdl.Chain")
         return torch.stack([self._samples.read(record)[PROBE] for record in self.kept])
+
+    def summary(self, likelihood: str | Likelihood | None = None, targets: Tensor | None = None) -> Diagnosis:
+        """What the chain did and what looks wrong with it, in words; of the probe's outputs too, where there is one.
+
+        Args:
+            likelihood: turns those outputs into probabilities or means; None compares the outputs themselves.
+            targets: of the probe inputs, `(P,)` or `(P, C)`.
+        """
+        from bayesdl.samplers.diagnostics import summary
+
+        outputs = None if self._probe is None or not self.kept else self.probes()
+        return summary(self.kept, outputs, None if likelihood is None else resolve(likelihood), targets)
 
     def checkpoint(self) -> None:
         """Write the resume file now, between two steps; `step` does so with every sample.
