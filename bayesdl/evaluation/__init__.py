@@ -34,6 +34,7 @@ from bayesdl.evaluation.classification import (
     nll_zero_count,
     reliability,
 )
+from bayesdl.evaluation.conformal import Conformal, FittedConformal, interval_coverage, set_report
 from bayesdl.evaluation.decomposition import Split, disagreement, split, variation_ratio
 from bayesdl.evaluation.dispersion import (
     ause,
@@ -61,6 +62,7 @@ from bayesdl.evaluation.multiple_choice import MultipleChoice, multiple_choice, 
 from bayesdl.evaluation.ood import DEFAULT_SCORE, OOD_METRICS, SCORES, ood_metrics, ood_score, p_value, score_metrics
 from bayesdl.evaluation.predictions import Predictions, cat_predictions
 from bayesdl.evaluation.ranking import auroc, average_precision, fpr_at_recall
+from bayesdl.evaluation.recalibration import FittedRecalibrator, Recalibrator, recalibrate_regression
 from bayesdl.evaluation.regression import (
     crps,
     interval_score,
@@ -94,14 +96,18 @@ __all__ = [
     "SCORES",
     "BrierTerms",
     "ClassificationStream",
+    "Conformal",
     "FeatureDensity",
+    "FittedConformal",
     "FittedDensity",
+    "FittedRecalibrator",
     "Interval",
     "Metric",
     "MetricStream",
     "MetricValue",
     "MultipleChoice",
     "Predictions",
+    "Recalibrator",
     "Reliability",
     "Resamples",
     "RiskCoverage",
@@ -139,6 +145,7 @@ __all__ = [
     "evaluate_metrics",
     "fpr_at_recall",
     "in_order",
+    "interval_coverage",
     "interval_score",
     "joint",
     "joint_gain",
@@ -164,6 +171,7 @@ __all__ = [
     "pit_samples",
     "qce",
     "ranking",
+    "recalibrate_regression",
     "regression",
     "reliability",
     "resample",
@@ -173,6 +181,7 @@ __all__ = [
     "rmse",
     "score_metrics",
     "selective",
+    "set_report",
     "sharpness",
     "skce",
     "smece",
