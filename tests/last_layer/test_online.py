@@ -78,7 +78,7 @@ def test_updating_a_model_equals_fitting_it_on_everything(noise):
 
     def fit(rows):
         options = {"likelihood": likelihood, "prior": prior, "progress": False}
-        return bdl.wrap(net, bdl.VBLL(noise=noise), [(phi[rows], y[rows])], **options)
+        return bdl.wrap(net, bdl.VBLL(noise=noise, tuning="evidence"), [(phi[rows], y[rows])], **options)
 
     part, whole = fit(slice(0, 15)), fit(slice(0, N))
     grown = part.update([(phi[15:30], y[15:30]), (phi[30:], y[30:])])
@@ -87,14 +87,16 @@ def test_updating_a_model_equals_fitting_it_on_everything(noise):
         assert torch.allclose(grown(phi).mean, whole(phi).mean, atol=1e-5)
         assert torch.allclose(grown(phi).variance, whole(phi).variance, rtol=1e-5)
     again = part.update([(phi[15:], y[15:])], retune=True)
-    best = bdl.wrap(net, "vbll", [(phi, y)], likelihood="gaussian", progress=False)
+    best = bdl.wrap(net, bdl.VBLL(tuning="evidence"), [(phi, y)], likelihood="gaussian", progress=False)
     assert torch.allclose(again(phi).mean, best(phi).mean, atol=1e-4)
 
 
 def test_an_unknown_noise_learns_from_new_residuals():
     phi, y = (t.float() for t in data())
     net = network()
-    part = bdl.wrap(net, bdl.VBLL(noise="gamma"), [(phi[:15], y[:15])], likelihood="gaussian", progress=False)
+    part = bdl.wrap(
+        net, bdl.VBLL(noise="gamma", tuning="evidence"), [(phi[:15], y[:15])], likelihood="gaussian", progress=False
+    )
     grown = part.update([(phi[15:], y[15:])])
     regression = grown.posterior.belief.regression
     # the normal-gamma posterior of all data at that ratio: shape (n - 1) / 2, rate R / 2
