@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from tqdm import tqdm
 
 from bayesdl.batch import batch_size, count_batches, flatten_tensors
-from bayesdl.errors import ArgumentError, BayesDLError, NonFiniteError
+from bayesdl.errors import ArgumentError, BayesDLError, NonFiniteError, ShapeError
 from bayesdl.network import Network
 
 
@@ -183,8 +183,10 @@ def _warn_of_randomness(what: str) -> None:
 
 
 def check_inputs(inputs: Any) -> None:
-    """Raise `NonFiniteError` that names the first NaN or infinity of a batch of inputs."""
+    """Raise `NonFiniteError` that names the first NaN or infinity of a batch of inputs, `ShapeError` if it is empty."""
     for tensor in flatten_tensors(inputs)[0]:
+        if not len(tensor):
+            raise ShapeError("the batch is empty; expected at least one example")
         # one reduction first: a mask over every entry only where it has something to name
         if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor.sum())) and not _all_finite(tensor):
             bad = (~torch.isfinite(tensor)).nonzero()[0]

@@ -314,8 +314,8 @@ class BayesianModel(nn.Module):
         )
 
     def _prepare(self, num_samples: int | None, generator: torch.Generator | None) -> Any:
-        if num_samples is not None and num_samples < 1:
-            raise ArgumentError(f"num_samples={num_samples}; expected at least 1")
+        if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+            raise ArgumentError(f"num_samples={num_samples}; expected a whole number, at least 1")
         self.network.check_values()
         return self.posterior.prepare(self.network, num_samples, generator)
 

@@ -279,8 +279,8 @@ def two_dimensional(output: Tensor, size: int | None = None) -> Tensor:
         return output.unsqueeze(1)
     if output.dim() != 2:
         raise ShapeError(
-            f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). Flatten positions "
-            "into the batch, or pool them, in a module around the network (the categorical likelihood takes positions)"
+            f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). The categorical "
+            "likelihood takes positions, (B, T, C); for others pool them in a module around the network"
         )
     return output
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Selector = Union[str, Iterable[str], "re.Pattern[str]", Callable[[str, Tensor], bool], "Subnetwork"]
 
 KEYWORDS = ("all", "last_layer", "requires_grad", "lora")
+# short for a keyword, unless a layer of the network has that name
+ALIASES = {"last": "last_layer"}
 # peft's names of the low-rank factors, those of embeddings too
 LORA = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
 
@@ -45,9 +47,9 @@ def resolve(
     """Names of the selected parameters, each tied parameter once, in the module's own order.
 
     Args:
-        select: "all"; "last_layer"; "requires_grad"; "lora" (the low-rank factors that peft adds); the name of a module
-            or a parameter; a regular expression (compiled, or text that is no name: `re.search` on parameter names);
-            a list of names or module names; or a predicate `(name, parameter) -> bool`.
+        select: "all"; "last_layer" (or "last"); "requires_grad"; "lora" (the low-rank factors that peft adds); the
+            name of a module or a parameter; a regular expression (compiled, or text that is no name: `re.search` on
+            parameter names); a list of names or module names; or a predicate `(name, parameter) -> bool`.
         module: the network.
         requires_grad: what the user's own parameters say (the library's clone says False everywhere).
         last_layer: finds the name of the layer whose output is the network's output.
@@ -58,7 +60,8 @@ def resolve(
     parameters: dict[str, Tensor] = dict(module.named_parameters())
     if not parameters:
         raise SelectionError("the network has no parameters")
-    names = _chosen(select, parameters, requires_grad, last_layer)
+    every: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    names = _chosen(select, parameters, every, requires_grad, last_layer)
     chosen = tuple(
         name
         for name in parameters
@@ -75,6 +78,7 @@ def resolve(
 def _chosen(
     select: Selector,
     parameters: dict[str, Tensor],
+    every: dict[str, Tensor],
     requires_grad: dict[str, bool],
     last_layer: Callable[[], str],
 ) -> set[str]:
@@ -88,16 +92,16 @@ def _chosen(
         return {name for name in parameters if requires_grad.get(name, False)}
     if select == "lora":
         return {name for name in parameters if LORA.search(name)}
-    if select == "last_layer":
-        return _named(last_layer(), parameters)
     if isinstance(select, str):
-        found = _named(select, parameters)
+        found = _named(select, every)
+        if wants_last_layer(select) and not found:
+            return _named(last_layer(), every)
         return found or _by_pattern(select, parameters)
     if isinstance(select, Subnetwork):
         raise SelectionError("a subnetwork within a subnetwork: pass names, or a pattern, as within=")
     names: set[str] = set()
     for item in select:
-        found = _named(item, parameters)
+        found = _named(item, every)
         if not found:
             raise SelectionError(
                 f"select names {item!r}, which is no parameter or module; there are {_some(list(parameters))}"
@@ -106,10 +110,16 @@ def _chosen(
     return names
 
 
-def _named(name: str, parameters: dict[str, Tensor]) -> set[str]:
-    if not name:  # the network itself is the layer
-        return set(parameters)
-    return {other for other in parameters if other == name or other.startswith(name + ".")}
+def wants_last_layer(select: Selector | None) -> bool:
+    """Whether a selection may have to run the network to be resolved."""
+    inside = select.within if isinstance(select, Subnetwork) else select
+    return isinstance(inside, str) and ALIASES.get(inside, inside) == "last_layer"
+
+
+def _named(name: str, every: dict[str, Tensor]) -> set[str]:
+    """Parameters by any of their names; a tied one has several, of which `named_parameters` yields the first."""
+    held = {id(v) for other, v in every.items() if not name or other == name or other.startswith(name + ".")}
+    return {other for other, value in every.items() if id(value) in held}
 
 
 def _by_pattern(pattern: str, parameters: dict[str, Tensor]) -> set[str]:

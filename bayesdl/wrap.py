@@ -26,7 +26,7 @@ from bayesdl.network import Network, first_inputs
 from bayesdl.posteriors import GaussianPosterior
 from bayesdl.posteriors.last_layer import LastLayerPosterior
 from bayesdl.priors import Prior
-from bayesdl.select import Selector, Subnetwork
+from bayesdl.select import Selector, Subnetwork, wants_last_layer
 from bayesdl.tuning.last_layer import is_last_layer_regression
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def wrap(
     # a fit needs derivatives in any mode of the user's
     with _private_randomness(generator), torch.inference_mode(False):
         with together(group):
-            example = first_inputs(data, resolve_adapter(batch)) if _needs_example(selection) else None
+            example = first_inputs(data, resolve_adapter(batch)) if wants_last_layer(selection) else None
             everything = "all" if selection is None else selection
             axis = family.output_axis
             network = Network(models[0], select=everything, batch=batch, example=example, output_axis=axis)
@@ -181,11 +181,6 @@ def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
     if isinstance(model, BayesianModel):
         raise ArgumentError("this model is Bayesian already; wrap the network it was made from")
     return tuple(unwrap(m) for m in models)
-
-
-def _needs_example(selection: Selector | None) -> bool:
-    inside = selection.within if isinstance(selection, Subnetwork) else selection
-    return isinstance(inside, str) and inside == "last_layer"
 
 
 def _unchanged(network: Network) -> None:

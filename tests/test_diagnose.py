@@ -84,3 +84,12 @@ def test_residual_noise_of_each_output() -> None:
     )
     expected = (net(X).detach() - targets).double().square().mean(0).sqrt()
     assert torch.allclose(torch.as_tensor(bayes.likelihood.config()["noise"]).double(), expected)
+
+
+def test_left_out_log_variances_may_be_extreme() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3), 5.0 * torch.randn(8, 2)
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4))
+    prior = bdl.GaussianPrior(precision=1e-4)
+    bayes = bdl.wrap(net, "laplace", [(x, y)], likelihood="heteroscedastic", prior=prior, progress=False)
+    assert any("left out" in str(finding) for finding in bayes.diagnose([(x, y)]).findings)

@@ -278,7 +278,7 @@ def test_an_ambiguous_axis_is_refused() -> None:
 
 def test_other_likelihoods_say_what_to_do() -> None:
     net, x, _ = tagger()
-    with pytest.raises(ShapeError, match="Flatten positions"):
+    with pytest.raises(ShapeError, match="pool them"):
         wrap(net, "map", None, bdl.Gaussian(noise=1.0))(x)
 
 

@@ -74,6 +74,23 @@ def test_tied_parameters_count_once() -> None:
     assert network.names == ("embed.weight",) and network.num_parameters == 28
 
 
+@pytest.mark.parametrize("select", ["head", "head.weight", "embed", ["head"], "last_layer", "last"])
+def test_a_tied_parameter_is_selected_by_any_of_its_names(select: Selector) -> None:
+    network = Network(Tied(), select=select, example=torch.zeros(2, 3, dtype=torch.long))
+    assert network.names == ("embed.weight",)
+
+
+def test_last_is_short_for_the_last_layer_unless_a_layer_has_that_name() -> None:
+    x = torch.zeros(2, 4)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    assert Network(plain, select="last", example=x).names == ("1.weight", "1.bias")
+    assert Network(plain, select="last_layer", example=x).names == ("1.weight", "1.bias")
+    named = nn.Sequential()
+    named.add_module("last", nn.Linear(4, 4))
+    named.add_module("head", nn.Linear(4, 3))
+    assert Network(named, select="last", example=x).names == ("last.weight", "last.bias")
+
+
 def test_integer_parameters_are_never_selected() -> None:
     module = nn.Linear(2, 2)
     module.codes = nn.Parameter(torch.zeros(3, dtype=torch.long), requires_grad=False)

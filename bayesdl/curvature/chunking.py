@@ -10,6 +10,7 @@ import torch
 from bayesdl.batch import batch_size, flatten_tensors, index_batch
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.structure import Structure
+from bayesdl.errors import ArgumentError
 
 __all__ = ["chunk_size", "chunks", "cotangent_width"]
 
@@ -39,7 +40,12 @@ def chunk_size(
         width: cotangents K; default one per output.
         memory: bytes; default `DEFAULT_MEMORY`, and on a CPU less where that is faster.
         device: where it all happens; default a CPU.
+
+    Raises:
+        ArgumentError: a budget that is not positive.
     """
+    if memory is not None and memory < 1:
+        raise ArgumentError(f"memory={memory}; expected a positive number of bytes, or None")
     scalars = _scalars(layout, structure) * (width or layout.outputs)
     example = max(1, scalars) * torch.finfo(dtype).bits // 8
     most = max(1, (memory or DEFAULT_MEMORY) // example)

@@ -19,7 +19,8 @@ from bayesdl.curvature.elements import chosen
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layers import Use, empty_factor, factor_of
 from bayesdl.curvature.layout import MISSING, REPEATED, Layout
-from bayesdl.network import Network
+from bayesdl.errors import ShapeError
+from bayesdl.network import Network, known_batch_size
 
 Cotangents = Callable[[Tensor], Tensor]
 
@@ -62,6 +63,10 @@ def layer_factors(
         call = _normal(network.prepare(inputs))
         copies = _copies(network, layout, call)
         output, taps = tapped_forward(network, call, hooked, copies, graph)
+        if output.dim() != 2 and not layout.positions:
+            raise ShapeError(
+                f"the outputs have shape {tuple(output.shape)}; the curvature belongs to outputs (B, {layout.outputs})"
+            )
         vectors = cotangents(output.detach())
         vectors = vectors.to(output.dtype)
         gradients = backward(output, [*(tap.output for tap in taps), *copies.values()], vectors, graph=graph)
@@ -132,10 +137,17 @@ def tapped_forward(
         for name, layer in module.named_modules():
             if name in hooked:
                 handles.append(layer.register_forward_hook(hook(name), with_kwargs=True))
-        return network.forward(module, call, tensors), taps
+        output = network.forward(module, call, tensors)
     finally:
         for handle in handles:
             handle.remove()
+    examples = known_batch_size(call)
+    if examples is not None and len(output) != examples:
+        raise ShapeError(
+            f"the network returned {len(output)} rows of outputs for {examples} examples; one row each is expected. "
+            "Keep positions apart, (B, T, C), with the categorical likelihood, or give each of them as an example"
+        )
+    return output, taps
 
 
 def _repeat(tensor: Tensor, size: int, axis: int) -> Tensor:

@@ -15,7 +15,7 @@ from bayesdl.curvature.passes import Fit, Tally, check_curvature, check_same_dat
 from bayesdl.curvature.registry import Recipe, check_recipe, check_shared, first, following, num_passes
 from bayesdl.curvature.structure import Structure
 from bayesdl.distributed import Group
-from bayesdl.errors import FileFormatError
+from bayesdl.errors import ArgumentError, FileFormatError
 from bayesdl.likelihoods import Likelihood
 from bayesdl.network import Network
 from bayesdl.tensorfile import read_described, write_described
@@ -56,6 +56,8 @@ class Run:
     ) -> None:
         check_recipe(structure, rank)
         check_shared(structure, shared)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ArgumentError(f"dtype={dtype}; curvature is summed in torch.float32 or torch.float64")
         self.network, self.layout, self.likelihood = network, layout, likelihood
         self.structure, self.kind, self.samples, self.memory, self.rank = structure, kind, samples, memory, rank
         self.shared, self.classes = shared, classes

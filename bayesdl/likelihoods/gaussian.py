@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
@@ -130,11 +131,11 @@ class Heteroscedastic(Likelihood):
 
     def distribution(self, f: Tensor) -> Distribution:
         mean, log_variance = f.chunk(2, -1)
-        return Normal(mean, (0.5 * log_variance).exp())
+        return Normal(mean, _exponential(log_variance).sqrt())
 
     def hessian_root(self, f: Tensor) -> Tensor:
         _, log_variance = f.detach().chunk(2, -1)
-        root = torch.cat([(-0.5 * log_variance).exp(), torch.full_like(log_variance, 0.5**0.5)], -1)
+        root = torch.cat([_exponential(-log_variance).sqrt(), torch.full_like(log_variance, 0.5**0.5)], -1)
         return torch.diag_embed(root).permute(2, 0, 1)
 
     def marginal(self, latent: Latent, noise: Tensor) -> Distribution:
@@ -168,7 +169,7 @@ class Heteroscedastic(Likelihood):
         if self.nodes is not None:
             weights, levels = self._levels(latent)
             return Split(torch.einsum("s,s...->...", weights, levels), spread)
-        return Split((log_variance + 0.5 * doubt).exp(), spread)
+        return Split(_exponential(log_variance + 0.5 * doubt), spread)
 
     def _levels(self, latent: GaussianLatent) -> tuple[Tensor, Tensor]:
         """Weights `(S,)` and noise variances `(S, B, D)` at the nodes of the quadrature over s."""
@@ -181,3 +182,9 @@ class Heteroscedastic(Likelihood):
 
     def config(self) -> dict[str, object]:
         return {"nodes": self.nodes}
+
+
+def _exponential(logs: Tensor) -> Tensor:
+    """Variances or precisions, neither zero nor infinite whatever a network or a wide posterior says."""
+    bound = 0.95 * math.log(torch.finfo(logs.dtype).max)
+    return logs.clamp(-bound, bound).exp()

@@ -34,8 +34,8 @@ class Laplace(Method):
     """N(theta_MAP, P^-1) (MacKay 1992; Daxberger et al. 2021).
 
     Args:
-        select: Bayesian parameters: "all", "last_layer", "requires_grad", "lora", names, a pattern, a predicate, or
-            single elements (`bdl.select.largest_magnitude` and its kin).
+        select: Bayesian parameters: "all", "last_layer" (or "last"), "requires_grad", "lora", names, a pattern, a
+            predicate, or single elements (`bdl.select.largest_magnitude` and its kin).
         structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary from
             layer patterns to these, e.g. `{"head": "full", "*": "kron"}`.
         kind: "ggn", "mc" (Fisher from sampled targets), "empirical" or "hessian" (exact, of the log-likelihood;

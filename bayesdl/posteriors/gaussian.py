@@ -125,7 +125,10 @@ class GaussianPosterior(Posterior):
         """
         network.check_fresh()
         if self.layout.positions:
-            raise UnsupportedError("outputs at every position have one Jacobian each; ask for them by `jacobians`")
+            raise UnsupportedError(
+                "a joint covariance over several inputs is for outputs of shape (B, C), and these have positions; "
+                "bayes(x) gives the covariance at each of them"
+            )
         graph = wants_gradient(inputs)
         output, factors = layer_factors(network, self.layout, inputs, identity_cotangents, self._dtype, graph)
         return output.to(self._dtype), factors

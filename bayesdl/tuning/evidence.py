@@ -44,6 +44,7 @@ def tune_evidence(
     solver: str = "gradient",
     steps: int = 100,
     algorithm: str | None = None,
+    progress: bool = False,
 ) -> BayesianModel:
     """Maximise the Laplace evidence.
 
@@ -59,12 +60,13 @@ def tune_evidence(
         solver: "gradient" (L-BFGS on logarithms after a few fixed-point steps) or "fixed-point" (MacKay 1992).
         steps: upper limit of iterations.
         algorithm: an older name of `solver`.
+        progress: as for other rules; nothing here takes long.
 
     Raises:
         UnsupportedError: the posterior is not Gaussian, the structure does not take this prior, or the likelihood has
             no temperature that the evidence could choose.
     """
-    del data
+    del data, progress
     posterior = model.posterior
     if not isinstance(posterior, GaussianPosterior):
         raise UnsupportedError(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bayesdl.errors import UnsupportedError, check_finite
+from bayesdl.errors import ArgumentError, UnsupportedError, check_finite
 from bayesdl.latent import GaussianLatent
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.linalg import eigh
@@ -68,6 +68,8 @@ def tune_loo(
         ArgumentError: no data.
         UnsupportedError: another kind of posterior, or empirical curvature with open noise.
     """
+    if limit is not None and limit < 1:
+        raise ArgumentError(f"limit={limit}; expected a positive number of training examples, or None for all")
     posterior, source = training_source(model, data, "loo")
     candidates = grid_of(grid)
     rows = passes(model, posterior, source, "leave-one-out", progress, limit, len(candidates))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import bayesdl as bdl
 from bayesdl.curvature import estimate
 from bayesdl.curvature.registry import STRUCTURES
 from bayesdl.errors import (
@@ -199,3 +200,33 @@ def test_a_network_that_refuses_single_examples_is_refused_where_it_has_no_close
     x, y = real(4)(torch.Generator().manual_seed(0)), targets("categorical")
     with pytest.raises(UnsupportedError, match="'gain' need the network to run on one example alone.*I want company"):
         estimate(Several().double(), [(x, y)], "categorical", progress=False)
+
+
+@pytest.mark.parametrize("options", [{"memory": 0}, {"memory": -1}, {"dtype": torch.float16}, {"dtype": torch.int64}])
+def test_numbers_that_mean_nothing(options: dict[str, Any]) -> None:
+    net, x, y, family = problem("categorical")
+    with pytest.raises(ArgumentError, match=f"^(batch 0: )?{next(iter(options))}="):
+        estimate(net, [(x, y)], family, progress=False, **options)
+
+
+def test_an_empty_batch_is_named() -> None:
+    net, x, y, family = problem("categorical")
+    for loader, number in (([(x[:0], y[:0]), (x, y)], 0), ([(x, y), (x[:0], y[:0])], 1)):
+        with pytest.raises(ShapeError, match=f"batch {number}: the batch is empty"):
+            estimate(net, loader, family, progress=False)
+
+
+def test_rows_of_outputs_that_are_no_examples() -> None:
+    x, y = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(12, dtype=torch.long)
+    net = nn.Sequential(nn.Linear(5, 2), nn.Flatten(0, 1))
+    with pytest.raises(ShapeError, match="6 rows of outputs for 2 examples"):
+        estimate(net, [(x, y)], "categorical", progress=False)
+
+
+def test_inputs_of_another_rank_at_prediction() -> None:
+    x, y = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1])
+    bayes = bdl.wrap(nn.Linear(5, 2), "laplace", [(x, y)], likelihood="categorical", progress=False)
+    with pytest.raises(ShapeError, match="2 rows of outputs for 5 examples"):
+        bayes(x[0])
+    with pytest.raises(ShapeError, match=r"\(1, 4, 2\)"):
+        bayes(x.unsqueeze(0))

@@ -142,3 +142,17 @@ def test_heteroscedastic_point_is_a_normal() -> None:
     pred = Heteroscedastic().predictive(point_latent(f), torch.zeros(1, 2))
     assert float(pred.mean) == 1.0
     assert float(pred.variance) == pytest.approx(float(torch.exp(f[0, 1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_log_variances_stay_numbers(dtype: torch.dtype) -> None:
+    likelihood, y = Heteroscedastic(), torch.zeros(2, 1, dtype=dtype)
+    f = torch.tensor([[1.0, 1e5], [1.0, -1e5]], dtype=dtype)
+    scale = likelihood.distribution(f).scale
+    assert bool((scale > 0).all()) and bool(torch.isfinite(scale).all())
+    assert bool(torch.isfinite(likelihood.hessian_root(f)).all())
+    wide = GaussianLatent(f, torch.full_like(f, 1e6))
+    marginal = likelihood.marginal(wide, standard_normal((8, 2), f, None))
+    assert bool(torch.isfinite(marginal.variance).all()) and bool(torch.isfinite(marginal.log_prob(y)).all())
+    near = torch.tensor([[1.0, 3.0]], dtype=dtype)  # untouched between
+    assert torch.equal(likelihood.distribution(near).scale, near[:, 1:].exp().sqrt())

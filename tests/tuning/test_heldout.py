@@ -160,3 +160,11 @@ def test_losses_that_are_not_numbers_are_never_the_least() -> None:
     assert least(torch.tensor([torch.nan, 3.0, 2.0, torch.inf])) == 2
     with pytest.raises(NonFiniteError, match="every prior precision"):
         least(torch.tensor([torch.nan, torch.inf]))
+
+
+@pytest.mark.parametrize("rule", ["evidence", "heldout", "loo", "training"])
+def test_all_rules_take_progress_and_name_options_that_they_do_not_take(rule: str) -> None:
+    model = fitted("categorical", structure="diag")
+    model.tune(rule, validation("categorical"), progress=False)
+    with pytest.raises(ArgumentError, match=rf"tune\(\"{rule}\"\) was given metric; it takes"):
+        model.tune(rule, validation("categorical"), metric="brier")
