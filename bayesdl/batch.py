@@ -49,6 +49,63 @@ def huggingface_adapter(batch: Any) -> tuple[Any, Any]:
     return _split_mapping(batch, ("labels", "label"))
 
 
+@dataclass(frozen=True)
+class HuggingFace:
+    """Batches of transformers: mappings of keyword arguments; which output of the model is read, and where.
+
+    Args:
+        target: key of the labels; "label" stands for "labels".
+        output: attribute of the model's output.
+        position: "last": the output at each sequence's last attended token, by the mask (padding on either side); None
+            keeps all positions.
+        classes: columns of the output, such as the token ids of the answers "A" to "D"; targets count among them.
+    """
+
+    target: str = "labels"
+    output: str = "logits"
+    position: str | None = None
+    classes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.position not in (None, "last"):
+            raise ArgumentError(f'position={self.position!r}; expected "last" or None')
+        if self.classes is not None and len(self.classes) < 2:
+            raise ArgumentError(f"classes={self.classes}; expected at least two columns of the output")
+
+    def __call__(self, batch: Any) -> tuple[Any, Any]:
+        """A batch of the loader -> inputs and target."""
+        if not isinstance(batch, Mapping):
+            raise ArgumentError(f'batch="huggingface" expects mappings from the loader, got {type(batch).__name__}')
+        return _split_mapping(batch, ("labels", "label") if self.target == "labels" else (self.target,))
+
+    def read(self, raw: Any, call: Call) -> Tensor:
+        """The outputs in what the model returned for a call."""
+        found = getattr(raw, self.output, None)
+        if not isinstance(found, Tensor):
+            raise ShapeError(f"the network returned {type(raw).__name__} without a tensor {self.output!r}")
+        if self.position == "last":
+            if found.dim() != 3:
+                raise ShapeError(f'{self.output} has shape {tuple(found.shape)}; position="last" needs (B, T, C)')
+            mask = (call.kwargs or {}).get("attention_mask")
+            if mask is None:
+                found = found[:, -1]
+            else:
+                steps = torch.arange(1, mask.shape[1] + 1, device=found.device)
+                last = (steps * (mask.to(found.device) != 0)).argmax(1)
+                found = found[torch.arange(len(found), device=found.device), last]
+        return found if self.classes is None else found[..., list(self.classes)]
+
+
+def huggingface(
+    target: str = "labels", output: str = "logits", position: str | None = None, classes: Iterable[int] | None = None
+) -> HuggingFace:
+    """`batch="huggingface"` with a choice of what is read; see `HuggingFace` for the arguments.
+
+    A multiple-choice question for a causal model: `batch=bdl.batch.huggingface(position="last", classes=answer_ids)`.
+    """
+    return HuggingFace(target, output, position, None if classes is None else tuple(map(int, classes)))
+
+
 ADAPTERS: dict[str, BatchAdapter] = {"auto": pair_adapter, "huggingface": huggingface_adapter}
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayesdl.batch import BatchAdapter, as_call, flatten_tensors, resolve_adapter, to_device
+from bayesdl.batch import BatchAdapter, HuggingFace, as_call, flatten_tensors, resolve_adapter, to_device
 from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
 from bayesdl.explicit import explicit
@@ -188,7 +188,8 @@ class Network:
             raw = torch.func.functional_call(module, _everywhere(module, tensors), call.args, kwargs, tie_weights=False)
         else:
             raw = module(*call.args, **kwargs)
-        return outputs_last(extract_output(raw), size, self.output_axis)
+        output = self.batch.read(raw, call) if isinstance(self.batch, HuggingFace) else extract_output(raw)
+        return outputs_last(output, size, self.output_axis)
 
     def _own(self, call: Any) -> Any:
         # an in-place activation at the front would write to the data; out of place it would compute something else

@@ -10,15 +10,17 @@ _PUBLIC = {
     "SearchReport": "bayesdl.lora.report",
     "generate": "bayesdl.lora.text",
     "merge_sample": "bayesdl.lora.merge",
+    "score": "bayesdl.lora.text",
     "search_report": "bayesdl.lora.report",
+    "SequenceScores": "bayesdl.lora.text",
 }
 
-__all__ = ["SearchReport", "generate", "merge_sample", "search_report"]
+__all__ = ["SearchReport", "SequenceScores", "generate", "merge_sample", "score", "search_report"]
 
 if TYPE_CHECKING:
     from bayesdl.lora.merge import merge_sample
     from bayesdl.lora.report import SearchReport, search_report
-    from bayesdl.lora.text import generate
+    from bayesdl.lora.text import SequenceScores, generate, score
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,184 @@
+"""Generation, scoring, multiple choice and merged draws, each against one draw after another by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bayesdl as bdl
+from bayesdl.errors import ArgumentError, ShapeError, UnsupportedError
+from tests.lora.networks import adapted, batch
+from tests.untouched import untouched
+
+pytest.importorskip("peft")
+SEARCH: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "beams": {"do_sample": False, "num_beams": 3}}
+
+
+def wrapped(model: Any, **options: Any) -> bdl.BayesianModel:
+    reading = options.pop("batch", "huggingface")
+    method = bdl.TFB(**{"sigma": 0.1, "num_samples": 4, **options})
+    return bdl.wrap(model, method, likelihood="categorical", batch=reading, progress=False)
+
+
+def prompts(rows: int = 3, length: int = 5) -> dict[str, Tensor]:
+    """Padded on the left."""
+    made = batch(rows, length, padded=False)
+    made["attention_mask"][1, :2] = 0
+    made["input_ids"][1, :2] = 0
+    return made
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("way", SEARCH)
+def test_tiled_generation_is_sequential(kind: str, way: str) -> None:
+    model, inputs = adapted(kind, 2, causal=True), prompts()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, **SEARCH[way]}
+    with untouched(model):
+        bayes = wrapped(model)
+        tiled = bdl.lora.generate(bayes, inputs, **options)
+        alone = bdl.lora.generate(wrapped(model, tile=False), inputs, **options)
+        chunks = bdl.lora.generate(wrapped(model, max_rows=6), inputs, **options)
+    assert tiled.shape == (4, 3, 11) and torch.equal(tiled[:, :, :5], inputs["input_ids"].expand(4, -1, -1))
+    assert torch.equal(tiled, alone) and torch.equal(chunks, alone)
+    assert not torch.equal(tiled[0], tiled[1])
+    # one draw merged into a plain model writes the same text
+    plain: Any = bdl.lora.merge_sample(bayes, 1)
+    assert torch.equal(plain.generate(**inputs, **options), tiled[1])
+
+
+def test_the_cache_changes_nothing() -> None:
+    model, inputs = adapted("llama", 2, causal=True), prompts()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    bayes = wrapped(model)
+    kept, recomputed = (bdl.lora.generate(bayes, inputs, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(kept, recomputed)
+
+
+def test_prompts_padded_on_the_left_are_single_prompts() -> None:
+    model, inputs = adapted("llama", 2, causal=True), prompts()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    bayes = wrapped(model)
+    together = bdl.lora.generate(bayes, inputs, **options)
+    single = {key: value[1:2, 2:] for key, value in inputs.items()}
+    assert torch.equal(bdl.lora.generate(bayes, single, **options)[:, 0, 3:], together[:, 1, 5:])
+
+
+def test_one_draw_for_every_row() -> None:
+    model, inputs = adapted("llama", 2, causal=True), prompts()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    bayes = wrapped(model)
+    tiled = bdl.lora.generate(bayes, inputs, **options)
+    one = bdl.lora.generate(bayes, inputs, rows="one", **options)
+    assert torch.equal(one, torch.stack([tiled[row, row] for row in range(3)]))
+
+
+def test_sampled_tokens_repeat_and_leave_the_global_state() -> None:
+    model, inputs = adapted("llama", 1, causal=True), prompts()
+    bayes, options = wrapped(model), {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2}
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    with untouched(model):
+        first = bdl.lora.generate(bayes, inputs, 3, generator=seeded(1), **options)
+        again = bdl.lora.generate(bayes, inputs, 3, generator=seeded(1), **options)
+        other = bdl.lora.generate(bayes, inputs, 3, generator=seeded(2), **options)
+    assert first.shape[:2] == (3, 6) and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_what_generation_refuses() -> None:
+    model, inputs = adapted("llama", 1, causal=True), prompts()
+    bayes = wrapped(model)
+    with untouched(model):
+        for name in ("assistant_model", "penalty_alpha"):
+            with pytest.raises(UnsupportedError, match=name):
+                bdl.lora.generate(bayes, inputs, **{name: 0.5})
+        with pytest.raises(ArgumentError, match="rows='all'"):
+            bdl.lora.generate(bayes, inputs, rows="all")
+        with pytest.raises(ArgumentError, match='rows="one" gives'):
+            bdl.lora.generate(bayes, inputs, 7, rows="one")
+        with pytest.raises(UnsupportedError, match="'past_key_values'"):
+            bdl.lora.generate(bayes, {**inputs, "past_key_values": object()})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
+def test_a_merged_draw_is_the_hooked_one(kind: str, variant: dict[str, Any]) -> None:
+    model, inputs = adapted(kind, 2, **variant), batch()
+    bayes = wrapped(model)
+    wanted = bayes(inputs).latent.samples
+    for index in (0, 3):
+        with untouched(model), torch.no_grad():
+            merged: Any = bdl.lora.merge_sample(bayes, index)
+            kept: Any = bdl.lora.merge_sample(bayes, index, merge=False)
+            torch.testing.assert_close(merged(**inputs).logits, wanted[index], rtol=2e-5, atol=1e-5)
+            torch.testing.assert_close(kept(**inputs).logits, wanted[index], rtol=2e-5, atol=1e-5)
+        assert not any("lora" in name for name in merged.state_dict()) and type(kept) is type(model)
+    with pytest.raises(ArgumentError, match="index=-1"):
+        bdl.lora.merge_sample(bayes, -1)
+
+
+def test_scores_of_sequences() -> None:
+    model, inputs = adapted("llama", 2, causal=True), batch(4, 6)
+    bayes = wrapped(model)
+    scores = bdl.lora.score(bayes, inputs, prompt_length=2)
+    for index, function in enumerate(bayes.draw(4)):
+        logs = function(inputs).detach().log_softmax(-1)
+        for row in range(4):
+            length = int(inputs["attention_mask"][row].sum())
+            own = [float(logs[row, t - 1, inputs["input_ids"][row, t]]) for t in range(2, length)]
+            assert float(scores.sequences[index, row]) == pytest.approx(sum(own), abs=1e-4)
+    logs = torch.stack([f(inputs).detach().double().log_softmax(-1) for f in bayes.draw(4)])[:, :, :-1]
+    mean = logs.exp().mean(0)
+    total = -(mean * mean.log()).sum(-1)
+    within = -(logs.exp() * logs).sum(-1).mean(0)
+    torch.testing.assert_close(scores.entropy.double(), total, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.epistemic.double(), total - within, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scores.log_prob, scores.sequences.exp().mean(0).log(), rtol=1e-4, atol=1e-4)
+    assert bool((scores.spread > 0).all()) and bool((scores.mean_epistemic > 0).all())
+    with pytest.raises(ArgumentError, match="input_ids"):
+        bdl.lora.score(bayes, {"inputs": inputs["input_ids"]})
+    with pytest.raises(ShapeError, match="vocabulary"):
+        bdl.lora.score(wrapped(adapted("llama", 1)), inputs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_multiple_choice(side: str) -> None:
+    model = adapted("llama", 2, causal=True)
+    inputs = prompts() if side == "left" else batch(3, 5)
+    answers = [7, 11, 42]
+    bayes = wrapped(model, batch=bdl.batch.huggingface(position="last", classes=answers))
+    pred = bayes(inputs)
+    every = wrapped(model)(inputs).latent.samples
+    last = [int(mask.nonzero().max()) for mask in inputs["attention_mask"]]
+    wanted = torch.stack([every[:, row, t][:, answers] for row, t in enumerate(last)], 1)
+    torch.testing.assert_close(pred.latent.samples, wanted, rtol=1e-5, atol=1e-6)
+    assert pred.mean.shape == (3, 3)
+    labelled = {**inputs, "labels": torch.tensor([0, 2, 1])}
+    _, targets = bayes.predict_with_targets([labelled])
+    assert targets is not None and targets.tolist() == [0, 2, 1]
+    laplace = bdl.wrap(
+        model,
+        bdl.Laplace(select="lora", structure="diag"),
+        [labelled],
+        likelihood="categorical",
+        prior=bdl.GaussianPrior(10.0),
+        batch=bdl.batch.huggingface(position="last", classes=answers),
+        progress=False,
+    )
+    assert laplace(inputs).mean.shape == (3, 3)
+
+
+def test_arguments_of_the_adapter() -> None:
+    with pytest.raises(ArgumentError, match="position='first'"):
+        bdl.batch.huggingface(position="first")
+    with pytest.raises(ArgumentError, match="at least two"):
+        bdl.batch.huggingface(classes=[3])
+    model = adapted("llama", 1)
+    with pytest.raises(ShapeError, match="without a tensor 'pooled'"):
+        wrapped(model, batch=bdl.batch.huggingface(output="pooled"))(batch())
+    with pytest.raises(ShapeError, match='position="last" needs'):
+        wrapped(model, batch=bdl.batch.huggingface(position="last"))(batch())
