@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.errors import NonFiniteError, UnknownNameError
-from bayesdl.priors import GaussianPrior, HierarchicalPrior, Prior
+from bayesdl.priors import GaussianPrior, HierarchicalPrior, Prior, SplinePrior
+from bayesdl.priors.spline import Spline
 
+BINS = 8  # of a spline
 WIDEST = 1e6  # variances beyond it are cut: their functions overflow, and no target asks for them
 
 
@@ -140,7 +142,48 @@ class HierarchicalFamily(Family):
         return found
 
 
-FAMILIES: dict[str, type[Family]] = {"gaussian": GaussianFamily, "hierarchical": HierarchicalFamily}
+@final
+class SplineFamily(Family):
+    """w = std S(eps) / sqrt(fan-in), S an odd monotone spline for each tensor: weights of a learned shape."""
+
+    name: ClassVar[str] = "spline"
+
+    def __init__(self, slots: tuple[Slot, ...]) -> None:
+        super().__init__(slots)
+        self.raw = nn.Parameter(torch.full((len(slots),), _inverse_softplus(1.0), dtype=torch.float64))
+        self.shapes = nn.Parameter(torch.zeros(len(slots), 3 * BINS, dtype=torch.float64))
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        drawn = {}
+        for slot, scale, raw in zip(self.slots, nn.functional.softplus(self.raw), self.shapes, strict=True):
+            noise = torch.randn(n, *slot.shape, generator=generator)
+            bent, _ = Spline.of(raw.float()).forward(noise)
+            drawn[slot.name] = bent * (scale.float() / math.sqrt(slot.fan_in))
+        return drawn
+
+    def prior(self) -> Prior:
+        scales = nn.functional.softplus(self.raw.detach())
+        return SplinePrior(
+            {slot.name: float(value) for slot, value in zip(self.slots, scales, strict=True)},
+            {slot.name: tuple(raw.tolist()) for slot, raw in zip(self.slots, self.shapes.detach(), strict=True)},
+        )
+
+    def describe(self) -> dict[str, dict[str, float]]:
+        scales = nn.functional.softplus(self.raw.detach())
+        at = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        found = {}
+        for slot, scale, raw in zip(self.slots, scales, self.shapes.detach(), strict=True):
+            values = Spline.of(raw).forward(at)[0]
+            bent = {f"S({int(a)})": float(v) for a, v in zip(at, values, strict=True)}
+            found[slot.name] = {"scale": float(scale), **bent}
+        return found
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "gaussian": GaussianFamily,
+    "hierarchical": HierarchicalFamily,
+    "spline": SplineFamily,
+}
 
 
 def make(name: str, slots: tuple[Slot, ...]) -> Family:

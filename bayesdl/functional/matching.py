@@ -20,7 +20,7 @@ from bayesdl.functional.gp import GP, Target
 from bayesdl.functional.measurement import Measurement, Places
 from bayesdl.functional.report import FUNCTIONS, Fit, MatchReport, compare, fresh, notes
 from bayesdl.network import Network
-from bayesdl.priors import GaussianPrior, HierarchicalPrior, Prior
+from bayesdl.priors import GaussianPrior, HierarchicalPrior, Prior, SplinePrior
 from bayesdl.select import Selector
 
 
@@ -47,7 +47,8 @@ def match(
             theirs, affine parameters of norm layers are held at (1, 0).
         target: `GP(...)`, or any object with `sample(inputs, n, generator) -> (n, M, C)` and `outputs`.
         inputs: `(N, ...)`, standardised training inputs; the measurement sets come from these alone.
-        family: "gaussian" (one standard deviation a tensor) or "hierarchical" (inverse-gamma variances).
+        family: "gaussian" (one standard deviation a tensor), "hierarchical" (inverse-gamma variances) or "spline" (a
+            learned shape; samplers and MAP only).
         distance: "w1", "energy", "mmd", "gaussian-w2", "moments", "sw", "dsw", or a configured one.
         measurement: where functions are compared; default 100 points, 70 of them inputs.
         steps: of the prior.
@@ -59,7 +60,7 @@ def match(
         progress: show a bar.
 
     Returns:
-        a `GaussianPrior` or `HierarchicalPrior` with a `.report`, for every method that takes a prior.
+        a `GaussianPrior`, `HierarchicalPrior` or `SplinePrior` with a `.report`, for every method that takes a prior.
 
     Raises:
         UnknownNameError: no such family or distance.
@@ -212,6 +213,6 @@ def _default_places(inputs: Tensor) -> Places:
 
 
 def _with_report(prior: Prior, report: MatchReport) -> Prior:
-    if isinstance(prior, (GaussianPrior, HierarchicalPrior)):
+    if isinstance(prior, (GaussianPrior, HierarchicalPrior, SplinePrior)):
         return replace(prior, report=report)
     return prior

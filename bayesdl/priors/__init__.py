@@ -5,6 +5,7 @@ from bayesdl.priors.gaussian import GaussianPrior
 from bayesdl.priors.heavy_tails import CauchyPrior, LaplacePrior, StudentTPrior
 from bayesdl.priors.horseshoe import HorseshoePrior
 from bayesdl.priors.mixtures import HierarchicalPrior, ScaleMixturePrior
+from bayesdl.priors.spline import SplinePrior
 
 __all__ = [
     "CauchyPrior",
@@ -14,5 +15,6 @@ __all__ = [
     "LaplacePrior",
     "Prior",
     "ScaleMixturePrior",
+    "SplinePrior",
     "StudentTPrior",
 ]

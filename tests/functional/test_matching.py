@@ -65,7 +65,7 @@ def test_matching_recovers_a_known_prior_of_the_same_network():
     assert prior.report.fit.std[0] == pytest.approx(prior.report.fit.target_std[0], rel=0.1)
 
 
-@pytest.mark.parametrize("family", ["gaussian", "hierarchical"])
+@pytest.mark.parametrize("family", ["gaussian", "hierarchical", "spline"])
 def test_matching_brings_functions_closer_and_repeats(family):
     network = net()
     with untouched(network):
@@ -117,7 +117,7 @@ def test_gradient_of_the_hierarchical_draws():
     law = HierarchicalFamily((Slot("w", (1,), 1),), start=5.0)
     mean = law.variances(200_000, generator()).mean()
     mean.backward()
-    shape, rate = (float(v) for v in law.hyper())
+    shape, rate = (float(v.detach()) for v in law.hyper())
     slope = torch.sigmoid(law.raw_shape.detach())  # of softplus
     assert float(law.raw_shape.grad) == pytest.approx(float(slope) * -rate / (shape - 1) ** 2, rel=0.05)
     assert float(law.raw_rate.grad) == pytest.approx(float(slope) / (shape - 1), rel=0.02)
