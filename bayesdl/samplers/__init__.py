@@ -4,10 +4,11 @@ from bayesdl.samplers import diagnostics
 from bayesdl.samplers.baoab import BAOAB
 from bayesdl.samplers.base import Sampler
 from bayesdl.samplers.batches import Batches
-from bayesdl.samplers.chain import Chain, ResumeWarning, pooled
+from bayesdl.samplers.chain import Chain
 from bayesdl.samplers.cyclical import Cyclical
 from bayesdl.samplers.entropy import EntropyMCMC
-from bayesdl.samplers.noticing import StochasticForwardWarning
+from bayesdl.samplers.noticing import ResumeWarning, StochasticForwardWarning
+from bayesdl.samplers.pooling import pooled
 from bayesdl.samplers.psgld import PSGLD
 from bayesdl.samplers.record import StepRecord
 from bayesdl.samplers.records import SampleRecord

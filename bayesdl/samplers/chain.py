@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -16,14 +15,16 @@ from bayesdl.diagnose import Diagnosis
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.likelihoods import Likelihood, resolve
 from bayesdl.posteriors import SamplePosterior
-from bayesdl.samplers.assembling import PROBE, assembled, decoded
+from bayesdl.samplers.assembling import PROBE, decoded
 from bayesdl.samplers.base import Sampler
 from bayesdl.samplers.collecting import RULES, Rule
 from bayesdl.samplers.cyclical import Cyclical
 from bayesdl.samplers.log_prior import log_prior
 from bayesdl.samplers.memory import MemorySamples
-from bayesdl.samplers.noticing import notice_stochastic_passes
+from bayesdl.samplers.noticing import notice_stochastic_passes, notice_unrestored
+from bayesdl.samplers.options import at_least, check_states, one_of, writes
 from bayesdl.samplers.packing import has_state, load_state, state_of
+from bayesdl.samplers.pooling import pooled
 from bayesdl.samplers.probing import fresh_statistics, probed
 from bayesdl.samplers.record import StepRecord
 from bayesdl.samplers.records import SampleRecord
@@ -31,10 +32,6 @@ from bayesdl.samplers.retention import Retention
 from bayesdl.samplers.sampled import BUFFERS, DTYPES, Sampled, Snapshot
 from bayesdl.samplers.storing import StoredSamples
 from bayesdl.samplers.structured import Structured
-
-
-class ResumeWarning(UserWarning):
-    """Something that decides the steps to come was not restored."""
 
 
 @dataclass
@@ -117,10 +114,10 @@ class Chain:
         checkpoint_every: int | None = None,
     ) -> None:
         for name, value, least in (("burn_in", burn_in, 0), ("thin", thin, 1), ("chain_id", chain_id, 0)):
-            _check(name, value, least)
-        _check("checkpoint_every", 1 if checkpoint_every is None else checkpoint_every, 1)
-        _one_of("buffers", buffers, BUFFERS)
-        _one_of("dtype", dtype, DTYPES)
+            at_least(name, value, least)
+        at_least("checkpoint_every", 1 if checkpoint_every is None else checkpoint_every, 1)
+        one_of("buffers", buffers, BUFFERS)
+        one_of("dtype", dtype, DTYPES)
         if (buffers == "refresh") != (data is not None):
             raise ArgumentError(f'buffers={buffers!r} with data={data!r}; buffers="refresh" and data= belong together')
         if isinstance(sampler, Cyclical):
@@ -129,11 +126,11 @@ class Chain:
         self._mover: Sampler | None = sampler.sampler if isinstance(sampler, Structured) else sampler
         self._net, self._probe, self._data, self._batch = net, probe, data, batch
         self._checkpoint_every, self._loader, self._also = checkpoint_every, loader, dict(also or {})
-        self._check_states()
+        check_states(self._states())
         self._tensors = Sampled(net, self._mover, buffers, dtype)
         self._rule = self._chosen_rule(collect)(int(burn_in), int(thin))
         self._retention = Retention(max_samples, keep, self.chain_id)
-        self._samples = MemorySamples() if store is None else StoredSamples(store, _writes(net))
+        self._samples = MemorySamples() if store is None else StoredSamples(store, writes(net))
         self._settings = {
             **{"chain": self.chain_id, "burn_in": burn_in, "thin": thin, "collect": self.collect, "dtype": dtype},
             **{"max_samples": max_samples, "keep": keep, "buffers": buffers},
@@ -266,15 +263,35 @@ class Chain:
         self._rule.load(tree["rule"])
         self._tensors.begin(self._tensors.base)  # the parameters' versions as they are now
         self._begun = True
-        if self._loader is not None and not has_state(self._loader):
-            warnings.warn(
-                f"the loader ({type(self._loader).__name__}) has no state_dict: its order of the data was not "
-                "restored, and the chain goes on with other batches than it would have; bdl.samplers.Batches(loader) "
-                "has one",
-                ResumeWarning,
-                stacklevel=2,
-            )
+        notice_unrestored(self._loader)
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints of somebody else's, beside those of network and sampler: counters, and samples in memory."""
+        if not self._begun:
+            return {}
+        held = isinstance(self._samples, MemorySamples)
+        base = dict(self._tensors.base) if held else {}
+        return {"rule": self._rule.state(), "samples": self._samples.state(), "base": base}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the state was taken; network and sampler must be as they were then.
+
+        Raises:
+            ArgumentError: the chain has begun already.
+            FileFormatError: the chain's folder does not go back to that moment.
+        """
+        if self._begun:
+            raise ArgumentError("the chain has begun already; load_state_dict() comes before the first step")
+        if not state_dict:
+            return
+        self._rule.load(state_dict["rule"])
+        if isinstance(self._samples, MemorySamples):
+            self._samples.load(state_dict["samples"])
+            self._tensors.begin(state_dict["base"])
+        else:
+            self._samples.load(state_dict["samples"], self._tensors, self._settings, self._tree)
+        self._begun = True
 
     def close(self) -> None:
         """Let go of the sampler and of the folder; the samples stay."""
@@ -354,14 +371,15 @@ class Chain:
 
     def _checkpoint(self) -> None:
         if isinstance(self._samples, StoredSamples):
-            self._samples.checkpoint(
-                {
-                    "rule": self._rule.state(),
-                    "parameters": dict(self._tensors.parameters),
-                    "buffers": self._tensors.buffers(),
-                    "states": {name: state_of(thing) for name, thing in self._states().items()},
-                }
-            )
+            self._samples.checkpoint(self._tree())
+
+    def _tree(self) -> dict[str, Any]:
+        return {
+            "rule": self._rule.state(),
+            "parameters": dict(self._tensors.parameters),
+            "buffers": self._tensors.buffers(),
+            "states": {name: state_of(thing) for name, thing in self._states().items()},
+        }
 
     def _states(self) -> dict[str, Any]:
         found = {"sampler": self.sampler, "schedule": self.schedule}
@@ -371,48 +389,10 @@ class Chain:
             f"also {name}": thing for name, thing in self._also.items()
         }
 
-    def _check_states(self) -> None:
-        for name, thing in self._states().items():
-            if not has_state(thing):
-                raise ArgumentError(
-                    f"{name} is {type(thing).__name__}; expected an object with state_dict and load_state_dict, or a "
-                    "torch.Generator"
-                )
-
     def _chosen_rule(self, collect: str | None) -> type[Rule]:
         if collect is None:
             collect = "steps" if self._mover is None or self.schedule is not None else self._mover.collect
-        _one_of("collect", collect, tuple(RULES))
+        one_of("collect", collect, tuple(RULES))
         if collect == "time" and self._mover is None:
             raise ArgumentError('collect="time" needs the sampler whose time it is: pass sampler=')
         return RULES[collect]
-
-
-def pooled(chains: Sequence[Chain]) -> SamplePosterior:
-    """The samples of several chains of one network as one posterior; a chain has the weight of its samples.
-
-    Raises:
-        NotFittedError: fewer than two samples in all.
-    """
-    samples = []
-    for chain in chains:
-        base = chain._tensors.base
-        samples += [(record, decoded(chain._samples.read(record), base), base) for record in chain.kept]
-    return assembled(samples, chains[0]._tensors.device)
-
-
-def _writes(net: nn.Module) -> bool:
-    """Whether this process writes the chain's folder: of the ranks of a data-parallel network, the first."""
-    if not isinstance(net, nn.parallel.DistributedDataParallel):
-        return True
-    return torch.distributed.get_rank(net.process_group) == 0
-
-
-def _check(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or int(value) != value or value < least:
-        raise ArgumentError(f"{name}={value!r}; expected a whole number of at least {least}")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ArgumentError(f"{name}={value!r}; expected one of {allowed}")

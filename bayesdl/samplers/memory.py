@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 from torch import Tensor
 
@@ -56,3 +56,12 @@ class MemorySamples:
 
     def read(self, record: SampleRecord) -> dict[str, Tensor]:
         return dict(self._values[record.id])
+
+    def state(self) -> dict[str, Any]:
+        """Everything, for the checkpoints of somebody else's."""
+        return {"records": [record.to_json() for record in self._records], "values": dict(self._values)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self._records = [SampleRecord.from_json(record) for record in state["records"]]
+        self._values = {int(number): dict(values) for number, values in state["values"].items()}

@@ -1,16 +1,23 @@
-"""What in a network makes its loss no sum over the data, so that a chain samples another law than the posterior."""
+"""What a chain warns of: losses that are no sums over the data, and what it cannot restore."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from bayesdl.samplers.packing import has_state
+
 
 class StochasticForwardWarning(UserWarning):
     """The loss of an example depends on chance, or on the other examples of its batch."""
+
+
+class ResumeWarning(UserWarning):
+    """Something that decides the steps to come was not restored."""
 
 
 def notice_stochastic_passes(net: nn.Module) -> None:
@@ -31,4 +38,15 @@ def notice_stochastic_passes(net: nn.Module) -> None:
             "a sum over the data; each sample keeps the running statistics of its own pass",
             StochasticForwardWarning,
             stacklevel=7,
+        )
+
+
+def notice_unrestored(loader: Any) -> None:
+    """Warn of a loader whose place in the data a chain cannot restore."""
+    if loader is not None and not has_state(loader):
+        warnings.warn(
+            f"the loader ({type(loader).__name__}) has no state_dict: its order of the data was not restored, and the "
+            "chain goes on with other batches than it would have; bdl.samplers.Batches(loader) has one",
+            ResumeWarning,
+            stacklevel=3,
         )

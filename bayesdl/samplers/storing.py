@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -26,7 +27,6 @@ from bayesdl.samplers.store import (
     SAMPLE,
     SampleStore,
     check_network,
-    kept_of,
     read_index,
     read_sample,
 )
@@ -113,10 +113,39 @@ class StoredSamples:
         """
         if not (self.path / RESUME).exists():
             if (self.path / INDEX).exists():
-                raise FileFormatError(f"{self.path} holds samples and no {RESUME}: read them with SampleStore, and "
-                                      "begin a chain in another folder")  # fmt: skip
-            self._clear([])
+                raise FileFormatError(
+                    f"{self.path} holds samples and no {RESUME}: read them with SampleStore, and begin a chain in "
+                    "another folder"
+                )
+            self._clear()
             return None
+        header, tensors = read_described(self.path / RESUME)
+        self._open(sampled, settings, int(header["records"]))
+        if header["tree"] is None:
+            if self._writes:
+                (self.path / INDEX).unlink(missing_ok=True)
+                (self.path / RESUME).unlink()
+                self._clear()
+            return None
+        self._cut()
+        return unpack(header["tree"], tensors)
+
+    def state(self) -> dict[str, Any]:
+        """How many samples there are, for the checkpoints of somebody else's."""
+        return {"count": len(self._records)}
+
+    def load(self, state: dict[str, Any], sampled: Sampled, settings: dict[str, Any], tree: Callable[[], Any]) -> None:
+        """Go back to such a state: `tree()` is that of the resume file to write, then later samples are cut.
+
+        Raises:
+            FileFormatError: as `resume`, and where a sample of then was dropped since.
+        """
+        self._open(sampled, settings, int(state["count"]))
+        self.checkpoint(tree())
+        self._cut()
+
+    def _open(self, sampled: Sampled, settings: dict[str, Any], count: int) -> None:
+        """Check the folder, and read the index up to `count` samples; nothing is written."""
         if self._writes:
             self._take_lock()
         store = SampleStore(self.path)
@@ -127,26 +156,19 @@ class StoredSamples:
                     f"{self.path} was written with {key}={store.header.get(key)!r}, and this chain has {key}={value!r}"
                     ": a resumed chain has the settings it was begun with"
                 )
-        header, tensors = read_described(self.path / RESUME)
         records, ends = read_index(self.path / INDEX)
-        count = int(header["records"])
         if len(records) < count:
-            raise FileFormatError(f"{self.path / INDEX} has {len(records)} lines and {RESUME} counts {count}")
+            raise FileFormatError(f"{self.path / INDEX} has {len(records)} lines, and {count} are needed to go on")
         self._records, self._length = records[:count], ends[count - 1] if count else 0
         self._dropped = {number for record in self._records for number in record.drops}
         for record in self.kept():
             if not (self.path / str(record.file)).exists():
                 raise FileFormatError(f"{self.path / str(record.file)} is missing, and the index counts it")
-        if header["tree"] is None:
-            if self._writes:
-                (self.path / INDEX).unlink(missing_ok=True)
-                (self.path / RESUME).unlink()
-                self._clear([])
-            return None
-        self._truncate()
-        self._clear(kept_of(self._records))
         sampled.begin(store.base)
-        return unpack(header["tree"], tensors)
+
+    def _cut(self) -> None:
+        self._truncate()
+        self._clear()
 
     def close(self) -> None:
         """Let another process write."""
@@ -182,11 +204,11 @@ class StoredSamples:
                 file.truncate(self._length)
                 os.fsync(file.fileno())
 
-    def _clear(self, kept: list[SampleRecord]) -> None:
+    def _clear(self) -> None:
         """Remove temporary files, and samples that the index does not know."""
         if not self._writes or not self.path.is_dir():
             return
-        names = {record.file for record in kept}
+        names = {record.file for record in self.kept()}
         for pattern in (".base.*", ".resume.*", ".sample-*", "sample-*.safetensors"):
             for path in self.path.glob(pattern):
                 if path.name not in names:
