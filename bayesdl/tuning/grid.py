@@ -21,6 +21,7 @@ from bayesdl.linalg import eigh
 from bayesdl.posteriors import GaussianPosterior
 from bayesdl.posteriors.gaussian import JOINT_OUTPUTS
 from bayesdl.tuning.interpolation import Shifts, shifts_of
+from bayesdl.tuning.scores import Score, negative_log
 from bayesdl.tuning.temperature import DRAWS, predictive_losses
 
 if TYPE_CHECKING:
@@ -143,13 +144,20 @@ def projected(
     return torch.cat(values), torch.cat(squares)
 
 
-def losses(model: BayesianModel, posterior: GaussianPosterior, candidates: Tensor, rows: Passes) -> Tensor:
-    """Negative log predictive density of N examples under R prior precisions, `(R, N)` float64 on the CPU."""
+def losses(
+    model: BayesianModel,
+    posterior: GaussianPosterior,
+    candidates: Tensor,
+    rows: Passes,
+    score: Score = negative_log,
+) -> Tensor:
+    """Negative log predictive density (or another score) of N examples under R prior precisions, `(R, N)` float64 on
+    the CPU."""
     shifts, found = shifts_of(candidates / posterior.temperature), []
     for mean, target, prepared in rows:
         with torch.no_grad():
             parts = [
-                predictive_losses(model.likelihood, latent, repeated(target, len(latent.mean) // len(mean)))
+                predictive_losses(model.likelihood, latent, repeated(target, len(latent.mean) // len(mean)), score)
                 for latent in _beliefs(model.likelihood, posterior, shifts, mean, prepared)
             ]
         found.append(torch.cat(parts).view(len(candidates), -1).cpu())

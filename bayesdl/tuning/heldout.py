@@ -1,4 +1,4 @@
-"""Tuning on held-out data by the predictive negative log-likelihood. The network runs once, whatever is tried."""
+"""Tuning on held-out data by a proper score, the log density by default. The network runs once, whatever is tried."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bayesdl.likelihoods import Gaussian
 from bayesdl.posteriors import GaussianPosterior, ScaledPosterior
 from bayesdl.tuning.grid import Passes, choose, grid_of, losses, passes, pick, projected, relative_noise
 from bayesdl.tuning.interpolation import shifts_of
+from bayesdl.tuning.scores import Score, resolve_score
 from bayesdl.tuning.temperature import fit_noise, fit_temperature, minimise, predictive_nll
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def tune_heldout(
     *,
     grid: Sequence[float] | None = None,
     standard_errors: float = 0.0,
+    score: str | Score = "nll",
     progress: bool = False,
 ) -> BayesianModel:
-    """Minimise NLL on held-out data.
+    """Minimise NLL, or another proper score, on held-out data.
 
     A linearised Laplace posterior: the scalar prior precision over `grid` (and for open Gaussian noise its scale at
     every candidate). Any other posterior: a temperature on the outputs, or the noise of a Gaussian likelihood.
@@ -42,18 +44,28 @@ def tune_heldout(
         standard_errors: how many standard errors above the least NLL a candidate may lie; the largest precision within
             is chosen. Zero takes the least, one is the one-standard-error rule (Breiman et al. 1984), for held-out
             sets so small that their choice of a wide posterior may be chance.
+        score: "nll"; "brier" (class probabilities); "crps" (normal predictives, summed over outputs); or a function
+            `(distribution, targets) -> (B,)` of losses.
 
     Raises:
         ArgumentError: no data, or a negative number of standard errors.
-        UnsupportedError: a likelihood whose outputs have no temperature.
+        UnsupportedError: a likelihood whose outputs have no temperature; another score than NLL where a noise is open.
     """
     if data is None:
         raise ArgumentError('tune("heldout", val_loader) needs a loader of data the network was not trained on')
     if not standard_errors >= 0:
         raise ArgumentError(f"standard_errors={standard_errors}; expected zero or more")
-    posterior = model.posterior
+    posterior, measure = model.posterior, resolve_score(score)
+    open_noise = isinstance(model.likelihood, Gaussian) and not (
+        isinstance(posterior, GaussianPosterior) and posterior.predictive == "linearized" and posterior.noise is None
+    )
+    if open_noise and score != "nll":
+        raise UnsupportedError(
+            f"the noise is chosen here too, by NLL, and score={score!r} was given; fix it, "
+            'likelihood=bdl.Gaussian(noise=...), or use score="nll"'
+        )
     if isinstance(posterior, GaussianPosterior) and posterior.predictive == "linearized":
-        return _tune_prior(model, posterior, data, grid, standard_errors, progress)
+        return _tune_prior(model, posterior, data, grid, standard_errors, measure, progress)
     latent, targets = _latents(model, data, progress)
     if isinstance(model.likelihood, Gaussian):
         noise = _best_noise(model.likelihood, latent, targets)
@@ -63,7 +75,7 @@ def tune_heldout(
         raise UnsupportedError(
             f"a {model.likelihood.name} likelihood has no output temperature; tune the method instead"
         )
-    temperature, findings = fit_temperature(model.likelihood, latent, targets)
+    temperature, findings = fit_temperature(model.likelihood, latent, targets, measure)
     base = posterior
     if isinstance(posterior, ScaledPosterior):
         base, temperature = posterior.base, temperature * posterior.temperature.to(temperature)
@@ -96,6 +108,7 @@ def _tune_prior(
     data: Iterable[Any],
     grid: Sequence[float] | None,
     standard_errors: float,
+    score: Score,
     progress: bool,
 ) -> BayesianModel:
     candidates = grid_of(grid)
@@ -104,9 +117,9 @@ def _tune_prior(
     if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
         table, factors = profiled_losses(posterior, candidates, rows)
     else:
-        table = losses(model, posterior, candidates, rows)
+        table = losses(model, posterior, candidates, rows, score)
     best = pick(candidates, table, standard_errors)
-    within = f", within {standard_errors:g} standard errors of the least NLL" if standard_errors > 0 else ""
+    within = f", within {standard_errors:g} standard errors of the least loss" if standard_errors > 0 else ""
     return choose(model, posterior, candidates, best, factors, f"on held-out data{within}")
 
 

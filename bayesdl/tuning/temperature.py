@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bayesdl import mixtures
 from bayesdl.diagnose import Finding
 from bayesdl.latent import GaussianLatent, Latent, SampleLatent
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.posteriors.base import standard_normal
 from bayesdl.posteriors.scaled import scale_latent
+from bayesdl.tuning.scores import Score, negative_log
 
 BOUND = math.log(100.0)
 # of the latent, for likelihoods without a closed form
@@ -22,20 +22,22 @@ GRID = 33
 GRID_STEP = 2.0 * BOUND / (GRID - 1)
 
 
-def predictive_nll(likelihood: Likelihood, latent: Latent, targets: Tensor) -> Tensor:
+def predictive_nll(likelihood: Likelihood, latent: Latent, targets: Tensor, score: Score = negative_log) -> Tensor:
     """Mean negative log predictive density, float64; differentiable in what the latent depends on."""
-    return predictive_losses(likelihood, latent, targets).mean()
+    return predictive_losses(likelihood, latent, targets, score).mean()
 
 
-def predictive_losses(likelihood: Likelihood, latent: Latent, targets: Tensor) -> Tensor:
-    """Negative log predictive density of every example `(B,)`, float64."""
+def predictive_losses(likelihood: Likelihood, latent: Latent, targets: Tensor, score: Score = negative_log) -> Tensor:
+    """Negative log predictive density of every example `(B,)`, float64; or another score of the predictive."""
     noise = standard_normal((DRAWS, latent.mean.shape[-1]), latent.mean, None)
     distribution = likelihood.marginal(latent, noise)
-    return -mixtures.per_example(distribution, distribution.log_prob(targets)).double()
+    return score(distribution, targets).double()
 
 
-def fit_temperature(likelihood: Likelihood, latent: Latent, targets: Tensor) -> tuple[Tensor, tuple[Finding, ...]]:
-    """T that minimises the NLL of f / T, in float64 over log T by a bracketed scalar search.
+def fit_temperature(
+    likelihood: Likelihood, latent: Latent, targets: Tensor, score: Score = negative_log
+) -> tuple[Tensor, tuple[Finding, ...]]:
+    """T that minimises the NLL (or another score) of f / T, in float64 over log T by a bracketed scalar search.
 
     The NLL of a single network is convex in 1/T (Guo et al. 2017); mixtures are searched on the same bracket.
     """
@@ -43,7 +45,7 @@ def fit_temperature(likelihood: Likelihood, latent: Latent, targets: Tensor) -> 
     goal = targets.double() if targets.dtype.is_floating_point else targets
 
     def loss(log_t: Tensor) -> Tensor:
-        return predictive_nll(likelihood, scale_latent(exact, log_t.exp()), goal)
+        return predictive_nll(likelihood, scale_latent(exact, log_t.exp()), goal, score)
 
     log_t = minimise(loss, latent.mean.device)
     findings = [Finding("info", f"temperature {math.exp(log_t):.4f} chosen on held-out data", topic="temperature")]

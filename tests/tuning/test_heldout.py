@@ -9,10 +9,11 @@ import torch
 
 import bayesdl as bdl
 from bayesdl.curvature.registry import STRUCTURES
-from bayesdl.errors import ArgumentError, NonFiniteError
+from bayesdl.errors import ArgumentError, NonFiniteError, ShapeError, UnknownNameError, UnsupportedError
 from bayesdl.model import BayesianModel
 from bayesdl.tuning.grid import least, losses, passes
-from tests.tuning.test_evidence import data, fitted, gaussian
+from bayesdl.tuning.scores import SCORES
+from tests.tuning.test_evidence import data, fitted, gaussian, trained
 
 GRID = [0.001, 0.01, 0.1, 1.0, 10.0]
 
@@ -168,3 +169,60 @@ def test_all_rules_take_progress_and_name_options_that_they_do_not_take(rule: st
     model.tune(rule, validation("categorical"), progress=False)
     with pytest.raises(ArgumentError, match=rf"tune\(\"{rule}\"\) was given metric; it takes"):
         model.tune(rule, validation("categorical"), metric="brier")
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron"])
+def test_brier_and_functions_choose_the_best_of_the_grid(structure: str) -> None:
+    bayes, loader = fitted("categorical", structure=structure), validation("categorical")
+    y = torch.cat([target for _, target in loader])
+
+    def quadratic(p: Any, target: torch.Tensor) -> torch.Tensor:
+        return (p.probs - torch.eye(2, dtype=p.probs.dtype)[target]).square().sum(-1)
+
+    values = [float(quadratic(at(bayes, v).predict(loader).distribution, y).mean()) for v in GRID]
+    best = GRID[min(range(len(GRID)), key=values.__getitem__)]
+    for score in ("brier", quadratic):
+        assert float(gaussian(bayes.tune("heldout", loader, grid=GRID, score=score)).precision) == best
+
+
+def test_crps_of_normal_marginals() -> None:
+    bayes, loader = fitted("gaussian", 0.3, structure="full"), validation("gaussian")
+    y = torch.cat([target for _, target in loader])
+
+    def by_quadrature(model: BayesianModel) -> float:  # integral of (F(t) - 1[t >= y])^2
+        found = model.predict(loader)
+        t = torch.linspace(-12, 12, 24001, dtype=torch.float64)[:, None, None]
+        below = torch.distributions.Normal(found.mean, found.variance.sqrt()).cdf(t)
+        return float((below - (t >= y).double()).square().sum(0).mul(24 / 24000).sum(-1).mean())
+
+    values = [by_quadrature(at(bayes, v)) for v in GRID]
+    best = min(range(len(GRID)), key=values.__getitem__)
+    tuned = bayes.tune("heldout", loader, grid=GRID, score="crps")
+    assert float(gaussian(tuned).precision) == GRID[best]
+    exact = SCORES["crps"](tuned.predict(loader).distribution, y)
+    assert float(exact.mean()) == pytest.approx(values[best], abs=2e-3)
+
+
+def test_scores_that_do_not_fit_are_named() -> None:
+    classes, numbers = fitted("categorical", structure="diag"), fitted("gaussian", 0.3, structure="diag")
+    with pytest.raises(UnknownNameError, match="'nlll' is not known; choose one of"):
+        classes.tune("heldout", validation("categorical"), score="nlll")
+    with pytest.raises(UnsupportedError, match="crps.*Categorical"):
+        classes.tune("heldout", validation("categorical"), score="crps")
+    with pytest.raises(UnsupportedError, match="brier"):
+        numbers.tune("heldout", validation("gaussian"), score="brier")
+    with pytest.raises(ShapeError, match="one loss an observation"):
+        classes.tune("heldout", validation("categorical"), score=lambda p, y: p.probs)
+    with pytest.raises(UnsupportedError, match="noise is chosen here too"):
+        fitted("gaussian", structure="diag").tune("heldout", validation("gaussian"), score="crps")
+
+
+def test_temperature_by_brier() -> None:
+    x, y = data("categorical")
+    plain = bdl.wrap(trained("categorical"), "map", likelihood="categorical", progress=False)
+    tuned = plain.tune("heldout", [(x, y)], score="brier")
+    log_t = torch.linspace(-3, 3, 2001, dtype=torch.float64)
+    logits = plain(x).latent.mean
+    grid = torch.stack([(torch.softmax(logits / t.exp(), -1) - torch.eye(2)[y]).square().sum(-1).mean() for t in log_t])
+    found = (tuned(x).distribution.probs - torch.eye(2)[y]).square().sum(-1).mean()
+    assert float(found) == pytest.approx(float(grid.min()), rel=1e-5)
