@@ -17,6 +17,7 @@ from bayesdl.evaluation import (
     regression,
     selective,
 )
+from bayesdl.evaluation.agreement import agreement, total_variation
 from bayesdl.evaluation.bootstrap import Interval, Resamples, resample, resample_ood
 from bayesdl.evaluation.brier_terms import BrierTerms, brier_decomposition
 from bayesdl.evaluation.calibration import ace, calibration_p, ce2_debiased, skce, smece, spiegelhalter_z, tace
@@ -35,6 +36,7 @@ from bayesdl.evaluation.classification import (
     reliability,
 )
 from bayesdl.evaluation.conformal import Conformal, FittedConformal, interval_coverage, set_report
+from bayesdl.evaluation.coverage import Coverage, posterior_coverage
 from bayesdl.evaluation.decomposition import Split, disagreement, split, variation_ratio
 from bayesdl.evaluation.dispersion import (
     ause,
@@ -97,6 +99,7 @@ __all__ = [
     "BrierTerms",
     "ClassificationStream",
     "Conformal",
+    "Coverage",
     "FeatureDensity",
     "FittedConformal",
     "FittedDensity",
@@ -115,6 +118,7 @@ __all__ = [
     "UndefinedError",
     "accuracy",
     "ace",
+    "agreement",
     "augrc",
     "aurc",
     "auroc",
@@ -169,6 +173,7 @@ __all__ = [
     "pinball",
     "pit",
     "pit_samples",
+    "posterior_coverage",
     "qce",
     "ranking",
     "recalibrate_regression",
@@ -189,6 +194,7 @@ __all__ = [
     "split",
     "ssc",
     "tace",
+    "total_variation",
     "uce",
     "variation_ratio",
     "worst_slab",
