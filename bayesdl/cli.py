@@ -1,4 +1,4 @@
-"""The `bayesdl` command: demo, compare, evaluate.
+"""The `bayesdl` command: demo, compare, evaluate, report.
 
 Results go to the standard output, everything else to the standard error stream. Exit status: 0 fine; 2 wrong input,
 told in one line; 1 anything unexpected.
@@ -12,17 +12,18 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import bayesdl
-from bayesdl.errors import ArgumentError, BayesDLError
+from bayesdl.errors import ArgumentError, BayesDLError, FileFormatError
 
 if TYPE_CHECKING:
     from bayesdl.evaluation.report import Report
 
 _PIPED_WIDTH = 160  # columns of a table when the output is no terminal, whose width rich would guess as 80
+_FORMATS = (".html", ".md", ".tex", ".csv", ".json")
 _SCORE_DEPTH = 3  # slashes in ood/<set>/<score>/<metric>; the usual score is ood/<set>/<metric> as well
 
 
@@ -37,10 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
     parser = _Parser(prog="bayesdl", description="Bayesian versions of trained PyTorch networks, compared and scored.")
     parser.add_argument("--version", action="version", version=f"bayesdl {bayesdl.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,compare,evaluate}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,compare,evaluate,report}")
     _add_demo(commands)
     _add_compare(commands)
     _add_evaluate(commands)
+    _add_report(commands)
     return parser
 
 
@@ -78,6 +80,15 @@ def _add_compare(commands: Any) -> None:
         help="set that is out of distribution: NAME=MODULE:LOADER, or ROW:NAME=FILE where predictions are compared",
     )
     compare.add_argument("--reference", metavar="ROW", help="print every row's difference to this one")
+    compare.add_argument(
+        "--calibration",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ROW=FILE",
+        help="predictions of held-out data, to which the temperature of a row's twin is fitted",
+    )
+    compare.add_argument("--twins", action="store_true", help="temperature-scaled twins of all rows, cross-fitted")
     _add_common(compare, out="bayesdl-report", bootstrap=1000)
     compare.set_defaults(run=_compare)
 
@@ -92,8 +103,24 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
 
 
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="print or convert a report that `compare` or `demo` wrote")
+    report.add_argument("file", type=Path, metavar="REPORT.json", help="the report, or the folder that holds it")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="write it as .html, .md, .tex, .csv or .json instead of printing it"
+    )
+    report.add_argument("--debug", action="store_true", help="show where an error comes from")
+    report.set_defaults(run=_report)
+
+
 def _add_common(parser: argparse.ArgumentParser, *, out: str, bootstrap: int) -> None:
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        metavar="OUT",
+        help="folder for page, numbers and predictions, or one .html, .md, .tex, .csv or .json; default: %(default)s",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument(
@@ -191,6 +218,7 @@ def _compare_methods(arguments: argparse.Namespace) -> Report:
         rows,
         data.test,
         ood=ood or None,
+        twins=True if arguments.twins else None,
         bootstrap=bootstrap,
         generator=torch.Generator().manual_seed(arguments.seed),
         progress=progress,
@@ -215,10 +243,15 @@ def _compare_files(arguments: argparse.Namespace) -> Report:
         if row not in names or not name:
             raise ArgumentError(f"--ood {key}={file}: expected ROW:NAME=FILE with one of the rows {', '.join(names)}")
         ood.setdefault(name, {})[row] = file
+    held = cli_model.named_entries(arguments.calibration, "--calibration", "FILE")
+    if unknown := [row for row in held if row not in names]:
+        raise ArgumentError(f"--calibration {unknown[0]}=: expected one of the rows {', '.join(names)}")
     return compare(
         dict(zip(names, arguments.files, strict=True)),
         None,
         ood=ood or None,
+        calibration=held or None,
+        twins=True if arguments.twins else None,
         bootstrap=_bootstrap(arguments.bootstrap),
         generator=torch.Generator().manual_seed(arguments.seed),
         progress=_progress(arguments),
@@ -240,6 +273,37 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         _print_values(values)
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from bayesdl.evaluation.report import Report
+
+    path = arguments.file / "report.json" if arguments.file.is_dir() else arguments.file
+    try:
+        report = Report.from_json(path.read_text(encoding="utf-8"))
+    except (FileFormatError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    if arguments.out is None:
+        _print(report)
+    else:
+        _write(report, arguments.out)
+
+
+def _write(report: Report, path: Path) -> None:
+    """One file in the format that its name asks for."""
+    formats: dict[str, Callable[[], str | Path]] = {
+        ".html": lambda: report.to_html(path),
+        ".md": report.to_markdown,
+        ".tex": report.to_latex,
+        ".csv": report.to_csv,
+        ".json": report.to_json,
+    }
+    if path.suffix not in formats:
+        raise ArgumentError(f"--out {path}: expected a name that ends in {', '.join(_FORMATS)}")
+    made = formats[path.suffix]()
+    if isinstance(made, str):
+        path.write_text(made, encoding="utf-8")
+    sys.stdout.write(f"The report: {path}\n")
+
+
 def _print_values(values: Mapping[str, float]) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -258,6 +322,9 @@ def _show(report: Report, out: Path, *, reference: str | None = None) -> None:
     _print(report)
     if reference is not None:
         _print_differences(report, reference)
+    if out.suffix in _FORMATS and not out.is_dir():
+        _write(report, out)
+        return
     out.mkdir(parents=True, exist_ok=True)
     page = report.to_html(out / "index.html")
     (out / "report.json").write_text(report.to_json(), encoding="utf-8")
@@ -323,5 +390,7 @@ def _device(name: str) -> str:
 
 def _check_out(out: Path) -> None:
     """Fail before the work, not after it."""
+    if out.suffix in _FORMATS:
+        return
     if out.exists() and not out.is_dir():
         raise ArgumentError(f"--out {out}: expected a folder, there is a file of that name")

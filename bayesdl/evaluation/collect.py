@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from bayesdl.evaluation import cost as costs
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.predictive import Predictive
 
-TEST = "test"
+TEST, CALIBRATION = "test", "calibration"
 _COST_EXAMPLES = 512  # enough to time a method, few enough that a slow one is not run over the whole test set again
 _COST_BATCHES = 16
 
@@ -27,13 +27,16 @@ _COST_BATCHES = 16
 class Collected:
     """Predictions by row and data set (`test`, `ood/<set>`, `shift/<name>/<severity>`), and facts about each row.
 
-    `about[row]` holds `method`, `temperature` and `cost` (a dict of floats) where they are known.
+    `about[row]` holds `method`, `temperature` and `cost` (a dict of floats) where they are known. `calibration` holds
+    held-out predictions by row, `scores[name][row][data set]` the OOD scores (N,) of feature densities.
     """
 
     predictions: dict[str, dict[str, Predictions]]
     about: dict[str, dict[str, Any]]
     shifts: dict[str, list[str]]
     notes: tuple[str, ...] = ()
+    calibration: Mapping[str, Predictions] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -52,6 +55,8 @@ def collect(
     *,
     cost: bool,
     progress: bool,
+    calibration: Any = None,
+    scores: Mapping[str, Any] | None = None,
 ) -> Collected:
     """Run every method that is a model over all loaders; take and load what is given as predictions.
 
@@ -62,6 +67,8 @@ def collect(
     if not isinstance(methods, Mapping) or not methods:
         raise ArgumentError(f"methods: expected a dict of at least one name -> method, got {methods!r}")
     sources, shifts = _sources(data, ood, shift)
+    if calibration is not None:
+        sources[CALIBRATION] = calibration
     models = {str(row): method for row, method in methods.items() if not _is_given(method)}
     if models and data is None:
         raise ArgumentError(f"data: a loader is needed to run {', '.join(models)}; got None")
@@ -91,7 +98,41 @@ def collect(
             steps.set_postfix_str("cost")
             notes = _add_costs(models, data, predictions, about)
             steps.update(len(models))
-    return Collected(predictions, about, shifts, notes)
+    held = {row: sets.pop(CALIBRATION) for row, sets in predictions.items() if CALIBRATION in sets}
+    whole = Collected(predictions, about, shifts, notes, held)
+    return replace(whole, scores=_feature_scores(scores, whole, sources)) if scores else whole
+
+
+def _feature_scores(
+    scores: Mapping[str, Any], found: Collected, sources: Mapping[str, Any]
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """OOD scores by name, row and data set, each density read once over every loader."""
+    made: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for name, given in scores.items():
+        by_row = given if isinstance(given, Mapping) else dict.fromkeys(found.rows, given)
+        done: dict[int, dict[str, Tensor]] = {}
+        for row, density in by_row.items():
+            if row not in found.predictions:
+                raise ArgumentError(f"scores[{name!r}]: {row!r} is no row; the rows are {', '.join(found.rows)}")
+            if not hasattr(density, "scores"):
+                raise ArgumentError(
+                    f"scores[{name!r}]: expected a fitted density, FeatureDensity(...).fit(model, loader), "
+                    f"got {type(density).__name__}"
+                )
+            if id(density) not in done:
+                done[id(density)] = {
+                    key: density.scores(source).cpu()
+                    for key, source in sources.items()
+                    if (key == TEST or key.startswith("ood/")) and _is_loader(source, name, key)
+                }
+            made.setdefault(_set_name(name), {})[row] = done[id(density)]
+    return made
+
+
+def _is_loader(source: Any, score: str, key: str) -> bool:
+    if source is None or isinstance(source, Mapping):
+        raise ArgumentError(f"scores[{score!r}] reads inputs, so {key} must be a loader")
+    return True
 
 
 def one(source: Any, data: Any, ood: Mapping[str, Any] | None) -> dict[str, Predictions]:

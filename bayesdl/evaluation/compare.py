@@ -6,6 +6,7 @@ import hashlib
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
+from bayesdl.evaluation.seeds import join_seeds, split_seeds
 from bayesdl.evaluation.table import SIGNIFICANCE, Resampler, Table, enough_resamples
+from bayesdl.evaluation.twins import with_twins
 
 _SHIFT_METRICS = {
     "classification": ("nll", "accuracy", "ece"),
@@ -39,12 +42,17 @@ def compare(
     generator: torch.Generator | None = None,
     cost: bool = True,
     score: str | None = None,
+    scores: Mapping[str, Any] | None = None,
+    reference: str | None = None,
+    calibration: Any = None,
+    twins: bool | None = None,
     progress: bool = True,
 ) -> Report:
     """Compare methods on the same examples: proper scores, calibration, OOD detection, shift, cost, with error bars.
 
     Args:
-        methods: name -> `BayesianModel`, `Predictions`, or path to saved predictions.
+        methods: name -> `BayesianModel`, `Predictions`, or path to saved predictions; or name -> a list of these, one a
+            training seed, equally long for all: cells are then means with standard errors over seeds, tests paired t.
         data: loader of the test data, read once per model in the same order; None if all methods are predictions.
         ood: name -> loader of out-of-distribution data (labels are ignored), or name -> {method: Predictions}.
         shift: name -> loaders by growing severity, as {severity: loader} or a list; in place of a loader, predictions
@@ -55,6 +63,11 @@ def compare(
         generator: for the resamples; None means one seeded with 0, so that the same input gives the same report.
         cost: measure time and memory of every model.
         score: headline OOD score, a key of `SCORES`; None means entropy, for regression the variance of f.
+        scores: name -> fitted `FeatureDensity`, or name -> {method: one}: further columns `ood/<set>/<name>/...`.
+        reference: a method; the notes then list every other one's paired difference to it in the headline columns.
+        calibration: held-out loader, or {method: Predictions}, to which the twins' temperatures are fitted.
+        twins: add a row `<name> + T` for each classification method but temperature scaling: its probabilities at a
+            fitted temperature. None: where `calibration` is given. True without it: cross-fitted on the test set.
         progress: show a progress bar.
 
     Returns:
@@ -73,7 +86,25 @@ def compare(
             raise UnknownNameError(f"metrics: {name!r} is unknown; available: {', '.join(METRICS)}")
     if score is not None and score not in SCORES:
         raise UnknownNameError(f"score={score!r} is unknown; available: {', '.join(SCORES)}")
-    found = collect(methods, data, ood, shift, cost=cost, progress=progress)
+    if reference is not None and reference not in methods:
+        raise UnknownNameError(f"reference={reference!r} is no method; there are {', '.join(map(str, methods))}")
+    if isinstance(methods, Mapping) and any(isinstance(value, (list, tuple)) for value in methods.values()):
+        if calibration is not None and isinstance(calibration, Mapping):
+            raise ArgumentError("calibration: with lists of seeds a loader is expected, which every seed's model reads")
+        reports = [
+            compare(
+                seed, data, ood=ood, shift=shift, metrics=metrics, bootstrap=0, level=level, generator=generator,
+                cost=cost, score=score, scores=scores, calibration=calibration, twins=twins, progress=progress,
+            )
+            for seed in split_seeds(methods)
+        ]  # fmt: skip
+        return _with_reference(join_seeds(reports, level), reference)
+    found = collect(methods, data, ood, shift, cost=cost, progress=progress, calibration=calibration, scores=scores)
+    if (calibration is not None) if twins is None else twins:
+        if found.task == "classification":
+            found = with_twins(found, found.calibration)
+        elif twins:
+            raise ArgumentError(f"twins: a temperature is a matter of classes; the task is {found.task}")
     names = tuple(HEADLINE[found.task] if metrics is None else metrics)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     seed = generator.initial_seed()
@@ -94,7 +125,8 @@ def compare(
         for name, severities in found.shifts.items():
             table.add_shift_means(name, severities, watched)
     table.add_costs()
-    return table.report(_details(found, table, bootstrap, level, seed, chosen, watched))
+    report = table.report(_details(found, table, bootstrap, level, seed, chosen, watched))
+    return _with_reference(report, reference)
 
 
 def evaluate(
@@ -131,6 +163,25 @@ def scores_for(predictions: Predictions) -> list[str]:
         for name, score in SCORES.items()
         if predictions.task in score.tasks and score.read(predictions) is not None
     ]
+
+
+def _with_reference(report: Report, reference: str | None) -> Report:
+    """The report with a note on every row's difference to `reference`."""
+    if reference is None:
+        return report
+    notes = list(report.details.get("notes", ()))
+    for row in report.rows:
+        parts = []
+        for column in report.headline():
+            if row == reference or column.key not in report.replicates or column.group == "cost":
+                continue
+            found = report.difference(row, reference, column.key)
+            parts.append(
+                f"{column.label} {found.value:+.3g} [{found.low:.3g}, {found.high:.3g}], p {found.adjusted:.2g}"
+            )
+        if parts:
+            notes.append(f"{row} minus {reference} (paired; p after Holm): {'; '.join(parts)}.")
+    return replace(report, details={**report.details, "reference": reference, "notes": notes})
 
 
 def _sets(found: Collected) -> list[str]:

@@ -124,6 +124,10 @@ class Report:
                 f"column {key!r} has no resamples: it is not resampled, bootstrap=0, or the report was read from JSON; "
                 "run compare(..., bootstrap=1000)"
             )
+        if self.details.get("spread") == "seeds":
+            from bayesdl.evaluation.seeds import seed_difference
+
+            return seed_difference(self, row, reference, self.column(key))
         from bayesdl.evaluation.table import paired_difference
 
         return paired_difference(self, row, reference, key)

@@ -16,7 +16,7 @@ from bayesdl.evaluation.bootstrap import Resamples
 from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of, place
 from bayesdl.evaluation.collect import TEST, Collected
 from bayesdl.evaluation.metrics import METRICS, Metric, metric_values
-from bayesdl.evaluation.ood import OOD_METRICS, SCORES, ood_metrics
+from bayesdl.evaluation.ood import OOD_METRICS, SCORES, ood_metrics, score_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
 from bayesdl.evaluation.validation import UndefinedError
@@ -127,6 +127,28 @@ class Table:
         for score in SCORES:
             if self.found.task in SCORES[score].tasks:
                 self._add_score(dataset, score)
+        for score, rows in self.found.scores.items():
+            self._add_features(dataset, score, rows)
+
+    def _add_features(self, dataset: str, score: str, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Metrics of a score that is no function of predictions: the same for all rows that share a density."""
+        found = {row: score_metrics(sets[TEST], sets[dataset]) for row, sets in rows.items()}
+        for name, metric in OOD_METRICS.items():
+            column = Column(
+                key=f"{dataset}/{score}/{name}",
+                label=f"{metric.label}, {place(dataset)}, {score}",
+                group="ood",
+                direction=metric.direction,
+                unit=metric.unit,
+                definition=f"{metric.definition} Score: {score}, from features.",
+                n=self.size(dataset),
+                dataset=dataset,
+                headline=name == "auroc",
+            )
+            for row in self.found.rows:
+                value = float(found[row][name]) if row in found else math.nan
+                self.cells[row][column.key] = _cell(value, "no feature density")
+            self._finish(column, {})
 
     def _add_score(self, dataset: str, score: str) -> None:
         found = {row: self._ood_values(row, dataset, score) for row in self.found.rows}

@@ -1,0 +1,110 @@
+"""Spread over training seeds: one report per seed, then means, standard errors and paired t-tests over the seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bayesdl.errors import ArgumentError
+from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of
+from bayesdl.evaluation.report import Report
+from bayesdl.evaluation.table import SIGNIFICANCE, holm
+
+SEEDS = "seeds"
+
+
+def split_seeds(methods: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Methods of each seed, from lists of equal length. Raises `ArgumentError` where they are not."""
+    lengths = {str(row): len(v) if isinstance(v, (list, tuple)) else 0 for row, v in methods.items()}
+    if len(set(lengths.values())) != 1 or min(lengths.values()) < 2:
+        told = ", ".join(f"{row}: {n or 'no list'}" for row, n in lengths.items())
+        raise ArgumentError(f"seeds are compared in pairs, so every method needs the same two or more; got {told}")
+    return [{row: value[i] for row, value in methods.items()} for i in range(next(iter(lengths.values())))]
+
+
+def join_seeds(reports: Sequence[Report], level: float) -> Report:
+    """Mean over seeds in every cell, with mean -+ standard error; the best and what no paired t-test separates bold."""
+    first = reports[0]
+    cells: dict[str, dict[str, Cell]] = {row: {} for row in first.rows}
+    replicates: dict[str, np.ndarray] = {}
+    for column in first.specs:
+        values = np.array([[_number(r, row, column.key) for r in reports] for row in first.rows])
+        for row, seen in zip(first.rows, values, strict=True):
+            if np.isnan(seen).any():
+                note = next(n for r in reports if (n := r.cell(row, column.key).note) or r is reports[-1])
+                cells[row][column.key] = Cell(None, note=note or "undefined for a seed")
+                continue
+            mean = float(seen.mean())
+            finite = bool(np.isfinite(seen).all())
+            error = float(seen.std(ddof=1)) / math.sqrt(len(seen)) if finite else math.nan
+            expected = [c.expected for r in reports if (c := r.cell(row, column.key)).expected is not None]
+            cells[row][column.key] = Cell(
+                mean,
+                mean - error if finite else None,
+                mean + error if finite else None,
+                expected=float(np.mean(expected)) if expected else None,
+            )
+        replicates[column.key] = values
+        _mark(column, cells, values, first.rows)
+    notes = [*first.details.get("notes", ()), _NOTE.format(len(reports))]
+    details = {**first.details, "spread": SEEDS, "num_seeds": len(reports), "level": level, "notes": notes}
+    return replace(first, cells=cells, replicates=replicates, details=details)
+
+
+def seed_difference(report: Report, row: str, reference: str, column: Column) -> Difference:
+    """`row` minus `reference`, paired by seed, with a t interval."""
+    from scipy.stats import t
+
+    values = report.replicates[column.key]
+    base = values[report.rows.index(reference)]
+    differences = values[report.rows.index(row)] - base
+    mean, n = float(differences.mean()), len(differences)
+    half = float(t.ppf((1 + float(report.details["level"])) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+    p = {other: paired_t(values[i] - base) for i, other in enumerate(report.rows) if other != reference}
+    if row == reference:
+        return Difference(0.0, 0.0, 0.0, 1.0, 1.0)
+    return Difference(mean, mean - half, mean + half, p[row], holm(p)[row])
+
+
+def paired_t(differences: np.ndarray) -> float:
+    """Two-sided p-value of Student's paired t-test; 1 where all differences are 0, NaN where one is not finite."""
+    if not np.isfinite(differences).all():
+        return math.nan
+    spread = differences.std(ddof=1)
+    if spread == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    from scipy.stats import t
+
+    return float(2 * t.sf(abs(differences.mean()) / (spread / math.sqrt(len(differences))), len(differences) - 1))
+
+
+_NOTE = (
+    "Spread: mean over {} training seeds; the interval is one standard error to either side. Tests are paired by seed "
+    "(Student's t), adjusted by Holm over the methods of a column."
+)
+
+
+def _number(report: Report, row: str, key: str) -> float:
+    value = report.cell(row, key).value
+    return math.nan if value is None else value
+
+
+def _mark(column: Column, cells: dict[str, dict[str, Cell]], values: np.ndarray, rows: Sequence[str]) -> None:
+    if column.direction == "none":
+        return
+    ranked = {row: loss_of(column, c.value) for row in rows if (c := cells[row][column.key]).value is not None}
+    if len(ranked) < 2:
+        return
+    best = min(ranked, key=lambda row: ranked[row])
+    turned = np.abs(values - (column.target or 0.0)) if column.direction == "target" else values
+    base = turned[rows.index(best)]
+    raw = {row: paired_t(turned[rows.index(row)] - base) for row in ranked if row != best}
+    adjusted = holm({row: p for row, p in raw.items() if not math.isnan(p)})
+    for row in ranked:
+        p = adjusted.get(row)
+        marked = row == best or ranked[row] == ranked[best] or (p is not None and p > SIGNIFICANCE)
+        cells[row][column.key] = replace(cells[row][column.key], best=marked, p=p)
