@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 Selector = Union[str, Iterable[str], "re.Pattern[str]", Callable[[str, Tensor], bool], "Subnetwork"]
 
-KEYWORDS = ("all", "last_layer", "requires_grad", "lora")
+KEYWORDS = ("all", "last_layer", "requires_grad", "lora", "lora+head", "lora:last-k")
 # short for a keyword, unless a layer of the network has that name
 ALIASES = {"last": "last_layer"}
 # peft's names of the low-rank factors, those of embeddings too
 LORA = re.compile(r"(^|\.)lora_(embedding_)?[AB](\.|$)")
+LAST_BLOCKS = re.compile(r"lora:last-(\d+)")
 
 
 def describe(select: Selector) -> str:
@@ -47,9 +48,10 @@ def resolve(
     """Names of the selected parameters, each tied parameter once, in the module's own order.
 
     Args:
-        select: "all"; "last_layer" (or "last"); "requires_grad"; "lora" (the low-rank factors that peft adds); the
-            name of a module or a parameter; a regular expression (compiled, or text that is no name: `re.search` on
-            parameter names); a list of names or module names; or a predicate `(name, parameter) -> bool`.
+        select: "all"; "last_layer" (or "last"); "requires_grad"; "lora" (the low-rank factors that peft adds),
+            "lora:last-k" (those in the last k blocks), "lora+head" (and peft's `modules_to_save`); the name of a module
+            or a parameter; a regular expression (compiled, or text that is no name: `re.search` on parameter names); a
+            list of names or module names; or a predicate `(name, parameter) -> bool`.
         module: the network.
         requires_grad: what the user's own parameters say (the library's clone says False everywhere).
         last_layer: finds the name of the layer whose output is the network's output.
@@ -61,7 +63,12 @@ def resolve(
     if not parameters:
         raise SelectionError("the network has no parameters")
     every: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    names = _chosen(select, parameters, every, requires_grad, last_layer)
+    low_rank = isinstance(select, str) and (select in ("lora", "lora+head") or LAST_BLOCKS.fullmatch(select))
+    names = (
+        _low_rank(str(select), module, parameters)
+        if low_rank
+        else _chosen(select, parameters, every, requires_grad, last_layer)
+    )
     chosen = tuple(
         name
         for name in parameters
@@ -90,8 +97,6 @@ def _chosen(
         return set(parameters)
     if select == "requires_grad":
         return {name for name in parameters if requires_grad.get(name, False)}
-    if select == "lora":
-        return {name for name in parameters if LORA.search(name)}
     if isinstance(select, str):
         found = _named(select, every)
         if wants_last_layer(select) and not found:
@@ -114,6 +119,22 @@ def wants_last_layer(select: Selector | None) -> bool:
     """Whether a selection may have to run the network to be resolved."""
     inside = select.within if isinstance(select, Subnetwork) else select
     return isinstance(inside, str) and ALIASES.get(inside, inside) == "last_layer"
+
+
+def _low_rank(select: str, module: nn.Module, parameters: dict[str, Tensor]) -> set[str]:
+    factors = {name for name in parameters if LORA.search(name)}
+    if select == "lora+head":
+        return factors | {name for name in parameters if ".modules_to_save." in name}
+    last = LAST_BLOCKS.fullmatch(select)
+    if last is None or not factors:
+        return factors
+    from bayesdl.lora.adapters import block_list, block_of
+
+    path = block_list(module, factors)
+    first = len(module.get_submodule(path)) - int(last[1])  # type: ignore[arg-type]
+    if int(last[1]) < 1 or first < 0:
+        raise SelectionError(f"select={select!r}, and {path!r} has {first + int(last[1])} blocks")
+    return {name for name in factors if (place := block_of(name, path)) is not None and place >= first}
 
 
 def _named(name: str, every: dict[str, Tensor]) -> set[str]:
