@@ -78,10 +78,13 @@ class SampleLatent:
     Attributes:
         samples: `(S, B, C)`; `(S, B, T, C)` for sequences, `(S, B, H, W, C)` for images.
         weights: `(S,)`, summing to one.
+        spreads: variances within each sample, in the shape of `samples`, where every sample is a Gaussian belief of its
+            own (a Bayesian last layer on sampled features); None where samples are certain.
     """
 
     samples: Tensor
     weights: Tensor
+    spreads: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.samples.dim() < 3 or self.weights.shape != self.samples.shape[:1]:
@@ -97,29 +100,51 @@ class SampleLatent:
     @cached_property
     def variance(self) -> Tensor:
         """`(B, C)`."""
-        return torch.einsum("s,s...->...", self.weights, (self.samples - self.mean).square())
+        square = (self.samples - self.mean).square()
+        return torch.einsum("s,s...->...", self.weights, square if self.spreads is None else square + self.spreads)
 
     def draws(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights `(S,)` and outputs `(S, B, C)`; the base noise is not needed."""
-        del noise
-        return self.weights, self.samples
+        """Weights `(S,)` and outputs `(S, B, C)`; the base noise is needed only where samples have spreads, and is then
+        dealt out among them."""
+        if self.spreads is None:
+            return self.weights, self.samples
+        weights, outputs, count = [], [], len(self.weights)
+        for number, part in enumerate(self.parts()):
+            rows = noise[number % len(noise) :: count]
+            shares, drawn = part.draws(rows)
+            weights.append(self.weights[number] * shares)
+            outputs.append(drawn)
+        return torch.cat(weights), torch.cat(outputs)
+
+    def parts(self) -> list[GaussianLatent]:
+        """The samples as beliefs of their own."""
+        spreads = torch.zeros_like(self.samples) if self.spreads is None else self.spreads
+        return [GaussianLatent(mean, variance) for mean, variance in zip(self.samples, spreads, strict=True)]
+
+    def on_samples(self, function: Callable[[Tensor], Tensor]) -> SampleLatent:
+        """Apply `function` to what has the shape of the samples."""
+        spreads = None if self.spreads is None else function(self.spreads)
+        return SampleLatent(function(self.samples), self.weights, spreads)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SampleLatent:
         """Apply `function` to every tensor."""
-        return SampleLatent(function(self.samples), function(self.weights))
+        spreads = None if self.spreads is None else function(self.spreads)
+        return SampleLatent(function(self.samples), function(self.weights), spreads)
 
     def flat(self) -> SampleLatent:
         """Positions as inputs of their own: `(S, B T, C)`."""
-        return SampleLatent(self.samples.flatten(1, -2), self.weights)
+        return self.on_samples(lambda tensor: tensor.flatten(1, -2))
 
     def select(self, index: Tensor) -> SampleLatent:
         """The inputs at `index`, a mask or positions on the batch axis."""
-        return SampleLatent(self.samples[:, index], self.weights)
+        return self.on_samples(lambda tensor: tensor[:, index])
 
     @staticmethod
     def cat(parts: Sequence[SampleLatent]) -> SampleLatent:
         """Concatenate along the batch."""
-        return SampleLatent(torch.cat([p.samples for p in parts], dim=1), parts[0].weights)
+        spreads = [p.spreads for p in parts if p.spreads is not None]
+        together = torch.cat(spreads, dim=1) if len(spreads) == len(parts) else None
+        return SampleLatent(torch.cat([p.samples for p in parts], dim=1), parts[0].weights, together)
 
 
 Latent = GaussianLatent | SampleLatent

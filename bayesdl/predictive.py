@@ -11,20 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
-from bayesdl import mixtures
+from bayesdl import closed, mixtures
+from bayesdl.closed import Split
 from bayesdl.errors import ArgumentError, LabelError, UnsupportedError
-from bayesdl.latent import Latent, cat_latents
+from bayesdl.latent import Latent, SampleLatent, cat_latents
 
 if TYPE_CHECKING:
     from bayesdl.likelihoods import Likelihood
-
-
-@dataclass(frozen=True)
-class Split:
-    """total = aleatoric + epistemic; nats for classes `(B,)`, target units squared for regression `(B, C)`."""
-
-    aleatoric: Tensor
-    epistemic: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +45,15 @@ class Predictive:
     @cached_property
     def distribution(self) -> Distribution:
         """The predictive as a torch Distribution, observation noise included."""
+        if isinstance(self.latent, SampleLatent) and self.latent.spreads is not None:
+            return closed.marginal(self.likelihood, self.latent, self.noise)
         return self.likelihood.marginal(self.latent, self.noise)
 
     @cached_property
     def split(self) -> Split:
         """Aleatoric and epistemic parts, both from the same draws or moments."""
+        if isinstance(self.latent, SampleLatent) and self.latent.spreads is not None:
+            return closed.split(self.likelihood, self.latent, self.noise)
         return self.likelihood.split(self.latent, self.noise)
 
     @property
@@ -96,6 +93,8 @@ class Predictive:
     @property
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights `(S,)`, means and variances `(S, B, C)` of y as a mixture; noise included."""
+        if isinstance(self.latent, SampleLatent) and self.latent.spreads is not None:
+            return closed.components(self.likelihood, self.latent, self.noise)
         return self.likelihood.components(self.latent, self.noise)
 
     @cached_property

@@ -13,6 +13,7 @@ from bayesdl.errors import ArgumentError, NotFittedError, ShapeError, check_fini
 from bayesdl.latent import Latent, SampleLatent
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, frozen
+from bayesdl.posteriors.heads import bayesian_head, head_functions, head_latent
 
 
 @final
@@ -72,11 +73,19 @@ class SamplePosterior(Posterior):
     def push(self, network: Network, inputs: Any, state: Any) -> Latent:
         call = network.prepare(inputs)
         held = self._cast(network)
+        name = bayesian_head(network)
+        if name is not None:
+            beliefs = [head_latent(network, name, call, {k: v[i] for k, v in held.items()}) for i in range(len(self))]
+            means, variances = (torch.stack(part) for part in zip(*beliefs, strict=True))
+            return SampleLatent(means, self.weights.to(means), variances)
         outputs = torch.stack([network(call, {k: v[i] for k, v in held.items()}) for i in range(len(self))])
         return SampleLatent(outputs, self.weights.to(outputs))
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
-        """Distinct members while n <= S and all weigh the same; resampled by weight otherwise."""
+        """Distinct members while n <= S and all weigh the same; resampled by weight otherwise.
+
+        A member that ends in a Bayesian head is a function drawn from that head.
+        """
         source = generator or torch.Generator().manual_seed(0)
         if n <= len(self) and bool((self.weights == self.weights[0]).all()):
             order = torch.randperm(len(self), generator=source, device=source.device)[:n]
@@ -84,6 +93,10 @@ class SamplePosterior(Posterior):
             shares = self.weights.float().to(source.device)
             order = torch.multinomial(shares, n, replacement=True, generator=source)
         held = self._cast(network)
+        name = bayesian_head(network)
+        if name is not None:
+            states = [{key: value[int(i)] for key, value in held.items()} for i in order]
+            return head_functions(network, name, states, source)
         return [frozen(network, {name: value[int(i)] for name, value in held.items()}) for i in order]
 
     def _cast(self, network: Network) -> dict[str, Tensor]:

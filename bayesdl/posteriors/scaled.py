@@ -82,6 +82,7 @@ def scale_latent(latent: Latent, temperature: Tensor) -> Latent:
     """Outputs divided by `temperature`."""
     t = temperature.to(latent.mean)
     if isinstance(latent, SampleLatent):
-        return SampleLatent(latent.samples / t, latent.weights)
+        spreads = None if latent.spreads is None else latent.spreads / t.square()
+        return SampleLatent(latent.samples / t, latent.weights, spreads)
     covariance = None if latent.covariance is None else latent.covariance / t.square()
     return GaussianLatent(latent.mean / t, latent.variance / t.square(), covariance)

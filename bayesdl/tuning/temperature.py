@@ -103,7 +103,7 @@ def _jointly(latent: Latent, target: Tensor, start: Tensor) -> Tensor:
 
 def _output(latent: Latent, index: int) -> Latent:
     if isinstance(latent, SampleLatent):
-        return SampleLatent(latent.samples[..., index : index + 1], latent.weights)
+        return latent.on_samples(lambda tensor: tensor[..., index : index + 1])
     return GaussianLatent(latent.mean[:, index : index + 1], latent.variance[:, index : index + 1])
 
 
