@@ -31,6 +31,7 @@ _PUBLIC = {
     "MAP": "bayesdl.methods",
     "MCDropout": "bayesdl.methods",
     "MinibatchEvidence": "bayesdl.marginal",
+    "NUTS": "bayesdl.methods",
     "Poisson": "bayesdl.likelihoods",
     "Predictive": "bayesdl.predictive",
     "Prior": "bayesdl.priors",
@@ -59,6 +60,7 @@ _MODULES = (
 __all__ = [
     "ELLA",
     "MAP",
+    "NUTS",
     "SGMCMC",
     "SWAG",
     "TFB",
@@ -110,6 +112,7 @@ if TYPE_CHECKING:
     from bayesdl.methods import (
         ELLA,
         MAP,
+        NUTS,
         SGMCMC,
         SWAG,
         TFB,

@@ -12,6 +12,7 @@ from bayesdl.methods.ensemble import Ensemble
 from bayesdl.methods.function_space import ELLA, SubsetGP, VaLLA
 from bayesdl.methods.laplace import Laplace
 from bayesdl.methods.map import MAP
+from bayesdl.methods.nuts import NUTS
 from bayesdl.methods.sgmcmc import SGMCMC
 from bayesdl.methods.student_t import StudentT
 from bayesdl.methods.swag import SWAG
@@ -25,7 +26,21 @@ CHAINS = ("sgld", "sghmc", "baoab", "sgnht", "psgld", "sa-sgld", "entropy-mcmc",
 METHODS: dict[str, Callable[[], Method]] = {
     **{
         method.name: method
-        for method in (MAP, Temperature, Laplace, SWAG, Ensemble, MCDropout, VBLL, StudentT, SubsetGP, ELLA, VaLLA, TFB)
+        for method in (
+            MAP,
+            Temperature,
+            Laplace,
+            SWAG,
+            Ensemble,
+            MCDropout,
+            VBLL,
+            StudentT,
+            SubsetGP,
+            ELLA,
+            VaLLA,
+            TFB,
+            NUTS,
+        )
     },
     **{name: partial(SGMCMC, name) for name in CHAINS},
 }
@@ -35,6 +50,7 @@ __all__ = [
     "ELLA",
     "MAP",
     "METHODS",
+    "NUTS",
     "SGMCMC",
     "SWAG",
     "TFB",
