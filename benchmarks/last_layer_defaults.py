@@ -51,16 +51,15 @@ def classification_rows(problem: Problem) -> Rows:
     options: dict[str, Any] = {"likelihood": "categorical", "progress": False}
     yield "map, training", lambda: bdl.wrap(problem.net, "map", seen, **options)
     yield PLAIN, lambda: bdl.wrap(problem.net, "temperature", held, **options)
-    for mean in ("refit", "keep"):
-        for rule in ("evidence", "training"):
-            yield (
-                f"vbll {mean}, {rule}",
-                lambda mean=mean, rule=rule: bdl.wrap(problem.net, bdl.VBLL(mean=mean, tuning=rule), seen, **options),
-            )
+    for mean, rule in (("refit", "evidence"), ("keep", "evidence"), ("keep", "training")):
         yield (
-            f"vbll {mean}, held-out",
-            lambda mean=mean: bdl.wrap(problem.net, bdl.VBLL(mean=mean), seen, validation=held, **options),
+            f"vbll, {rule}" + (", means refitted" if mean == "refit" else ""),
+            lambda mean=mean, rule=rule: bdl.wrap(problem.net, bdl.VBLL(mean=mean, tuning=rule), seen, **options),
         )
+    yield (
+        "vbll, training, temperature held-out",
+        lambda: bdl.wrap(problem.net, "vbll", seen, validation=held, **options),
+    )
 
 
 def losses(problem: Problem) -> dict[str, np.ndarray]:
