@@ -20,6 +20,7 @@ from _measure import alternate, arguments, finish, peak_bytes
 from torch import Tensor, nn
 
 import bayesdl as bdl
+from bayesdl.curvature import estimate_several
 from bayesdl.curvature.estimate import fit_curvature
 from bayesdl.curvature.kron import Kron
 from bayesdl.curvature.plan import plan
@@ -134,11 +135,20 @@ def main() -> None:
         return Kron(kron.layout, kron.inner, kron.outer, kron.rows).eigen
 
     passes, products, _ = floor_pieces(net, x)
-    whole = {"fit diag": lambda: fit("diag"), "fit kron": lambda: fit("kron"), "predict kron": predict, "eigen": eigen}
+
+    def both() -> Any:
+        return estimate_several(view, data, likelihood, ("diag", "kron"), progress=False)
+
+    for one, other in zip(both(), (fit("diag"), kron), strict=True):
+        pairs = zip(one.per_block(), other.per_block(), strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-5) for a, b in pairs), "one pass gives another curvature than two"
+    whole = {"fit diag": lambda: fit("diag"), "fit kron": lambda: fit("kron"), "fit diag and kron": both}
+    whole |= {"predict kron": predict, "eigen": eigen}
     seconds = alternate({**passes, **products, **whole}, options.repeats, device)
     floors = {
         "fit diag": seconds["forward"] + seconds["backward fit"] + seconds["gemm diag"],
         "fit kron": seconds["forward"] + seconds["backward fit"] + seconds["gemm kron"],
+        "fit diag and kron": seconds["forward"] + seconds["backward fit"] + seconds["gemm diag"] + seconds["gemm kron"],
         "predict kron": seconds["forward"] + seconds["backward predict"] + seconds["gemm predict"],
     }
     figures["milliseconds"] = {name: round(1e3 * value, 2) for name, value in seconds.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -54,6 +55,7 @@ class Tally:
         dtype: of the factors.
         memory: bytes that one chunk of examples may take.
         classes: for kind "ggn", see `bayesdl.curvature.estimate`.
+        others: filled beside `curvature` from the same factors; not with a noise that is open for several outputs.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Tally:
         dtype: torch.dtype,
         memory: int | None,
         classes: int | None = None,
+        others: Sequence[Structure] = (),
     ) -> None:
+        self.others = others
         self.network, self.curvature, self.kind, self.dtype = network, curvature, kind, dtype
         self._open_noise = isinstance(likelihood, Gaussian) and likelihood.noise is None
         if isinstance(likelihood, Gaussian) and likelihood.noise is None:
@@ -77,7 +81,10 @@ class Tally:
         self._seeds = Seeds(likelihood, kind, samples, generator, self._open_noise, classes)
         width, layout = self._seeds.width(curvature, samples), curvature.layout
         self.memory = memory
-        self.step = chunk_size(layout, curvature, dtype, width=width, memory=memory, device=network.device)
+        self.step = min(
+            chunk_size(layout, kept, dtype, width=width, memory=memory, device=network.device)
+            for kept in (curvature, *others)
+        )
         self.parts: tuple[Structure, ...] = ()
         self.count = self.examples = 0
         # sum of log p(y | f), and of its absolute values, which is the scale of the sum's rounding errors
@@ -107,8 +114,9 @@ class Tally:
                     part.update([replace(factor, g=factor.g[:, c : c + 1]) for factor in factors])
         else:
             for factors in some.parts:
-                self.curvature.update(factors)
-        for kept in self.parts or (self.curvature,):
+                for kept in (self.curvature, *self.others):
+                    kept.update(factors)
+        for kept in self.parts or (self.curvature, *self.others):
             kept.check_finite()
 
     def combine(self, group: Group) -> None:
