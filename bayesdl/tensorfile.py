@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import secrets
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from bayesdl.errors import FileFormatError
 FORMAT = 1
 KEY = "bayesdl"
 DIGEST = "sha256"
+# dtypes as the format calls them
+_NAMES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+}
 # what a header that is not ours can make the code that reads it raise
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -28,7 +35,7 @@ def write_described(path: Path, header: dict[str, Any], tensors: dict[str, Tenso
         FileFormatError: the header is not JSON.
     """
     header = {"format": FORMAT, **header}
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
         # one entry: the order of several would differ from one file to the next
         digest = checksum(header, plain)
@@ -40,15 +47,16 @@ def write_described(path: Path, header: dict[str, Any], tensors: dict[str, Tenso
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file that is either the old one or the new one, whenever the process dies."""
-    from safetensors.torch import save as serialise
+    """A safetensors file that is either the old one or the new one, whenever the process dies.
 
-    payload = serialise(tensors, metadata)
+    Contiguous tensors on the CPU go from their own memory to the file: nothing is copied.
+    """
     # not from tempfile, whose files nobody else may read
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
-            file.write(payload)
+            for piece in _serialised(tensors, metadata):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -56,6 +64,34 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The pieces of a safetensors file: length of the header, header, tensors."""
+    if sys.byteorder != "little" or any(value.dtype not in _NAMES for value in tensors.values()):
+        from safetensors.torch import save
+
+        yield save({name: value.clone() for name, value in tensors.items()}, metadata)
+        return
+    # the wide ones first, so that all are aligned
+    order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name, value in order:
+        end = start + value.numel() * value.element_size()
+        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, value in order:
+        yield _bytes(value)
+
+
+def _bytes(value: Tensor) -> memoryview:
+    # through a flat view: a tensor without dimensions has no other dtype's view
+    return value.reshape(-1).contiguous().view(torch.uint8).numpy().data
 
 
 def read_described(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -90,7 +126,7 @@ def checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"\n{name}|{tuple(value.shape)}|{value.dtype}\n".encode())
-        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+        digest.update(_bytes(value))
     return digest.hexdigest()
 
 
