@@ -53,8 +53,8 @@ _PUBLIC = {
     "replace": "bayesdl.last_layer",
 }
 _MODULES = (
-    *("curvature", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods", "lora", "methods"),
-    *("posteriors", "samplers", "select"),
+    *("curvature", "decisions", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods"),
+    *("lora", "methods", "posteriors", "samplers", "select"),
 )
 
 __all__ = [
