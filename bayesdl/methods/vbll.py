@@ -157,9 +157,12 @@ class VBLL(Method):
         ratio = misfit(linear_layer(task.network, layer), features, targets) / own.clamp(min=1e-300)
         found: tuple[Finding, ...] = ()
         if bool((ratio > OVERFITTED).any()):
-            text = f"left-out residuals are {float(ratio.max()):.2g} times those of the training data: the network fits"
+            text = (
+                f"left-out residuals are {float(ratio.max()):.2g} times those of the training data: the network has "
+                "overfitted; what was left open is chosen by the former"
+            )
             advice = "held-out data choose best: wrap(..., validation=loader)"
-            found = (Finding("warning", f"{text} noise; prior and noise are chosen by the former", advice, "overfit"),)
+            found = (Finding("warning", text, advice, "overfit"),)
         return (features, targets), found
 
     def _hyperparameters(
