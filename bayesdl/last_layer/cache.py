@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayesdl.data import batches, in_batch
 from bayesdl.errors import ArgumentError, BayesDLError, ShapeError, check_finite
-from bayesdl.last_layer.features import features
+from bayesdl.last_layer.features import AGREEMENT, features
 from bayesdl.likelihoods.base import Likelihood
 from bayesdl.network import Network
 
@@ -21,7 +21,6 @@ _FOLLOWED = (
     "layer {!r} applied to its features does not give the network's outputs: something follows the layer. A Bayesian "
     "last layer needs the layer whose output is the network's output"
 )
-AGREEMENT = 1e-3  # of the head applied to the features with the network's own outputs
 
 
 def each_batch(
@@ -39,7 +38,7 @@ def each_batch(
                 if number:
                     phi = features(network, layer, inputs)
                 else:
-                    phi = _proven(network, layer, inputs)
+                    phi = proven(network, layer, inputs)
                 check_finite(phi, "features")
             yield number, phi, target
 
@@ -110,8 +109,12 @@ def _spill(file: BinaryIO, held: list[Tensor]) -> int:
     return len(held)
 
 
-def _proven(network: Network, layer: str, inputs: Any) -> Tensor:
-    """Features of a batch for which the layer makes the network's outputs from them."""
+def proven(network: Network, layer: str, inputs: Any) -> Tensor:
+    """Features of a batch for which the layer makes the network's outputs from them.
+
+    Raises:
+        ShapeError: it does not.
+    """
     outputs = network(inputs)
     try:
         phi = features(network, layer, inputs)

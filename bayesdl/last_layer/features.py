@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError
 from bayesdl.network import Network
+
+AGREEMENT = 1e-3  # of the head applied to the features with the network's own outputs
 
 
 def features(network: Network, layer: str, inputs: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -35,7 +38,7 @@ def linear_layer(network: Network, name: str) -> nn.Linear:
 
 
 def last_linear(network: Network, example: Any) -> str:
-    """Name of the linear layer whose output is the network's output.
+    """Name of the linear layer whose output is the network's output, or gives it from features that are pooled alike.
 
     Raises:
         SelectionError: there is none, or it is not linear; the message lists the linear layers.
@@ -44,6 +47,9 @@ def last_linear(network: Network, example: Any) -> str:
     try:
         chosen = network.reselect("last_layer", example)
     except SelectionError as error:
+        found = [name for name in reversed(linear) if makes_outputs(network, name, example)]
+        if found:  # decoders score every token and keep one
+            return found[0]
         raise SelectionError(f"{error}. The linear layers are {linear or 'none'}: pass layer=...") from error
     name = chosen.names[0].rpartition(".")[0]
     if name not in linear:
@@ -53,6 +59,23 @@ def last_linear(network: Network, example: Any) -> str:
             f"The linear layers are {linear or 'none'}: pass layer=..."
         )
     return name
+
+
+def makes_outputs(network: Network, layer: str, example: Any) -> bool:
+    """Whether the layer applied to its features gives the network's outputs."""
+    with torch.no_grad():
+        outputs = network(example)
+        if network.template.get_submodule(layer).out_features != outputs.shape[-1]:
+            return False
+        try:
+            phi = features(network, layer, example)
+            found = network.module().get_submodule(layer)(phi)
+        except RuntimeError:
+            return False
+        except (ShapeError, ArgumentError):
+            return False
+    scale = float(outputs.abs().max().clamp(min=1e-6))
+    return found.shape == outputs.shape and torch.allclose(found, outputs, rtol=AGREEMENT, atol=AGREEMENT * scale)
 
 
 @contextmanager

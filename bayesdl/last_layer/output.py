@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, final
 
+import torch
 from torch import Tensor
 
-from bayesdl.errors import UnsupportedError
+from bayesdl.errors import ShapeError, UnsupportedError
 from bayesdl.latent import GaussianLatent
 from bayesdl.predictive import Predictive
 
@@ -51,6 +52,24 @@ class HeadOutput:
             ShapeError, LabelError, NonFiniteError: targets or weights do not fit.
         """
         return self.head.loss(self, y, mask=mask, weight=weight)
+
+    def at(self, positions: Tensor) -> HeadOutput:
+        """The output at one position of every sequence `(B, T, ...)`: `(B, ...)`.
+
+        Decoders of Hugging Face score every token and keep the last one of each sequence; so does
+        `head.output.at(attention_mask.sum(-1) - 1)` for sequences padded on the right.
+
+        Args:
+            positions: `(B,)`, integers.
+
+        Raises:
+            ShapeError: there are no positions, or as many of them as sequences are not given.
+        """
+        if self.mean.dim() < 3 or positions.shape != self.mean.shape[:1]:
+            raise ShapeError(f"positions {tuple(positions.shape)} for outputs {tuple(self.mean.shape)}; expected (B,)")
+        rows = torch.arange(len(positions), device=self.mean.device)
+        index = rows, positions.to(self.mean.device)
+        return HeadOutput(self.head, self.mean[index], self.variance[index], self.features[index])
 
     @cached_property
     def latent(self) -> GaussianLatent:

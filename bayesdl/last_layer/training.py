@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from bayesdl.data import batches, in_batch
 from bayesdl.diagnose import Finding
 from bayesdl.errors import UnsupportedError
+from bayesdl.last_layer.cache import proven
 from bayesdl.last_layer.features import linear_layer
-from bayesdl.last_layer.head import Head, LinearHead
+from bayesdl.last_layer.head import LinearHead
 from bayesdl.last_layer.heads import Classification, Regression
 from bayesdl.last_layer.heteroscedastic import Heteroscedastic
 from bayesdl.last_layer.output import HeadOutput
@@ -20,6 +21,7 @@ from bayesdl.last_layer.surgery import parameter_groups, replace
 from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian
 from bayesdl.likelihoods import Heteroscedastic as HeteroscedasticLikelihood
 from bayesdl.methods.base import Fitted, Task, residual_noise
+from bayesdl.network import first_inputs
 from bayesdl.posteriors import PointPosterior
 from bayesdl.posteriors.last_layer import LastLayerPosterior
 
@@ -36,9 +38,11 @@ def train(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> Fitted:
         UnsupportedError: a likelihood without a trained head.
     """
     head = _head(method, task, layer, data)
-    copy = replace(task.models[0], layer, head)
-    copy.train()
-    optimizer = torch.optim.AdamW(parameter_groups(copy, method.weight_decay), lr=method.lr)
+    with torch.no_grad():
+        proven(task.network, layer, first_inputs(data, task.network.batch))
+    copy = _without_head(replace(task.models[0], layer, head), layer)
+    whole = nn.ModuleList([copy, head]).train()
+    optimizer = torch.optim.AdamW(parameter_groups(whole, method.weight_decay), lr=method.lr)
     last = float("nan")
     for epoch in range(method.epochs):
         total, seen = 0.0, 0
@@ -47,13 +51,13 @@ def train(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> Fitted:
         ):
             with torch.enable_grad(), in_batch(number):
                 optimizer.zero_grad(set_to_none=True)
-                loss = _output(task, copy, inputs).loss(target.to(task.network.device))
+                loss = _output(task, copy, head, inputs).loss(target.to(task.network.device))
                 loss.backward()
-                nn.utils.clip_grad_norm_(copy.parameters(), CLIP)
+                nn.utils.clip_grad_norm_(whole.parameters(), CLIP)
                 optimizer.step()
             total, seen = total + float(loss.detach()), seen + 1
         last = total / seen
-    copy.eval()
+    whole.eval()
     found = Finding("info", f"trained for {method.epochs} epochs to a bound of {-last:.4g} nats per example")
     posterior = head.posterior(layer)
     held = LastLayerPosterior(layer, posterior.belief, _trunk(task, copy))
@@ -113,20 +117,22 @@ def _count(task: Task, data: Iterable[Any]) -> int:
     return max(1, total)
 
 
-def _output(task: Task, copy: nn.Module, inputs: Any) -> HeadOutput:
-    call = task.network.prepare(inputs)
-    raw = copy(*call.args, **dict(call.kwargs or {}))
-    if isinstance(raw, HeadOutput):
-        return raw
-    raise UnsupportedError(
-        f"the network returns {type(raw).__name__} around its last layer; train it in a loop of your own with "
-        "bdl.replace(net, name, head) and tensor_output=True"
-    )
+def _without_head(copy: nn.Module, layer: str) -> nn.Module:
+    """The network with nothing in the place of its head: it returns the features, pooled as its outputs are."""
+    parent, _, attribute = layer.rpartition(".")
+    if not attribute:
+        return nn.Identity()
+    setattr(copy.get_submodule(parent), attribute, nn.Identity())
+    return copy
+
+
+def _output(task: Task, copy: nn.Module, head: LinearHead, inputs: Any) -> HeadOutput:
+    phi = task.network.forward(copy, task.network.prepare(inputs))
+    return HeadOutput(head, *head.moments(phi), phi)
 
 
 def _trunk(task: Task, copy: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the trained copy under the network's names, the head's left out."""
+    """Tensors of the trained copy under the network's names."""
     own = dict((*copy.named_parameters(), *copy.named_buffers()))
-    heads = {id(t) for m in copy.modules() if isinstance(m, Head) for t in (*m.parameters(), *m.buffers())}
     names = task.network.tensors
-    return {n: t.detach().clone() for n, t in own.items() if n in names and id(t) not in heads}
+    return {n: t.detach().clone() for n, t in own.items() if n in names}
