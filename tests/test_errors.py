@@ -23,6 +23,7 @@ TABLE: dict[str, type[Exception]] = {
     "NumericalError": RuntimeError,
     "SelectionError": ValueError,
     "ShapeError": ValueError,
+    "StaleAdapterError": ValueError,
     "StaleModelError": RuntimeError,
     "StepSizeError": ValueError,
     "UnknownNameError": KeyError,

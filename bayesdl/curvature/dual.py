@@ -19,8 +19,17 @@ from torch import Tensor
 from bayesdl.curvature.cross import cross
 from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layout import Layout, cast
-from bayesdl.curvature.pieces import content, factors_named, in_double, named_factors, num_rows
-from bayesdl.curvature.products import selected, times, transposed_times
+from bayesdl.curvature.pieces import (
+    content,
+    factors_named,
+    in_double,
+    named_factors,
+    num_rows,
+    rows_pulled,
+    rows_times,
+    same_rows,
+)
+from bayesdl.curvature.products import selected
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 from bayesdl.errors import UnsupportedError
 from bayesdl.linalg import cholesky, eigh, symmetric_root
@@ -132,7 +141,7 @@ class Dual(Uniform):
 
     def __add__(self, other: Self) -> Self:
         gap = tuple(a + b for a, b in zip(self.gap, other.gap, strict=True))
-        if self._same_rows(other):
+        if same_rows(self.pieces, other.pieces, self.basis, other.basis):
             return replace(self, core=self._core + other._core, gap=gap)
         if self.core is None and other.core is None:
             return replace(self, pieces=self.pieces + other.pieces, gap=gap)
@@ -354,25 +363,12 @@ class Dual(Uniform):
 
     def _times(self, vectors: Tensor) -> Tensor:
         """Z v for vectors `(q, P)`: `(q, r)`."""
-        directions = self.layout.split(vectors)
-        found = []
-        for piece in self.pieces:
-            parts = [times(in_double(f), d) for f, d in zip(piece, directions, strict=True)]
-            found.append(torch.stack(parts).sum(0).flatten(1))
-        return torch.cat(found, 1)
+        return rows_times(self.pieces, self.layout, vectors)
 
     def _transposed(self, vectors: Tensor) -> Tensor:
         """Z^T u for vectors `(q, r)`: `(q, P)`."""
-        return self.layout.join([self._pulled(vectors, j) for j in range(len(self.layout.blocks))])
-
-    def _pulled(self, vectors: Tensor, j: int) -> Tensor:
-        """One block of Z^T u, `(q, G, out, in)`."""
-        found = []
-        for piece, own in zip(self.pieces, vectors.split([num_rows(p) for p in self.pieces], 1), strict=True):
-            factor = in_double(piece[j])
-            shaped = own.unflatten(1, (factor.g.shape[2], factor.g.shape[1]))
-            found.append(transposed_times(factor, shaped, self.layout.blocks[j]))
-        return torch.stack(found).sum(0)
+        found = [rows_pulled(self.pieces, self.layout, vectors, j) for j in range(len(self.layout.blocks))]
+        return self.layout.join(found)
 
     def _squares(self) -> list[Tensor]:
         """diag(Z^T C Z) per block."""
@@ -380,7 +376,11 @@ class Dual(Uniform):
         totals = []
         for j, block in enumerate(self.layout.blocks):
             step = max(1, HELD // (8 * block.numel))
-            totals.append(torch.stack([self._pulled(r, j).square().sum(0) for r in root.mT.split(step)]).sum(0))
+            totals.append(
+                torch.stack(
+                    [rows_pulled(self.pieces, self.layout, r, j).square().sum(0) for r in root.mT.split(step)]
+                ).sum(0)
+            )
         return totals
 
     @property
@@ -392,25 +392,10 @@ class Dual(Uniform):
         return [(b.groups, b.rows, b.columns) for b in self.layout.blocks]
 
     def _shifts(self, shift: Shift) -> list[Tensor]:
-        device = self.pieces[0][0].g.device
-        return self.layout.shifts(shift, torch.empty((), dtype=torch.float64, device=device))
+        return self.layout.shifts(shift, torch.empty((), dtype=torch.float64, device=self.pieces[0][0].g.device))
 
     def _weights(self, shift: Shift) -> list[Tensor]:
         return [(1.0 / s).expand(size) for s, size in zip(self._shifts(shift), self._sizes, strict=True)]
 
     def _diagonal(self, shift: Shift) -> Tensor:
         return self.layout.join([s.expand(size) for s, size in zip(self._shifts(shift), self._sizes, strict=True)])
-
-    def _same_rows(self, other: Dual) -> bool:
-        if self.pieces is other.pieces and self.basis is other.basis:
-            return True
-        if self.basis is not None and other.basis is not None and not _equal(self.basis, other.basis):
-            return False
-        mine, theirs = named_factors(self.pieces), named_factors(other.pieces)
-        if (self.basis is None) != (other.basis is None) or list(mine) != list(theirs):
-            return False
-        return all(_equal(value, theirs[name]) for name, value in mine.items())
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)

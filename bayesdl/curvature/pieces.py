@@ -1,4 +1,4 @@
-"""Layer factors as values that are kept: their names in files, their precision, how many rows they stand for."""
+"""Layer factors as values that are kept: their names in files, their precision, the rows Z that they stand for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayesdl.curvature.factor import Factor, LinearFactor, RowFactor
 from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.products import times, transposed_times
 
 
 def named_factors(pieces: Sequence[Sequence[Factor]]) -> dict[str, Tensor]:
@@ -57,3 +58,42 @@ def in_double(factor: Factor) -> Factor:
     if isinstance(factor, LinearFactor):
         return replace(factor, a=factor.a.double(), g=factor.g.double())
     return replace(factor, g=factor.g.double())
+
+
+def rows_times(pieces: Sequence[Sequence[Factor]], layout: Layout, vectors: Tensor) -> Tensor:
+    """Z v for flat vectors `(q, P)` in float64: `(q, r)`."""
+    directions = layout.split(vectors)
+    found = []
+    for piece in pieces:
+        parts = [times(in_double(f), d) for f, d in zip(piece, directions, strict=True)]
+        found.append(torch.stack(parts).sum(0).flatten(1))
+    return torch.cat(found, 1)
+
+
+def rows_pulled(pieces: Sequence[Sequence[Factor]], layout: Layout, vectors: Tensor, j: int) -> Tensor:
+    """Block j of Z^T u for vectors `(q, r)`: `(q, G, out, in)`."""
+    found = []
+    for piece, own in zip(pieces, vectors.split([num_rows(p) for p in pieces], 1), strict=True):
+        factor = in_double(piece[j])
+        shaped = own.unflatten(1, (factor.g.shape[2], factor.g.shape[1]))
+        found.append(transposed_times(factor, shaped, layout.blocks[j]))
+    return torch.stack(found).sum(0)
+
+
+def same_rows(
+    first: Sequence[Sequence[Factor]],
+    second: Sequence[Sequence[Factor]],
+    basis: Tensor | None = None,
+    other: Tensor | None = None,
+) -> bool:
+    """Whether two lists of factors, and the bases that go with them, hold the same values."""
+    if first is second and basis is other:
+        return True
+    if (basis is None) != (other is None) or (basis is not None and other is not None and not _equal(basis, other)):
+        return False
+    mine, theirs = named_factors(first), named_factors(second)
+    return list(mine) == list(theirs) and all(_equal(value, theirs[name]) for name, value in mine.items())
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
