@@ -14,6 +14,7 @@ from bayesdl.methods.laplace import Laplace
 from bayesdl.methods.map import MAP
 from bayesdl.methods.nuts import NUTS
 from bayesdl.methods.sgmcmc import SGMCMC
+from bayesdl.methods.smc import SMC
 from bayesdl.methods.student_t import StudentT
 from bayesdl.methods.swag import SWAG
 from bayesdl.methods.temperature import Temperature
@@ -40,6 +41,7 @@ METHODS: dict[str, Callable[[], Method]] = {
             VaLLA,
             TFB,
             NUTS,
+            SMC,
         )
     },
     **{name: partial(SGMCMC, name) for name in CHAINS},
@@ -52,6 +54,7 @@ __all__ = [
     "METHODS",
     "NUTS",
     "SGMCMC",
+    "SMC",
     "SWAG",
     "TFB",
     "VBLL",

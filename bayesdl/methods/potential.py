@@ -17,7 +17,10 @@ from bayesdl.errors import NonFiniteError, ShapeError
 from bayesdl.last_layer.cache import each_batch
 from bayesdl.likelihoods import Likelihood
 from bayesdl.network import Network
-from bayesdl.priors import Prior
+from bayesdl.priors import CauchyPrior, GaussianPrior, LaplacePrior, Prior, StudentTPrior
+
+Held = tuple[Any, Tensor]  # inputs (or features), checked targets
+_ELEMENTWISE = (GaussianPrior, StudentTPrior, LaplacePrior, CauchyPrior)
 
 
 @final
@@ -35,7 +38,7 @@ class Potential:
     network: Network
     likelihood: Likelihood
     prior: Prior
-    held: tuple[tuple[Any, Tensor], ...]
+    held: tuple[Held, ...]
     layer: str | None = None
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -48,6 +51,31 @@ class Potential:
                 return _forbidden(theta)
             total = total - self.likelihood.log_prob(outputs, target).sum()
         return total if bool(torch.isfinite(total)) else _forbidden(theta)
+
+    def log_likelihoods(self, thetas: Tensor, batch: Held) -> Tensor:
+        """`sum log p` of one batch for each of `(J, P)` weights: `(J,)`, -inf where it cannot be computed."""
+        inputs, target = batch
+        values = self.unflatten(thetas)
+        if self.layer is None:
+            each = [self._outputs(inputs, {k: v[j] for k, v in values.items()}) for j in range(len(thetas))]
+            outputs = torch.stack(each)
+        else:
+            outputs = torch.einsum("bd,jkd->jbk", inputs.flatten(0, -2), values[f"{self.layer}.weight"])
+            if f"{self.layer}.bias" in values:
+                outputs = outputs + values[f"{self.layer}.bias"].unsqueeze(1)
+            outputs = outputs.unflatten(1, inputs.shape[:-1])
+        safe = torch.nan_to_num(outputs, nan=0.0, posinf=0.0, neginf=0.0)
+        many = target.expand(len(thetas), *target.shape).flatten(0, 1)
+        found = self.likelihood.log_prob(safe.flatten(0, 1), many).unflatten(0, outputs.shape[:2]).flatten(1).sum(1)
+        fine = torch.isfinite(outputs).flatten(1).all(1)
+        return torch.where(fine, found, -torch.inf)
+
+    def log_priors(self, thetas: Tensor) -> Tensor:
+        """log p(theta) for each of `(J, P)` weights."""
+        values = self.unflatten(thetas)
+        if isinstance(self.prior, _ELEMENTWISE):
+            return torch.vmap(self.prior.log_prob)(values)
+        return torch.stack([self.prior.log_prob({k: v[j] for k, v in values.items()}) for j in range(len(thetas))])
 
     @property
     def start(self) -> Tensor:
@@ -86,12 +114,23 @@ class Potential:
 
 
 def full_potential(
-    network: Network, likelihood: Likelihood, prior: Prior, data: Iterable[Any], *, progress: bool = False
+    network: Network,
+    likelihood: Likelihood,
+    prior: Prior,
+    data: Iterable[Any],
+    *,
+    progress: bool = False,
+    join: bool = True,
 ) -> Potential:
     """Read all data once and hold them where the network is.
 
     Where the selection is the weight (and bias) of the linear layer that makes the outputs, its features are held
     instead of the inputs: a gradient then costs two products with them. Biases alone run the whole network.
+
+    Args:
+        network, likelihood, prior, data: of the potential.
+        progress: show a bar.
+        join: one batch of all features.
 
     Raises:
         NonFiniteError, ShapeError, LabelError: bad data; the message names the batch.
@@ -100,6 +139,8 @@ def full_potential(
     if layer is not None:
         try:
             held = _features(network, layer, likelihood, data, progress)
+            if join:  # one product over all data
+                held = ((torch.cat([a for a, _ in held]), torch.cat([b for _, b in held])),)
         except ShapeError:  # it is not the last one: the whole network has to run
             layer = None
     if layer is None:
@@ -116,19 +157,16 @@ def _forbidden(theta: Tensor) -> Tensor:
 
 def _features(
     network: Network, layer: str, likelihood: Likelihood, data: Iterable[Any], progress: bool
-) -> tuple[tuple[Any, Tensor], ...]:
-    own, rows, targets = network.module().get_submodule(layer), [], []
+) -> tuple[Held, ...]:
+    own, held = network.module().get_submodule(layer), []
     for number, phi, target in each_batch(network, layer, data, progress=progress):
         with in_batch(number), torch.no_grad():
             outputs = likelihood.check_outputs(own(phi))
-            targets.append(likelihood.check_targets(outputs, target))
-            rows.append(phi)
-    return ((torch.cat(rows), torch.cat(targets)),)  # one product over all data
+            held.append((phi, likelihood.check_targets(outputs, target)))
+    return tuple(held)
 
 
-def _batches(
-    network: Network, likelihood: Likelihood, data: Iterable[Any], progress: bool
-) -> tuple[tuple[Any, Tensor], ...]:
+def _batches(network: Network, likelihood: Likelihood, data: Iterable[Any], progress: bool) -> tuple[Held, ...]:
     held = []
     for number, inputs, target in batches(network, data, progress=progress, describe="data"):
         with in_batch(number), torch.no_grad():

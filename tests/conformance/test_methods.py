@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": bdl.MCDropout(num_samples=4)},
     "vbll": {"vbll": bdl.VBLL(), "vbll-full": bdl.VBLL(mode="full", epochs=2)},
     "student-t": {"student-t": bdl.StudentT()},
+    "smc": {"smc": bdl.SMC(particles=8, moves=2, select="all")},
     "nuts": {"nuts": bdl.NUTS(num_samples=4, warmup=6, chains=1, max_tree_depth=2)},
     **{name: {name: bdl.SGMCMC(name, num_samples=4, thin=3, burn_in=6, cycles=2)} for name in CHAINS},
 }
@@ -55,7 +56,7 @@ VARIANTS = {label: method for group in SETTINGS.values() for label, method in gr
 # one task for each sampler but the default: what differs between tasks is common to all of them
 ONE_TASK = {name: ("classification", "regression")[i % 2] for i, name in enumerate(CHAINS) if name != "sghmc"}
 ONE_TASK["nuts"] = "regression"
-RANDOM_FIT = {"laplace-gp", "laplace-ella", "laplace-valla", "swag", "vbll-full", "nuts", *CHAINS}
+RANDOM_FIT = {"laplace-gp", "laplace-ella", "laplace-valla", "swag", "vbll-full", "nuts", "smc", *CHAINS}
 RANDOM_PREDICTION = {"dropout", "laplace-samples"}
 
 
@@ -378,7 +379,7 @@ def test_networks_of_other_dtypes(task: str, label: str, dtype: torch.dtype) -> 
         base = bdl.wrap(given.models(label), method, given.train, likelihood=given.likelihood, progress=False)
     reference = base(inputs(task))
     tolerance = 0.35 if dtype is torch.bfloat16 else 0.1
-    if label == "nuts":  # always in float64; other roundings of the start are other chains of the same law
+    if label in ("nuts", "smc"):  # in float64; another rounding of the start is another chain of the same law
         tolerance = 2.0
     assert float((pred.mean.double() - reference.mean.double()).abs().max()) < tolerance
 
@@ -490,7 +491,7 @@ def test_data_that_is_no_loader(task: str, label: str) -> None:
 def test_missing_data(task: str, label: str) -> None:
     given = problem(task)
     needs = (
-        label in ("temperature", "swag", "vbll", "vbll-full", "student-t", "nuts", *CHAINS)
+        label in ("temperature", "swag", "vbll", "vbll-full", "student-t", "nuts", "smc", *CHAINS)
         or label.startswith("laplace")
         or task == "regression"
     )
