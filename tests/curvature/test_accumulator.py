@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -324,3 +325,29 @@ def test_iterators_are_read_once_and_whole() -> None:
     assert acc.examples == 24
     limited = bdl.curvature.estimate(network(), islice(unknown, 6), "categorical", structure="diag", progress=False)
     same_bits(acc.result(), limited)
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full", {"2": "full", "*": "kron"}])
+def test_what_is_held_does_not_grow_with_the_stream(structure: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    g = torch.Generator().manual_seed(0)
+
+    def held() -> int:
+        """Bytes of all tensors alive."""
+        gc.collect()
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is Tensor
+        }
+        return sum(storages.values())
+
+    acc = Accumulator(net, "categorical", structure=structure)
+
+    def read(count: int) -> int:
+        for _ in range(count):
+            acc.update((torch.randn(50, 4, generator=g), torch.randint(0, 3, (50,), generator=g)))
+        return held()
+
+    first = read(2)
+    assert read(40) - first < 50 * 4 * 4  # less than one more batch of inputs
+    assert acc.examples == 42 * 50
