@@ -223,7 +223,7 @@ def run_shared(jobs: Sequence[Job], workers: int, group: Group | None) -> list[S
 
 def _from_owner(mine: SamplePosterior | None, job: Job, group: Group) -> SamplePosterior:
     """A chain on every process, from the one that ran it."""
-    held = {} if mine is None else mine.tensors()
+    held = {} if mine is None else {k: v for k, v in mine.tensors().items() if k != "chains"}
     size = group.largest([0 if mine is None else len(mine)])[0]
     if mine is None:
         module = independent_copy(job.module)

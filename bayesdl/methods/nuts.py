@@ -94,7 +94,8 @@ class NUTS(Method):
         kept = run.samples[:, :: self.thin].flatten(0, 1)
         own = task.network.parameters
         snapshots = {name: value.to(own[name]) for name, value in potential.unflatten(kept).items()}
-        posterior = SamplePosterior(snapshots, torch.full((len(kept),), 1.0 / len(kept)))
+        numbers = torch.arange(self.chains).repeat_interleave(len(kept) // self.chains)
+        posterior = SamplePosterior(snapshots, torch.full((len(kept),), 1.0 / len(kept)), numbers)
         return Fitted(
             posterior,
             likelihood,

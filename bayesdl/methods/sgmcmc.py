@@ -249,10 +249,12 @@ class SGMCMC(Method):
 
 
 def pooled(chains: Sequence[SamplePosterior]) -> SamplePosterior:
-    """All chains as one posterior, with equal weight."""
+    """All chains, in the order of their numbers, as one posterior with equal weight for each."""
     weights = torch.cat([chain.weights / chain.weights.sum() for chain in chains]) / len(chains)
     names = list(chains[0].snapshots)
-    return SamplePosterior({name: torch.cat([c.snapshots[name] for c in chains]) for name in names}, weights)
+    snapshots = {name: torch.cat([chain.snapshots[name] for chain in chains]) for name in names}
+    sizes = torch.tensor([len(chain) for chain in chains])
+    return SamplePosterior(snapshots, weights, torch.arange(len(chains)).repeat_interleave(sizes).to(weights.device))
 
 
 def _base_seed(generator: torch.Generator | None, group: Group | None) -> int:

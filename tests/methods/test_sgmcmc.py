@@ -187,7 +187,9 @@ def test_chains_depend_on_their_number_alone() -> None:
     loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True, generator=seeded(5))
     method = bdl.SGMCMC("sghmc", num_samples=3, thin=2)
     one = flat(fit(linear(), method, loader))
-    three = flat(fit(linear(), replace(method, chains=3), loader)).view(3, 3, 3)
+    several = fit(linear(), replace(method, chains=3), loader)
+    assert several.posterior.chains.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    three = flat(several).view(3, 3, 3)
     assert torch.equal(three[0], one)
     assert not torch.equal(three[1], three[0]) and not torch.equal(three[1], three[2])
     assert torch.equal(flat(fit(linear(), method, loader)), one)  # whatever the loader has done since
