@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # loaded on first use: posteriors import from this package, and the functions below import posteriors
 _PUBLIC = {
     "SearchReport": "bayesdl.lora.report",
+    "cosine_moments": "bayesdl.lora.cosine",
     "generate": "bayesdl.lora.text",
     "merge_sample": "bayesdl.lora.merge",
     "score": "bayesdl.lora.text",
@@ -15,9 +16,10 @@ _PUBLIC = {
     "SequenceScores": "bayesdl.lora.text",
 }
 
-__all__ = ["SearchReport", "SequenceScores", "generate", "merge_sample", "score", "search_report"]
+__all__ = ["SearchReport", "SequenceScores", "cosine_moments", "generate", "merge_sample", "score", "search_report"]
 
 if TYPE_CHECKING:
+    from bayesdl.lora.cosine import cosine_moments
     from bayesdl.lora.merge import merge_sample
     from bayesdl.lora.report import SearchReport, search_report
     from bayesdl.lora.text import SequenceScores, generate, score

@@ -1,0 +1,97 @@
+"""Uncertainty of cosine scores between two uncertain embeddings, in closed form.
+
+The model is that of Baumann et al. 2024, "Post-hoc probabilistic vision-language models": embeddings are Gaussian, and
+a score is t cos(x, y). Here the cosine is linearised along the sphere (its gradient is orthogonal to both embeddings),
+so that noise along an embedding, which normalisation removes, adds nothing; the bilinear term of both noises is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bayesdl.errors import ArgumentError, ShapeError, check_finite
+
+
+def cosine_moments(
+    mean_x: Tensor,
+    var_x: Tensor,
+    mean_y: Tensor,
+    var_y: Tensor,
+    *,
+    scale: float = 1.0,
+    bias: float = 0.0,
+    joint: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the scores `scale * cos(x, y) + bias` of B inputs with C classes.
+
+    With E = |mean|^2 + tr(Cov) and c = mean_x . mean_y / sqrt(E_x E_y):
+    g_x = (mean_y / sqrt(E_y) - c mean_x / sqrt(E_x)) / sqrt(E_x), g_y likewise, and
+    Var = g_x' Cov_x g_x + g_y' Cov_y g_y + tr(Cov_x Cov_y) / (E_x E_y).
+
+    Args:
+        mean_x: `(B, p)`.
+        var_x: diagonal variances `(B, p)`, or covariances `(B, p, p)`.
+        mean_y: `(C, p)`.
+        var_y: `(C, p)` or `(C, p, p)`.
+        scale: t, which multiplies the cosine.
+        bias: added to it (SigLIP).
+        joint: return the covariance between the classes of one input, which share its noise; noises of different
+            classes are independent.
+
+    Returns:
+        Means `(B, C)`, and variances `(B, C)` or covariances `(B, C, C)`. They are moments of a
+        `bayesdl.latent.GaussianLatent`, for the categorical likelihood.
+
+    Raises:
+        ShapeError: shapes that do not fit.
+        ArgumentError: a negative variance, or an embedding of length zero.
+        NonFiniteError: NaN or infinity.
+    """
+    _check(mean_x, var_x, "x")
+    _check(mean_y, var_y, "y")
+    if mean_x.shape[1] != mean_y.shape[1]:
+        raise ShapeError(f"embeddings {tuple(mean_x.shape)} and {tuple(mean_y.shape)} differ in their last axis")
+    length_x, length_y = _length(mean_x, var_x), _length(mean_y, var_y)  # (B, 1) and (C, 1)
+    unit_x, unit_y = mean_x / length_x, mean_y / length_y
+    cosine = unit_x @ unit_y.mT
+    # gradients for every pair, (B, C, p)
+    towards_y = (unit_y.unsqueeze(0) - cosine.unsqueeze(-1) * unit_x.unsqueeze(1)) / length_x.unsqueeze(1)
+    towards_x = (unit_x.unsqueeze(1) - cosine.unsqueeze(-1) * unit_y.unsqueeze(0)) / length_y.unsqueeze(0)
+    spread_x = towards_y * var_x.unsqueeze(1) if var_x.dim() == 2 else towards_y @ var_x
+    own = towards_x * var_y if var_y.dim() == 2 else torch.einsum("bcp,cpq->bcq", towards_x, var_y)
+    alone = (own * towards_x).sum(-1) + _product(var_x, var_y) / (length_x.square() @ length_y.square().mT)
+    mean = scale * cosine + bias
+    if not joint:
+        return mean, scale**2 * ((spread_x * towards_y).sum(-1) + alone)
+    return mean, scale**2 * (spread_x @ towards_y.mT + torch.diag_embed(alone))
+
+
+def _length(mean: Tensor, variance: Tensor) -> Tensor:
+    """Root of the expected squared length, `(n, 1)`."""
+    trace = variance.sum(-1) if variance.dim() == 2 else variance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    found = (mean.square().sum(-1) + trace).sqrt()
+    if not bool((found > 0).all()):
+        raise ArgumentError("an embedding has length zero; its cosine is not defined")
+    return found.unsqueeze(-1)
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """tr(Cov_x Cov_y) of every pair, `(B, C)`."""
+    if one.dim() == 3 and other.dim() == 3:
+        return one.flatten(1) @ other.mT.flatten(1).mT
+    flat = [v if v.dim() == 2 else v.diagonal(dim1=-2, dim2=-1) for v in (one, other)]
+    return flat[0] @ flat[1].mT
+
+
+def _check(mean: Tensor, variance: Tensor, name: str) -> None:
+    if mean.dim() != 2 or variance.shape not in (mean.shape, (*mean.shape, mean.shape[-1])):
+        raise ShapeError(
+            f"mean_{name} {tuple(mean.shape)} and var_{name} {tuple(variance.shape)}: expected (n, p) with (n, p) or "
+            "(n, p, p)"
+        )
+    check_finite(mean, f"mean_{name}")
+    check_finite(variance, f"var_{name}")
+    diagonal = variance if variance.dim() == 2 else variance.diagonal(dim1=-2, dim2=-1)
+    if bool((diagonal < 0).any()):
+        raise ArgumentError(f"var_{name} holds a negative variance")
