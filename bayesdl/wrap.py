@@ -51,9 +51,10 @@ def wrap(
 
     Args:
         model: trained network, never written to; a list of networks for "ensemble".
-        method: name ("map", "temperature", "laplace", "gp", "ella", "valla", "swag", "ensemble", "dropout") or an
-            object such as `bdl.Laplace(select="last_layer")`.
-        data: loader of `(inputs, target)` batches: training data for "laplace" and "swag", held-out data for
+        method: name ("map", "temperature", "laplace", "gp", "ella", "valla", "vbll", "swag", "ensemble", "dropout", "nuts",
+            "smc", a sampler such as "sghmc"; `bayesdl.methods.METHODS` has all) or an object such as
+            `bdl.Laplace(select="last_layer")`.
+        data: loader of `(inputs, target)` batches: training data for "laplace", "swag" and samplers, held-out data for
             "temperature", optional for the others (it chooses an open Gaussian noise).
         likelihood: "categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson" or an object.
         validation: held-out loader. What was left open (Laplace's prior precision, a Gaussian noise, the temperature of
@@ -68,7 +69,8 @@ def wrap(
         distributed: for "laplace" on several processes: True, or a process group of torch. Every process then calls
             `wrap` with its own share of the data and gets the posterior of the whole; the first process's data choose
             what was left open. Processes never wait for each other unaskedly: by default a loader that visibly holds a
-            share (a DistributedSampler) is an error; False takes the share for the whole.
+            share (a DistributedSampler) is an error; False takes the share for the whole. For chains of samplers every
+            process gives all the data and runs some of the chains.
 
     Returns:
         A `BayesianModel`; `diagnose()` says what was chosen.
