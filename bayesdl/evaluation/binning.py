@@ -108,6 +108,15 @@ def bin_totals(index: Tensor, columns: Tensor, bins: int, weights: Tensor | None
     return result.reshape(len(table), len(columns), bins)
 
 
+def indicator(confidence: Tensor, hits: Tensor, bins: int) -> Tensor:
+    """(N, 3 n) float64, whose weighted sums over examples are count, confidence and hits of every equal-width bin."""
+    confidence = wide(confidence)
+    place = equal_width(confidence, bins)[:, None]
+    columns = torch.stack([torch.ones_like(confidence), confidence, wide(hits)], 1)
+    table = confidence.new_zeros(len(confidence), 3, bins)
+    return table.scatter_(2, place[:, None].expand(-1, 3, 1), columns[..., None]).flatten(1)
+
+
 def bin_sums(
     confidence: Tensor, hits: Tensor, bins: int, *, mass: bool = False, weights: Tensor | None = None
 ) -> BinSums:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ArgumentError, ShapeError, UnknownNameError
-from bayesdl.evaluation import validation, weighting
+from bayesdl.evaluation import binning, validation, weighting
 from bayesdl.evaluation.metrics import METRICS, Metric
 from bayesdl.evaluation.ood import OOD_METRICS, ood_score, score_metrics
 from bayesdl.evaluation.predictions import Predictions
+from bayesdl.evaluation.readers import BINS
 
 # Weights held at once, in elements: bounds the memory of sorted copies and cumulative sums.
 CHUNK = 1 << 22
@@ -63,11 +64,11 @@ class Resamples:
         generator = torch.Generator().manual_seed(self.seed)
         units = self.num_examples if self.group is None else int(self.group.max()) + 1
         for start in range(0, self.count, step):
-            rows = [
-                torch.bincount(torch.randint(units, (units,), generator=generator), minlength=units)
-                for _ in range(min(step, self.count - start))
-            ]
-            weights = torch.stack(rows).double()
+            weights = torch.empty(min(step, self.count - start), units, dtype=torch.float64)
+            for row in weights:
+                # Whole draws of one row at a time: its counts stay in the cache.
+                draws = torch.randint(units, (units,), generator=generator, dtype=torch.int32)
+                row.copy_(torch.bincount(draws, minlength=units))
             yield weights if self.group is None else weights[:, self.group]
 
     def matrix(self) -> Tensor:
@@ -102,17 +103,58 @@ def resample(predictions: Predictions, names: Sequence[str], resamples: Resample
     if resamples.num_examples != len(predictions):
         raise ShapeError(f"resamples of {resamples.num_examples} examples do not fit predictions of {len(predictions)}")
     entries = [_entry(name) for name in names]
-    losses = {metric.name: metric.losses(predictions) for metric in entries if metric.losses is not None}
     found: dict[str, list[Tensor]] = {metric.name: [] for metric in entries}
+    columns, readers = _columns(predictions, entries)
     for chunk in resamples.chunks():
+        weights = chunk.to(predictions.device)
+        sums = None if columns is None else weights @ columns
         for metric in entries:
-            weights = chunk.to(predictions.device)
-            if metric.losses is None:
-                value = metric.fn(predictions, weights)
+            value: float | Tensor
+            if sums is not None and metric.name in readers:
+                value = readers[metric.name](sums)
+            elif metric.losses is not None:
+                value = _linked(metric, weighting.mean(metric.losses(predictions), weights))
             else:
-                value = _linked(metric, weighting.mean(losses[metric.name], weights))
+                value = metric.fn(predictions, weights)
             found[metric.name].append(torch.as_tensor(value).cpu())
     return {name: torch.cat(values) for name, values in found.items()}
+
+
+def _columns(
+    predictions: Predictions, entries: Sequence[Metric]
+) -> tuple[Tensor | None, dict[str, Callable[[Tensor], Tensor]]]:
+    """Columns (N, k) of whose weighted sums (R, k) metrics are functions, and those functions: one product for all.
+
+    Means of finite losses and statistics of equal-width bins are; the first column, of ones, is the total weight.
+    """
+    parts = [torch.ones(len(predictions), 1, dtype=torch.float64, device=predictions.device)]
+    readers: dict[str, Callable[[Tensor], Tensor]] = {}
+    width, bins = 1, None
+    for metric in entries:
+        if metric.losses is not None:
+            losses = metric.losses(predictions)
+            if bool(torch.isfinite(losses).all()):
+                parts.append(losses[:, None])
+                readers[metric.name] = _mean_reader(metric, width)
+                width += 1
+        elif metric.binned is not None and len(predictions) * 3 * BINS <= CHUNK * 4:
+            if bins is None:
+                bins, width = width, width + 3 * BINS
+                parts.append(binning.indicator(predictions.confidence, predictions.correct, BINS))
+            readers[metric.name] = _bin_reader(metric.binned, bins)
+    return (torch.cat(parts, 1), readers) if readers else (None, {})
+
+
+def _mean_reader(metric: Metric, place: int) -> Callable[[Tensor], Tensor]:
+    def read(sums: Tensor) -> Tensor:
+        mean = sums[:, place] / sums[:, 0]
+        return mean if metric.link == "identity" else mean**0.5
+
+    return read
+
+
+def _bin_reader(statistic: Callable[[binning.BinSums], Tensor], place: int) -> Callable[[Tensor], Tensor]:
+    return lambda sums: statistic(binning.BinSums(*sums[:, place : place + 3 * BINS].unflatten(1, (3, BINS)).unbind(1)))
 
 
 def resample_ood(

@@ -19,6 +19,7 @@ from bayesdl.evaluation import (
     regression,
     selective,
 )
+from bayesdl.evaluation.binning import STATISTICS, BinSums
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.readers import (
     BINS,
@@ -61,6 +62,7 @@ class Metric:
         proper: a proper scoring rule. needs: parts of `Predictions` without which it is undefined.
         losses: ``losses(predictions) -> (N,)`` float64 where the value is `link` of the mean of per-example losses.
         link: "identity" or "sqrt". resampled: False where a bootstrap says nothing. interval: rule for its interval.
+        binned: the statistic, where the value is one of `BINS` equal-width bins of the top label.
         null: ``null(predictions, draws, generator) -> (draws,)``, its law under perfect calibration (labels redrawn).
     """
 
@@ -79,6 +81,7 @@ class Metric:
     resampled: bool = True
     interval: IntervalRule = "percentile"
     null: Callable[[Predictions, int, torch.Generator | None], Tensor] | None = None
+    binned: Callable[[BinSums], Tensor] | None = None
 
     @property
     def additive(self) -> bool:
@@ -159,6 +162,7 @@ def _calibration(name: str, label: str, statistic: str, definition: str, *, mass
     return Metric(
         name, label, CLASSES, binned(statistic, mass=mass), "min", "fraction", definition,
         interval="calibration", null=calibrated(statistic, mass=mass),
+        binned=None if mass else STATISTICS[statistic],
     )  # fmt: skip
 
 

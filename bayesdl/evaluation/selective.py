@@ -91,6 +91,8 @@ def aurc(confidence: Any, loss: Any, *, weights: Any = None) -> float | Tensor:
         ShapeError, NonFiniteError, ArgumentError: bad input.
     """
     values, weights = _checked(confidence, loss, weights)
+    if weights is None:
+        return _plain_aurc(*values)
     return weighting.finish(accepted(*values, weights).aurc(), weights)
 
 
@@ -128,6 +130,25 @@ def risk_coverage(confidence: Any, loss: Any, *, weights: Any = None) -> RiskCov
     held = table.mass[0] > 0
     mass, lost, level = table.mass[0][held], table.loss[0][held], validation.wide(confidence)[order][ends][held]
     return RiskCoverage(mass / mass[-1], lost / mass, level)
+
+
+def _plain_aurc(confidence: Tensor, loss: Tensor) -> float:
+    """`aurc` without weights, at little more than the cost of the sort: running means, put right inside tie groups."""
+    ordered, order = (-confidence if confidence.is_floating_point() else -validation.wide(confidence)).sort()
+    # Gathered as they are and widened afterwards, which moves a quarter of the memory or less.
+    summed = validation.wide(loss[order]).cumsum(0)
+    total = (summed / torch.arange(1, len(summed) + 1, dtype=summed.dtype, device=summed.device)).sum()
+    last = torch.cat([ordered[1:] != ordered[:-1], ordered.new_ones(1, dtype=torch.bool)])
+    if not bool(last.all()):
+        inside, ends = (~last).nonzero()[:, 0], last.nonzero()[:, 0]
+        group = last.cumsum(0)[inside]
+        start = torch.where(group > 0, ends[group - 1] + 1, 0)
+        before = torch.where(start > 0, summed[start - 1], 0.0)
+        # Under random order the expected sum grows evenly from one end of a tie group to the other.
+        share = (inside - start + 1).to(summed) / (ends[group] - start + 1)
+        even = before + share * (summed[ends[group]] - before)
+        total = total + ((even - summed[inside]) / (inside + 1)).sum()
+    return float(total) / len(summed)
 
 
 def _checked(confidence: Any, loss: Any, weights: Any) -> tuple[tuple[Tensor, Tensor], Tensor | None]:

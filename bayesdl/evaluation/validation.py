@@ -201,6 +201,8 @@ def binary_targets(value: Any, shape: tuple[int, ...], name: str = "targets") ->
     if tuple(value.shape) != shape:
         raise ShapeError(f"{name} has shape {tuple(value.shape)}, expected {shape}; nothing is broadcast")
     not_empty(value, name)
+    if value.dtype == torch.bool:
+        return value.to(torch.int64)
     finite(value, name)
     bad = (value != 0) & (value != 1)
     if bool(bad.any()):

@@ -202,6 +202,6 @@ def test_p_values() -> None:
 @pytest.mark.slow
 def test_a_thousand_resamples_of_ten_thousand_are_quick() -> None:
     found = calibrated(10_000, 0, classes=10)
-    started = time.perf_counter()
+    started = time.process_time()  # which other processes do not lengthen
     boot.resample(found, ["nll", "brier", "accuracy", "ece", "aurc", "error_auroc"], boot.Resamples.draw(10_000, 1000))
-    assert time.perf_counter() - started < 6.6
+    assert time.process_time() - started < 6.6
