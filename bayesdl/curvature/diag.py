@@ -50,7 +50,7 @@ class Diag(Uniform):
     def per_block(self) -> Sequence[Tensor]:
         return self.diagonal
 
-    def __add__(self, other: Self) -> Self:
+    def _plus(self, other: Self) -> Self:
         return replace(self, diagonal=tuple(a + b for a, b in zip(self.diagonal, other.diagonal, strict=True)))
 
     def scaled(self, weight: Tensor) -> Self:

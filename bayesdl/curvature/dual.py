@@ -139,7 +139,7 @@ class Dual(Uniform):
             return done
         return replace(done, gap=tuple(g - own for g, own in zip(self.gap, done._squares(), strict=True)))
 
-    def __add__(self, other: Self) -> Self:
+    def _plus(self, other: Self) -> Self:
         gap = tuple(a + b for a, b in zip(self.gap, other.gap, strict=True))
         if same_rows(self.pieces, other.pieces, self.basis, other.basis):
             return replace(self, core=self._core + other._core, gap=gap)

@@ -73,7 +73,7 @@ class EKFAC(Rotated):
     def per_block(self) -> Sequence[Tensor]:
         return self.values
 
-    def __add__(self, other: Self) -> Self:
+    def _plus(self, other: Self) -> Self:
         bases = zip(self.inner + self.outer, other.inner + other.outer, strict=True)
         if not all(_same(mine, theirs) for mine, theirs in bases):
             raise UnsupportedError(

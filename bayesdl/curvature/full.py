@@ -71,7 +71,7 @@ class Full(Uniform):
     def num_prepared(self) -> int:
         return 1
 
-    def __add__(self, other: Self) -> Self:
+    def _plus(self, other: Self) -> Self:
         return replace(self, matrix=self.matrix + other.matrix)
 
     def scaled(self, weight: Tensor) -> Self:

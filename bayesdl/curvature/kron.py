@@ -94,7 +94,7 @@ class Kron(Rotated):
         pairs = zip(self.inner, self.outer, strict=True)
         return not any(bool(g.any()) and (a.dim() == 0 or bool(a.any())) for a, g in pairs)
 
-    def __add__(self, other: Self) -> Self:
+    def _plus(self, other: Self) -> Self:
         def total(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(a + b for a, b in zip(mine, theirs, strict=True))
 

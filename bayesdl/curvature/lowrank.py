@@ -105,7 +105,7 @@ class LowRank(Uniform):
             return [self.core] * len(self.layout.blocks)
         return self.layout.split(self.image.T)
 
-    def __add__(self, other: Self) -> Self:
+    def _plus(self, other: Self) -> Self:
         if self.basis is other.basis or (
             self.basis.shape == other.basis.shape and torch.equal(self.basis, other.basis)
         ):

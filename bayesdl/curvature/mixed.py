@@ -96,7 +96,7 @@ class Mixed(Structure):
     def is_zero(self) -> bool:
         return all(part.is_zero() for part in self.parts)
 
-    def __add__(self, other: Self) -> Self:
+    def _plus(self, other: Self) -> Self:
         return self.with_parts([a + b for a, b in zip(self.parts, other.parts, strict=True)])
 
     def scaled(self, weight: Tensor) -> Self:

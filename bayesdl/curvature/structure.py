@@ -71,9 +71,25 @@ class Structure(ABC):
                 "with dtype=torch.float64"
             )
 
-    @abstractmethod
     def __add__(self, other: Self) -> Self:
-        """Curvature of both data sets together."""
+        """Curvature of both data sets together.
+
+        Raises:
+            ArgumentError: another structure, or curvature of other parameters.
+        """
+        if type(other) is not type(self) or other.recipe != self.recipe:
+            given = repr(other.recipe) if isinstance(other, Structure) else type(other).__name__
+            raise ArgumentError(f"curvature of structure {self.recipe!r} and {given} was added; fit both alike")
+        mine, theirs = (
+            [(block.kind, block.parameters, block.shapes) for block in part.layout.blocks] for part in (self, other)
+        )
+        if mine != theirs:
+            raise ArgumentError("curvatures of different parameters were added; fit both with equal select= and bias=")
+        return self._plus(other)
+
+    @abstractmethod
+    def _plus(self, other: Self) -> Self:
+        """`+` for curvature of the same structure over the same parameters."""
 
     @abstractmethod
     def scaled(self, weight: Tensor) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -242,3 +243,15 @@ def test_a_flat_likelihood_is_an_error(structure: str, kind: str) -> None:
     chosen = recipe(structure, layout)
     with pytest.raises(NumericalError, match="exactly zero"):
         fit_curvature(view, layout, [(x, y)], resolve("categorical"), structure=chosen, kind=kind, progress=False)
+
+
+def test_only_curvatures_of_one_kind_over_the_same_parameters_add(structure: str) -> None:
+    mine = fitted(structure, "ggn", "mlp")
+    other = fitted("diag" if structure != "diag" else "full", "ggn", "mlp")
+    with pytest.raises(ArgumentError, match="fit both alike"):
+        mine + other
+    # equal shapes, another layer: the sum would be of nothing
+    layout = mine.layout
+    renamed = replace(layout, blocks=tuple(replace(b, parameters=("other",)) for b in layout.blocks))
+    with pytest.raises(ArgumentError, match="different parameters"):
+        mine + replace(mine, layout=renamed)

@@ -348,7 +348,7 @@ def test_a_prior_that_does_not_fit_is_refused_at_the_fit() -> None:
     net, x, y = network()
     count = sum(p.numel() for p in net.parameters())
     with pytest.raises(UnsupportedError, match=r"diag.*full"):
-        wrapped(net, [(x, y)], "categorical", bdl.GaussianPrior(torch.ones(count)), structure="kron")
+        wrapped(net, [(x, y)], "categorical", bdl.GaussianPrior(torch.linspace(1.0, 2.0, count)), structure="kron")
     with pytest.raises(ArgumentError, match=rf"\(7,\).*\({count},?\)"):
         wrapped(net, [(x, y)], "categorical", bdl.GaussianPrior(torch.ones(7)), structure="diag")
     with pytest.raises(ArgumentError, match="mean"):
