@@ -149,9 +149,11 @@ def main() -> None:
     table = {}
     for row in runs[0]:
         values = np.array([found[row] for found in runs])
-        error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.full(len(NAMES), np.nan)
+        several = len(values) > 1
+        errors = values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
         table[row] = {
-            n: [round(float(m), 4), round(float(e), 4)] for n, m, e in zip(NAMES, values.mean(0), error, strict=True)
+            name: [round(float(values[:, i].mean()), 4), round(float(errors[i]), 4) if several else None]
+            for i, name in enumerate(NAMES)
         }
     finish({"seeds": len(runs), "training images": options.train, "steps": options.steps, "scores": table}, options)
 

@@ -125,13 +125,13 @@ def split_scores(folder: Path, name: str, split: int, steps: int, peer: bool) ->
     return found
 
 
-def summary(runs: list[Scores], column: int) -> dict[str, list[float]]:
+def summary(runs: list[Scores], column: int) -> dict[str, list[float | None]]:
     """Mean over splits and its standard error, per method."""
     rows = {}
     for name in runs[0]:
         values = np.array([run[name][column] for run in runs])
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        rows[name] = [round(float(values.mean()), 4), round(float(error), 4)]
+        error = round(float(values.std(ddof=1) / len(values) ** 0.5), 4) if len(values) > 1 else None
+        rows[name] = [round(float(values.mean()), 4), error]
     return rows
 
 
