@@ -105,10 +105,11 @@ class _Half:
     """A file of which one write stops in the middle."""
 
     def __init__(self, file: Any, event: Callable[[], bool], end: Callable[[], None]) -> None:
-        self._file, self._event, self._end = file, event, end
+        self._file, self._event, self._end, self._writes = file, event, end, 0
 
     def write(self, payload: bytes) -> None:
-        if self._event():
+        self._writes += 1
+        if self._writes in (1, 2, 5) and self._event():  # of a file of tensors its length, its header, a tensor
             self._file.write(payload[: len(payload) // 2])
             self._file.flush()
             self._end()
@@ -183,7 +184,7 @@ def kill_everywhere(name: str, folder: Path, stride: int, options: dict[str, Any
     with events(None) as count:
         run(folder / "whole", name, resume=False, **options)[0].close()
     expected = contents(folder / "whole")
-    assert len(expected) > 4 and count[0] > 30, (expected, count)
+    assert len(expected) > 3 and count[0] > 30, (expected, count)
     for deadly in range(1, count[0] + 1, stride):
         place = folder / str(deadly)
 

@@ -51,14 +51,14 @@ def test_every_sampler_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 def test_killed_between_any_two_writes(tmp_path: Path) -> None:
-    killed("everywhere", "sgld", tmp_path / "a", 29, burn_in=8, thin=7)
-    killed("everywhere", "sa-sgld", tmp_path / "b", 223, max_samples=3, thin=1)
+    killed("everywhere", "sgld", tmp_path / "a", 6, burn_in=8, thin=7)
+    killed("everywhere", "sgld", tmp_path / "b", 7, burn_in=8, thin=7, max_samples=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_every_sampler_killed_between_any_two_writes(name: str, tmp_path: Path) -> None:
-    killed("everywhere", name, tmp_path, 17)
+    killed("everywhere", name, tmp_path, 7)
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_every_sampler_killed_between_any_two_writes(name: str, tmp_path: Path) 
     ],
 )
 def test_every_option_killed_between_any_two_writes(options: dict[str, Any], tmp_path: Path) -> None:
-    killed("everywhere", "sa-sgld", tmp_path, 17, **options)
+    killed("everywhere", "sa-sgld", tmp_path, 11, **options)
 
 
 @pytest.mark.slow
