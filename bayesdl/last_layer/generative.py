@@ -94,7 +94,7 @@ class Generative(DensityHead):
 
     def class_counts(self) -> Tensor:
         if self.known:
-            return self.alpha
+            return self.alpha - self.concentration
         return torch.full_like(self.alpha, self.num_data / self.out_features)
 
     def _mismatch(self) -> Tensor:

@@ -307,6 +307,8 @@ def test_generative_fits_features_in_closed_form_and_training_gets_there(covaria
     with pytest.raises(UnsupportedError, match="no score 'relative_mahalanobis'"):
         trained(z).ood_score("relative_mahalanobis")
     assert torch.allclose(fitted.alpha.float(), 1.0 + torch.bincount(y))
+    ours, theirs = fitted.pseudo_counts(fresh), conjugate.pseudo_counts(fresh)
+    assert torch.allclose(ours.alpha, theirs.alpha, rtol=1e-4)
 
 
 def test_generative_in_a_network_and_refusals(tmp_path):
