@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bayesdl.curvature.structure import Structure
     from bayesdl.model import BayesianModel
     from bayesdl.posteriors.gaussian import GaussianPosterior
+    from bayesdl.posteriors.samples import SamplePosterior
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ CROWDED = 0.5
 
 def diagnose(model: BayesianModel, data: Iterable[Any] | None = None, *, progress: bool = False) -> Diagnosis:
     """Recorded choices, then checks on a Gaussian posterior; `BayesianModel.diagnose` says which."""
-    from bayesdl.posteriors import GaussianPosterior
+    from bayesdl.posteriors import GaussianPosterior, SamplePosterior
 
     found = list(model.record.findings)
     posterior = model.posterior
+    if isinstance(posterior, SamplePosterior) and posterior.chains is not None and data is not None:
+        return Diagnosis((*found, *_converged(model, posterior, data)))
     if not isinstance(posterior, GaussianPosterior):
         if data is not None:
             raise UnsupportedError(
@@ -77,6 +80,21 @@ def diagnose(model: BayesianModel, data: Iterable[Any] | None = None, *, progres
 
         found += findings(observe(model, posterior, data, progress), model)
     return Diagnosis(tuple(found))
+
+
+def _converged(model: BayesianModel, posterior: SamplePosterior, data: Iterable[Any]) -> list[Finding]:
+    """Whether the chains agree in what they predict on the first batch."""
+    from bayesdl.data import batches
+    from bayesdl.latent import SampleLatent
+    from bayesdl.samplers.diagnostics import quantities
+    from bayesdl.samplers.diagnostics.summary import agreement_of
+
+    with torch.no_grad():
+        _, inputs, _ = next(iter(batches(model.network, data, progress=False, describe="diagnose", need_targets=False)))
+        latent = posterior.push(model.network, inputs, None)
+    assert isinstance(latent, SampleLatent) and posterior.chains is not None
+    outputs = latent.samples.flatten(1, -2)
+    return agreement_of(posterior.chains.to(outputs.device), quantities(outputs, model.likelihood))
 
 
 def _not_finite(posterior: GaussianPosterior) -> Finding | None:

@@ -258,6 +258,7 @@ class BayesianModel(nn.Module):
         Of a Laplace posterior without data: effective parameters, a prior that dominates, lies at its bound or far from
         the weights, layers without curvature, NaN. With the training loader, for one pass over it: whether the weights
         are the mode, whether training and leave-one-out residuals disagree, how the variance spreads over the data.
+        Of chains with data: whether they agree in what they predict on the first batch.
 
         Args:
             data: the training loader.
@@ -265,7 +266,7 @@ class BayesianModel(nn.Module):
 
         Raises:
             ArgumentError: other data than those of the fit.
-            UnsupportedError: data given to a method other than "laplace".
+            UnsupportedError: data given to a method that is neither "laplace" nor chains of samples.
         """
         return diagnose(self, data, progress=progress)
 

@@ -46,7 +46,7 @@ def summary(
     found = [_what(records), *_temperature(records), *_weights(records), *_steps(records), *_drift(records)]
     if outputs is not None:
         values = outputs if likelihood is None else quantities(outputs, likelihood, targets)
-        found += _agreement(records, values)
+        found += agreement_of(torch.tensor([r.chain for r in records]), values)
         if likelihood is not None and likelihood.name == "categorical":
             found += _cycles(records, outputs.softmax(-1))
     return Diagnosis(tuple(found))
@@ -127,8 +127,9 @@ def _drift(records: Sequence[SampleRecord]) -> list[Finding]:
     return found
 
 
-def _agreement(records: Sequence[SampleRecord], values: Tensor) -> list[Finding]:
-    draws = by_chain(values.reshape(len(records), -1), torch.tensor([r.chain for r in records]))
+def agreement_of(chains: Tensor, values: Tensor) -> list[Finding]:
+    """Findings on quantities `(S, Q)` of samples from the chains of ids `(S,)`."""
+    draws = by_chain(values.reshape(len(chains), -1), chains)
     if draws.shape[1] < FEWEST:
         return [
             Finding("warning", f"{draws.shape[1]} samples a chain are too few to judge convergence", "collect more")

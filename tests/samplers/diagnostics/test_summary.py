@@ -9,6 +9,7 @@ from torch import Tensor
 import bayesdl as bdl
 from bayesdl.errors import ShapeError
 from bayesdl.likelihoods import Categorical
+from bayesdl.posteriors import SamplePosterior
 from bayesdl.samplers.diagnostics import summary
 from bayesdl.samplers.records import SampleRecord
 
@@ -110,3 +111,18 @@ def test_of_a_chain() -> None:
     found = chain.summary("categorical", torch.zeros(5, dtype=torch.long))
     assert found == expected and "20 samples" in str(found) and "R-hat" in str(found)
     assert "R-hat" not in str(bdl.Chain(net, sampler=sampler).summary())
+
+
+def test_diagnose_asks_whether_chains_agree() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 3)
+    x = torch.randn(9, 2)
+    generator = torch.Generator().manual_seed(0)
+    snapshots = {name: torch.randn(40, *p.shape, generator=generator) for name, p in net.named_parameters()}
+    chains = torch.arange(2).repeat_interleave(20)
+    for gap, verdict in ((0.0, False), (5.0, True)):
+        moved = {**snapshots, "bias": snapshots["bias"] + gap * chains[:, None] * torch.tensor([1.0, 0.0, 0.0])}
+        posterior = SamplePosterior(moved, torch.full((40,), 1 / 40), chains)
+        found = bdl.BayesianModel(net, posterior, "categorical").diagnose([x])
+        assert "R-hat" in str(found)
+        assert any("do not agree" in finding.text for finding in found.warnings) is verdict
