@@ -139,15 +139,16 @@ def test_logistic_regression_against_the_gold_standard(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["baoab", "sghmc"])
 def test_a_small_network_against_the_gold_standard(name: str) -> None:
-    """Four hidden units, 17 weights: predictive means within 0.15 noise sd, spreads within 25 %; seeds fixed."""
+    """Two hidden units, 9 weights: predictive means within 0.3 noise sd (five standard errors of the 200 samples of
+    NUTS), spreads within 35 %; an error of a factor two in the temperature changes them by 41 %. Seeds fixed."""
     x, y = examples()
-    net = network()
+    net = network(hidden=2)
     prior, likelihood = bdl.GaussianPrior(1.0), bdl.Gaussian(noise=NOISE)
     options: dict[str, Any] = {"likelihood": likelihood, "prior": prior, "progress": False}
-    gold = bdl.wrap(net, bdl.NUTS(num_samples=400, warmup=300, start="prior"), [(x, y)], generator=seeded(), **options)
-    method = bdl.SGMCMC(name, num_samples=500, thin=20, burn_in=1000, chains=4, start="prior")
+    gold = bdl.wrap(net, bdl.NUTS(num_samples=200, warmup=100, chains=1), [(x, y)], generator=seeded(), **options)
+    method = bdl.SGMCMC(name, num_samples=300, thin=10, burn_in=300, chains=2)
     found = bdl.wrap(net, method, [(x, y)], generator=seeded(), **options)
     inputs = torch.randn(40, 2, dtype=torch.float64, generator=seeded(9))
     a, b = gold(inputs), found(inputs)
-    assert float((a.mean - b.mean).abs().max()) < 0.15 * NOISE
-    assert float((a.epistemic / b.epistemic).sqrt().log().abs().max()) < math.log(1.25)
+    assert float((a.mean - b.mean).abs().max()) < 0.3 * NOISE
+    assert float((a.epistemic / b.epistemic).sqrt().log().abs().max()) < math.log(1.35)
