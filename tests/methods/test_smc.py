@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError
 from bayesdl.methods.potential import full_potential
+from bayesdl.methods.smc import Cloud
 from bayesdl.network import Network
 from tests.untouched import untouched
 
@@ -72,6 +73,21 @@ def test_evidence_and_moments_of_a_last_layer() -> None:
         error = found.std(0) / RUNS**0.5
         assert bool((error < most).all()), error
         assert bool(((found.mean(0) - expected).abs() < 4 * error).all()), (found.mean(0), error)
+
+
+def test_moves_leave_the_posterior_as_it_is() -> None:
+    """From 4,000 exact draws: variances after 30 moves within 4.5 standard errors, sqrt(2 / 4000) each; seeds fixed."""
+    x, y = examples()
+    net = network()
+    mean, covariance, _ = closed_form(net, x, y)
+    view = Network(net, select="last_layer", example=x)
+    potential = full_potential(view, bdl.Gaussian(noise=NOISE), bdl.GaussianPrior(PRECISION), [(x, y)])
+    draws = torch.randn(4000, 4, dtype=torch.float64, generator=seeded(4)) @ torch.linalg.cholesky(covariance).T
+    cloud = Cloud(potential, mean + draws, seeded(5))
+    cloud._renew([(potential.held[0], 1.0)], 30)
+    assert 0.3 < cloud.acceptance[0] < 0.8
+    spread = (cloud.thetas - mean).square().mean(0) / covariance.diagonal()
+    assert bool(((spread - 1).abs() < 4.5 * (2 / 4000) ** 0.5).all()), spread
 
 
 @pytest.mark.parametrize("select", ["last_layer", "all"])
