@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesdl.curvature.cross import cross
 from bayesdl.curvature.factor import Factor, add_marginals, add_quads
-from bayesdl.curvature.layout import Layout, cast
+from bayesdl.curvature.layout import Layout, positive
 from bayesdl.curvature.logsum import log_sum
 from bayesdl.curvature.structure import Shift, Uniform, check_noise, check_positive
 
@@ -61,7 +61,7 @@ class Diag(Uniform):
         shifts = self.layout.shifts(shift, like)
         if self.signed or any(s.numel() > 1 for s in shifts):
             return torch.stack([p.log().sum() for p in self._precision(scale, shift, torch.float64)]).sum()
-        scaling = cast(scale, like)
+        scaling = positive(scale, like)
         return torch.stack([log_sum(d, scaling, s) for d, s in zip(self.diagonal, shifts, strict=True)]).sum()
 
     def product(self, vectors: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Diag(Uniform):
     def quads_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
         if self.signed:
             self._precision(scale, shifts.min())  # refuses what is not positive definite
-        return add_quads(factors, [cast(scale, d) * d for d in self.diagonal], shifts)
+        return add_quads(factors, [positive(scale, d) * d for d in self.diagonal], shifts)
 
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)
@@ -88,7 +88,7 @@ class Diag(Uniform):
     def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
         if self.signed:
             self._precision(scale, shifts.min())
-        return add_marginals(factors, [cast(scale, d) * d for d in self.diagonal], shifts)
+        return add_marginals(factors, [positive(scale, d) * d for d in self.diagonal], shifts)
 
     def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         weights = self._precision(scale, shift)
@@ -113,7 +113,7 @@ class Diag(Uniform):
 
     def _precision(self, scale: Shift, shift: Shift, dtype: torch.dtype | None = None) -> list[Tensor]:
         like = self.diagonal[0].new_empty((), dtype=dtype or self.diagonal[0].dtype)
-        scaling = cast(scale, like)
+        scaling = positive(scale, like)
         shifts = self.layout.shifts(shift, like)
         found = [scaling * d.to(like) + s for d, s in zip(self.diagonal, shifts, strict=True)]
         if self.signed:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bayesdl.curvature.cross import cross
 from bayesdl.curvature.factor import Factor, dense_factor
-from bayesdl.curvature.layout import Layout, cast
+from bayesdl.curvature.layout import Layout, positive
 from bayesdl.curvature.pieces import (
     content,
     factors_named,
@@ -158,7 +158,7 @@ class Dual(Uniform):
     def logdet(self, scale: Shift, shift: Shift) -> Tensor:
         shifts = self._shifts(shift)
         total = torch.stack([s.log().expand(size).sum() for s, size in zip(shifts, self._sizes, strict=True)]).sum()
-        level = cast(scale, total)
+        level = positive(scale, total)
         if torch.as_tensor(shift).numel() == 1:
             total = total + torch.log1p(level * self._unit[0] / shifts[0]).sum()
         else:
@@ -177,7 +177,7 @@ class Dual(Uniform):
         lead, diagonal = vectors.shape[:-1], self._diagonal(shift)
         plain = vectors.double().reshape(-1, vectors.shape[-1]) / diagonal
         seen = self._turned(self._times(plain))
-        pulled = torch.cholesky_solve(seen.mT, self._inner_root(scale, shift)).mT * cast(scale, seen)
+        pulled = torch.cholesky_solve(seen.mT, self._inner_root(scale, shift)).mT * positive(scale, seen)
         found = plain - self._transposed(self._back(pulled)) / diagonal
         return found.view(*lead, -1).to(self._dtype)
 
@@ -218,7 +218,7 @@ class Dual(Uniform):
     def sample(self, noise: Tensor, scale: Shift, shift: Shift) -> Tensor:
         """D^-1/2 (I + scale D^-1/2 H D^-1/2)^-1/2 noise: the symmetric root where D is a scalar."""
         check_noise(noise, self.layout.numel)
-        root, level = self._diagonal(shift).rsqrt(), cast(scale, self._diagonal(shift))
+        root, level = self._diagonal(shift).rsqrt(), positive(scale, self._diagonal(shift))
         inner = self._kernel_inside(shift)
         values, vectors = eigh(inner, "kernel")
         grown = (1.0 + level * values).sqrt()
@@ -325,7 +325,7 @@ class Dual(Uniform):
         """Cholesky factor of I + scale R^T K R."""
         inner = self._kernel_inside(shift)
         one = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-        return cholesky(one + cast(scale, inner) * inner, "kernel")
+        return cholesky(one + positive(scale, inner) * inner, "kernel")
 
     def _turned(self, values: Tensor) -> Tensor:
         """`(..., r)` times R."""
@@ -352,13 +352,13 @@ class Dual(Uniform):
         """What the data take from the prior's covariance, as rows `(B, K, r)` of a root."""
         products = self._turned(self._products(factors, shift))
         flat = torch.linalg.solve_triangular(self._inner_root(scale, shift), products.flatten(0, 1).mT, upper=False)
-        return flat.mT.view(products.shape) * cast(scale, flat).sqrt()
+        return flat.mT.view(products.shape) * positive(scale, flat).sqrt()
 
     def _seen_prepared(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
         if torch.as_tensor(shift).numel() != 1:
             return self._seen(factors[:-1], scale, shift)
         turned = factors[-1].g[0, :, :, 0].transpose(0, 1)  # (B, K, r)
-        level, prior = cast(scale, turned), self._shifts(shift)[0]
+        level, prior = positive(scale, turned), self._shifts(shift)[0]
         return turned * (level / (1.0 + level * self._unit[0] / prior)).sqrt() / prior
 
     def _times(self, vectors: Tensor) -> Tensor:

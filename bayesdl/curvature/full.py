@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.factor import Factor, dense_factor
-from bayesdl.curvature.layout import Layout, cast
+from bayesdl.curvature.layout import Layout, positive
 from bayesdl.curvature.structure import Shift, Uniform, check_noise, check_positive
 from bayesdl.errors import UnsupportedError
 from bayesdl.linalg import cholesky, eigh
@@ -151,12 +151,12 @@ class Full(Uniform):
         return cholesky(precision, "posterior precision")
 
     def _dense_precision(self, scale: Shift, shift: Shift) -> Tensor:
-        return cast(scale, self.matrix) * self.matrix + torch.diag(self._shift(shift))
+        return positive(scale, self.matrix) * self.matrix + torch.diag(self._shift(shift))
 
     def _precision(self, scale: Shift, shift: Shift, dtype: torch.dtype | None = None) -> Tensor:
         """Eigenvalues of P for a scalar shift, `(P,)`."""
         values = self._eigen[0].to(dtype or self.matrix.dtype)
-        found = cast(scale, values) * values + self.layout.shifts(shift, values)[0]
+        found = positive(scale, values) * values + self.layout.shifts(shift, values)[0]
         if self.signed:
             check_positive(found.detach())
         return found

@@ -23,6 +23,14 @@ def cast(value: Tensor | float, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
+def positive(scale: Tensor | float, like: Tensor) -> Tensor:
+    """The scale of a curvature, cast as above. Raises `ArgumentError` unless it is positive."""
+    value = cast(scale, like)
+    if not bool((value > 0).all()):
+        raise ArgumentError(f"scale={float(value.min()):g}; expected a positive number (1 / temperature)")
+    return value
+
+
 @dataclass(frozen=True)
 class Block:
     """Parameters that curvature treats together.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.curvature.factor import Factor, dense_factor
-from bayesdl.curvature.layout import Layout, cast
+from bayesdl.curvature.layout import Layout, cast, positive
 from bayesdl.curvature.products import times, transposed_times
 from bayesdl.curvature.structure import Shift, Structure, Uniform, check_noise, check_positive
 from bayesdl.linalg import cholesky, eigh
@@ -202,7 +202,7 @@ class LowRank(Uniform):
 
     def _core(self, scale: Shift) -> Tensor:
         core = self.core.double()
-        return cast(scale, core) * core
+        return positive(scale, core) * core
 
     def _gram(self, shift: Shift, diagonal: Tensor) -> Tensor:
         """U^T D^-1 U."""

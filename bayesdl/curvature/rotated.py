@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesdl.curvature.cross import cross
 from bayesdl.curvature.factor import Factor, add_marginals, add_quads
-from bayesdl.curvature.layout import cast
+from bayesdl.curvature.layout import positive
 from bayesdl.curvature.structure import Shift, Uniform, check_noise
 from bayesdl.errors import UnsupportedError
 
@@ -70,7 +70,7 @@ class Rotated(Uniform):
         return torch.stack([f.quad(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
 
     def quads_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
-        values = [cast(scale, e.values) * e.values for e in self.eigen]
+        values = [positive(scale, e.values) * e.values for e in self.eigen]
         return add_quads(factors, values, shifts)
 
     def marginal(self, factors: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
@@ -81,7 +81,7 @@ class Rotated(Uniform):
         return torch.stack([f.marginal(1.0 / p) for f, p in zip(factors, weights, strict=True)]).sum(0)
 
     def marginals_prepared(self, factors: Sequence[Factor], scale: Shift, shifts: Tensor) -> Tensor:
-        values = [cast(scale, e.values) * e.values for e in self.eigen]
+        values = [positive(scale, e.values) * e.values for e in self.eigen]
         return add_marginals(factors, values, shifts)
 
     def cross(self, first: Sequence[Factor], second: Sequence[Factor], scale: Shift, shift: Shift) -> Tensor:
@@ -116,7 +116,7 @@ class Rotated(Uniform):
             )
         like = self.eigen[0].values
         like = like.new_empty((), dtype=dtype or like.dtype)
-        scaling = cast(scale, like)
+        scaling = positive(scale, like)
         return [
             scaling * e.values.to(like) + s for e, s in zip(self.eigen, self.layout.shifts(shift, like), strict=True)
         ]

@@ -202,6 +202,15 @@ def test_a_precision_that_is_not_positive_is_refused(structure: str, bad: float)
         found.quad(rows("bare_parameters")[1], 1.0, bad)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(structure: str, bad: float) -> None:
+    found = fitted(structure, "ggn", "bare_parameters")
+    with pytest.raises(ArgumentError, match="scale=.* expected a positive number"):
+        found.logdet(bad, 1.0)
+    with pytest.raises(ArgumentError, match="scale=.* expected a positive number"):
+        found.quad(rows("bare_parameters")[1], bad, 1.0)
+
+
 def test_wrong_shapes_are_named(structure: str) -> None:
     found = fitted(structure, "ggn", "bare_parameters")
     size = found.layout.numel
