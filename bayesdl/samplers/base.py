@@ -60,6 +60,7 @@ class Sampler(Optimizer, ABC):
 
     name: ClassVar[str]
     underdamped: bool = False
+    variables: tuple[str, ...] = ("theta",)  # what a chain keeps, a sample each; see Entropy-MCMC
     collect: ClassVar[str] = "steps"  # how a chain should choose samples: every so many steps, or in equal "time"
 
     def __init__(

@@ -317,7 +317,8 @@ class Chain:
         if self.collect == "steps":
             self._pending = []  # of several steps between two calls, the last
         if copies:
-            self._pending.append(_Pending(self._tensors.snapshot(sampler), record, copies))
+            for variable in ("theta",) if sampler is None else sampler.variables:
+                self._pending.append(_Pending(self._tensors.snapshot(sampler, variable), record, copies))
 
     def _begin(self) -> None:
         if self._mover is not None:

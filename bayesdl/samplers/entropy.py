@@ -15,6 +15,7 @@ from bayesdl.samplers.forces import Block
 
 Number = float | Tensor
 ANCHORS = ("langevin", "gibbs")
+KEPT = {"theta": ("theta",), "anchor": ("anchor",), "both": ("theta", "anchor")}
 
 
 def entropy_mcmc(
@@ -50,6 +51,8 @@ class EntropyMCMC(Sampler):
         params, lr, num_data, shared: see `Sampler` and `Shared`.
         eta: variance of the coupling; a group may have its own. None is 0.01 / prior precision. lr / N must stay below.
         anchor: "langevin" moves the anchor by steps like theta's, "gibbs" draws it exactly.
+        keep: what a chain collects: "theta" (the posterior exactly), "anchor" (smoothed by the coupling) or "both", two
+            samples at a time, as published.
 
     Raises:
         ArgumentError: eta not positive, or left out without a prior precision to choose it from.
@@ -66,11 +69,14 @@ class EntropyMCMC(Sampler):
         *,
         eta: float | None = None,
         anchor: str = "langevin",
+        keep: str = "theta",
         **shared: Unpack[Shared],
     ) -> None:
         if anchor not in ANCHORS:
             raise ArgumentError(f'anchor={anchor!r}; expected "langevin" or "gibbs"')
-        self.anchor = anchor
+        if keep not in KEPT:
+            raise ArgumentError(f"keep={keep!r}; expected one of {tuple(KEPT)}")
+        self.anchor, self.variables = anchor, KEPT[keep]
         super().__init__(params, lr, num_data, shared, {"eta": eta})
 
     def anchors(self) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Sampled:
         self.parameters = _chosen(everything, sampler)
         self.others = {name: p for name, p in everything.items() if name not in self.parameters}
         self._buffers, self.dtype = buffers, dtype
-        norms = [
+        self._norms = norms = [
             name for name, m in self._net.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None
         ]
         if buffers == "shared" and norms:
@@ -83,12 +83,18 @@ class Sampled:
         """All buffers of the network as they are now."""
         return dict(_plain(self._net).named_buffers())
 
-    def snapshot(self, sampler: Sampler | None) -> Snapshot:
-        """Parameters and buffers as they are now, in memory of their own.
+    def snapshot(self, sampler: Sampler | None, variable: str = "theta") -> Snapshot:
+        """Parameters and buffers as they are now, in memory of their own; `variable` is one of the sampler's.
 
         Raises:
             StaleModelError: a parameter that is not sampled was trained on.
+            ArgumentError: an anchor in a network with running statistics, which are those of theta.
         """
+        if variable != "theta" and self._norms and self._buffers != "refresh":
+            raise ArgumentError(
+                f"the chain collects the sampler's {variable}, and the running statistics of {self._norms[0]!r} belong "
+                "to theta: pass buffers='refresh' and data= to Chain"
+            )
         for name, other in self.others.items():
             if other._version != self._versions[name]:
                 raise StaleModelError(
@@ -97,7 +103,7 @@ class Sampled:
                 )
         buffers = {} if self._buffers == "shared" else self.buffers()
         return Snapshot(
-            {name: _moving(p, sampler).clone() for name, p in self.parameters.items()},
+            {name: _moving(p, sampler, variable).clone() for name, p in self.parameters.items()},
             {name: value.detach().clone() for name, value in buffers.items() if not name.endswith(_COUNTER)},
         )
 
@@ -174,8 +180,12 @@ def _chosen(everything: dict[str, Tensor], sampler: Sampler | Sequence[str] | No
     return found
 
 
-def _moving(parameter: Tensor, sampler: Sampler | None) -> Tensor:
-    """The parameter, or the float32 copy that moves in its place."""
+def _moving(parameter: Tensor, sampler: Sampler | None, variable: str = "theta") -> Tensor:
+    """The parameter, the float32 copy that moves in its place, or another variable of the sampler's (an anchor)."""
+    if sampler is not None and variable != "theta" and parameter in sampler.state:
+        held: Tensor | None = sampler.state[parameter].get(variable)
+        if held is not None:  # before the first step every variable is at the parameter
+            return held
     if sampler is not None and parameter in sampler.state and "master" in sampler.state[parameter]:
         master: Tensor = sampler.state[parameter]["master"]
         return master

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bayesdl as bdl
 from bayesdl.errors import ArgumentError, StepSizeError
 from bayesdl.samplers import EntropyMCMC
 from bayesdl.samplers.entropy import entropy_mcmc
@@ -82,3 +83,40 @@ def test_each_group_has_its_coupling() -> None:
 def test_arguments(arguments: dict[str, float]) -> None:
     with pytest.raises(ArgumentError):
         EntropyMCMC([nn.Parameter(torch.zeros(2))], 0.1, 10, **arguments)
+
+
+@pytest.mark.parametrize("keep", ["theta", "anchor", "both"])
+def test_chains_keep_weights_anchors_or_both(keep: str) -> None:
+    net = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        net.weight.fill_(0.3)
+    sampler = EntropyMCMC(
+        net.named_parameters(), 0.5, 50, eta=0.4, keep=keep, generator=torch.Generator().manual_seed(0)
+    )
+    chain = bdl.Chain(net, burn_in=2, sampler=sampler)
+    seen = []
+    for k in range(6):
+        net.weight.grad = net.weight.detach() / 50
+        if k >= 2:  # theta_k and the anchor before the step that leaves them
+            seen.append({"theta": net.weight.detach().clone(), "anchor": sampler.anchors()["weight"].clone()})
+        sampler.step()
+        chain.step()
+    expected = [pair[name] for pair in seen for name in ("theta", "anchor") if keep in (name, "both")]
+    found = chain.posterior().snapshots["weight"]
+    assert torch.equal(found, torch.stack(expected))
+
+
+def test_anchors_of_networks_with_running_statistics_need_fresh_ones() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
+    sampler = EntropyMCMC(net.named_parameters(), 0.5, 50, eta=0.4, keep="anchor", prior_precision=1.0)
+    chain = bdl.Chain(net, sampler=sampler)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(ArgumentError, match="buffers='refresh'"):
+        sampler.step()
+    assert len(chain) == 0
+
+
+def test_unknown_choice_of_what_to_keep() -> None:
+    with pytest.raises(ArgumentError, match="keep='all'"):
+        EntropyMCMC([nn.Parameter(torch.zeros(2))], 0.1, 10, eta=1.0, keep="all")
