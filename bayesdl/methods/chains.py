@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -31,6 +31,7 @@ from bayesdl.samplers.noticing import StochasticForwardWarning
 
 if TYPE_CHECKING:
     from bayesdl.methods.sgmcmc import SGMCMC
+    from bayesdl.samplers.chain import Chain
 
 
 @final
@@ -52,6 +53,7 @@ class Job:
         base: base seed of all chains.
         chain: number of this one.
         progress: show a bar.
+        together: all chains in one batched pass a step, see `bayesdl.methods.batched`.
     """
 
     settings: SGMCMC
@@ -69,6 +71,7 @@ class Job:
     base: int
     chain: int
     progress: bool
+    together: bool = False
 
 
 def run(job: Job) -> SamplePosterior:
@@ -82,7 +85,41 @@ def run(job: Job) -> SamplePosterior:
         return _run(job)
 
 
-def _run(job: Job) -> SamplePosterior:
+@dataclass
+class Live:
+    """A chain under way: what a step needs.
+
+    Attributes:
+        network: view of the module for adapter and outputs.
+        module: the private copy that moves.
+        pairs: its moving parameters by name.
+        sampler, schedule, structured: what moves them.
+        chain: what collects; None for structured ones, which draw at the end.
+        source: minibatches.
+        done, total: steps made before, and in all.
+    """
+
+    network: Network
+    module: nn.Module
+    pairs: list[tuple[str, nn.Parameter]]
+    sampler: Sampler
+    schedule: Cyclical | None
+    structured: Structured | None
+    chain: Chain | None
+    source: Iterator[tuple[int, Any, Any]]
+    done: int
+    total: int
+
+    def after(self) -> None:
+        """What follows a step of the sampler."""
+        if self.schedule is not None:
+            self.schedule.step()
+        if self.chain is not None:
+            self.chain.step(self.schedule is None or self.schedule.sampling)
+
+
+def start(job: Job) -> Live:
+    """Build a chain at its start, or where its store left it."""
     from bayesdl.samplers.chain import Chain  # with its files: only where a chain runs
 
     settings = job.settings
@@ -116,44 +153,51 @@ def _run(job: Job) -> SamplePosterior:
         )
         if store is not None and chain.resume():
             done = chain.steps
-    length = job.energy.num_batches
-    source = endless(network, job.data, job.base, job.chain, start=done, length=length)
-    bar = tqdm(
-        range(done, total), desc=f"chain {job.chain + 1}/{settings.chains}", disable=not job.progress, leave=False
-    )
-    for step in bar:
-        number, inputs, target = next(source)
-        try:
-            with in_batch(number), torch.enable_grad():
-                if structured is not None:
+    source = endless(network, job.data, job.base, job.chain, start=done, length=job.energy.num_batches)
+    return Live(network, module, pairs, sampler, schedule, structured, chain, source, done, total)
 
-                    def loss_fn(values: Mapping[str, Tensor], inputs: Any = inputs, target: Any = target) -> Tensor:
-                        return job.energy.loss(network, module, inputs, target, values)
 
-                    structured.step(loss_fn)
-                else:
-                    sampler.zero_grad(set_to_none=True)
-                    job.energy.loss(network, module, inputs, target).backward()
-                    sampler.step()
-        except NonFiniteError as error:
-            if not step:
-                raise
-            raise NonFiniteError(
-                f"chain {job.chain} diverged at step {step}: {error}; lower lr (it is {job.lr:g})"
-            ) from error
-        if schedule is not None:
-            schedule.step()
-        if chain is not None:
-            chain.step(schedule is None or schedule.sampling)
-    if structured is not None:
-        return _drawn(structured, module, job)
-    assert chain is not None
-    chain.close()
-    found = chain.posterior()
+def finish(job: Job, live: Live) -> SamplePosterior:
+    """The samples of a chain that has made its steps."""
+    if live.structured is not None:
+        return _drawn(live.structured, live.module, job)
+    assert live.chain is not None
+    live.chain.close()
+    found = live.chain.posterior()
     values = {**found.snapshots}
-    for name, buffer in _moving_buffers(module).items():  # a chain may have found them unchanged
+    for name, buffer in _moving_buffers(live.module).items():  # a chain may have found them unchanged
         values.setdefault(name, buffer.detach().expand(len(found), *buffer.shape).clone())
     return replace(found, snapshots={name: values[name] for name in sorted(values)})
+
+
+def diverged(job: Job, step: int, error: NonFiniteError) -> NonFiniteError:
+    """The error with chain and step named; as it is at the first step, where nothing has moved."""
+    if not step:
+        return error
+    return NonFiniteError(f"chain {job.chain} diverged at step {step}: {error}; lower lr (it is {job.lr:g})")
+
+
+def _run(job: Job) -> SamplePosterior:
+    live = start(job)
+    label = f"chain {job.chain + 1}/{job.settings.chains}"
+    for step in tqdm(range(live.done, live.total), desc=label, disable=not job.progress, leave=False):
+        number, inputs, target = next(live.source)
+        try:
+            with in_batch(number), torch.enable_grad():
+                if live.structured is not None:
+
+                    def loss_fn(values: Mapping[str, Tensor], inputs: Any = inputs, target: Any = target) -> Tensor:
+                        return job.energy.loss(live.network, live.module, inputs, target, values)
+
+                    live.structured.step(loss_fn)
+                else:
+                    live.sampler.zero_grad(set_to_none=True)
+                    job.energy.loss(live.network, live.module, inputs, target).backward()
+                    live.sampler.step()
+        except NonFiniteError as error:
+            raise diverged(job, step, error) from error
+        live.after()
+    return finish(job, live)
 
 
 def build_sampler(job: Job, pairs: list[tuple[str, nn.Parameter]]) -> Sampler:
@@ -202,6 +246,10 @@ def cycle_of(total: int, cycles: int, num_samples: int, explore: float) -> tuple
 
 def run_all(jobs: Sequence[Job], workers: int) -> list[SamplePosterior]:
     """One after another, or in `workers` new processes of one thread each; the same chains either way."""
+    if len(jobs) > 1 and jobs[0].together:
+        from bayesdl.methods.batched import run_batched
+
+        return run_batched(jobs)
     if workers == 1 or len(jobs) == 1:
         return [run(job) for job in jobs]
     silent = [replace(job, progress=False) for job in jobs]

@@ -1,0 +1,84 @@
+"""Chains that share their passes are the chains they would be alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bayesdl as bdl
+from bayesdl.errors import ArgumentError, LabelError, UnsupportedError
+from tests.untouched import untouched
+
+
+def net(*middle: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def loader(n: int = 40) -> DataLoader:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=g, dtype=torch.float64)
+    return DataLoader(TensorDataset(x, torch.randint(3, (n,), generator=g)), batch_size=10, shuffle=True)
+
+
+def sampled(network: nn.Module, sampler: str, parallel: str, **options: object) -> bdl.BayesianModel:
+    settings = {"chains": 3, "num_samples": 4, "thin": 3, "burn_in": 5, "lr": 0.02, **options}
+    method = bdl.SGMCMC(sampler, parallel=parallel, **settings)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(1)
+    return bdl.wrap(network, method, loader(), likelihood="categorical", generator=g, progress=False)
+
+
+@pytest.mark.parametrize("sampler", ["sgld", "sghmc", "baoab", "sgnht", "psgld", "sa-sgld", "cyclical"])
+def test_the_same_chains_as_one_after_another(sampler: str) -> None:
+    network = net()
+    with untouched(network):
+        together = sampled(network, sampler, "batched").posterior
+    alone = sampled(network, sampler, "sequential").posterior
+    assert torch.equal(together.chains, alone.chains)
+    assert torch.allclose(together.weights, alone.weights)
+    for name, value in alone.snapshots.items():
+        assert torch.allclose(together.snapshots[name], value, rtol=1e-8, atol=1e-10), name
+
+
+def test_chains_from_the_prior_and_regression() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, generator=g, dtype=torch.float64)
+    data = DataLoader(TensorDataset(x, x[:, :3].sin()), batch_size=10)
+    found = [
+        bdl.wrap(
+            net(),
+            bdl.SGMCMC("sghmc", chains=2, num_samples=3, thin=2, burn_in=2, lr=0.001, start="prior", parallel=parallel),
+            data,
+            likelihood=bdl.Gaussian(0.5),
+            generator=torch.Generator().manual_seed(1),
+            progress=False,
+        )(x).mean
+        for parallel in ("batched", "sequential")
+    ]
+    assert torch.allclose(*found, rtol=1e-8)
+
+
+def test_on_a_cpu_auto_is_sequential_and_equal_bit_for_bit() -> None:
+    auto, alone = (sampled(net(), "sgld", parallel).posterior for parallel in ("auto", "sequential"))
+    assert all(torch.equal(auto.snapshots[name], value) for name, value in alone.snapshots.items())
+
+
+def test_what_cannot_be_batched_says_why() -> None:
+    with pytest.raises(UnsupportedError, match="batch norm '1'"):
+        sampled(net(nn.BatchNorm1d(6)), "sgld", "batched")
+    with pytest.raises(UnsupportedError, match="several passes"):
+        sampled(net(), "structured", "batched")
+    with pytest.raises(ArgumentError, match="parallel='fast'"):
+        sampled(net(), "sgld", "fast")
+    with pytest.raises(ArgumentError, match="workers=2"):
+        sampled(net(), "sgld", "batched", workers=2)
+
+
+def test_wrong_labels_are_named() -> None:
+    x = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(x, torch.full((20,), 7)), batch_size=10)
+    with pytest.raises(LabelError, match="target 7"):
+        method = bdl.SGMCMC("sgld", chains=2, num_samples=2, thin=1, burn_in=0, lr=0.01, parallel="batched")
+        bdl.wrap(net(), method, data, likelihood="categorical", progress=False)
