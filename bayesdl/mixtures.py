@@ -151,6 +151,8 @@ def quantile(distribution: Distribution, q: float) -> Tensor:
             return normal_mixture_quantile(parts.loc, parts.scale, weights, q)
         if isinstance(parts, Poisson):
             return _poisson_quantile(parts.rate, weights, q)
+    if type(distribution).icdf is not Distribution.icdf:  # a family of its own that knows its quantiles
+        return distribution.icdf(distribution.mean.new_tensor(q))
     raise UnsupportedError(f"{type(distribution).__name__} has no quantile function; use .sample and take quantiles")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # name -> module; loaded on first use: posteriors need the closed forms here, and the heads need the posteriors
 _PUBLIC = {
+    "Bars": "bars",
     "Classification": "heads",
     "ConjugateRegression": "exact",
     "ClassStatistics": "class_statistics",
@@ -24,6 +25,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Bars",
     "ClassStatistics",
     "Classification",
     "ConjugateRegression",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from bayesdl.last_layer.bars import Bars
     from bayesdl.last_layer.class_statistics import ClassStatistics
     from bayesdl.last_layer.densities import PseudoCounts
     from bayesdl.last_layer.exact import ConjugateRegression
