@@ -219,15 +219,9 @@ class SGMCMC(Method):
         return psi * psi if sampler.underdamped else psi
 
     def _remarks(self, job: Job) -> tuple[Finding, ...]:
-        found = []
-        if self.temperature != 1:
-            found.append(
-                Finding(
-                    "info",
-                    f"T={self.temperature:g}: this is the posterior to the power 1/T, not Bayes",
-                    "temperature=1",
-                )
-            )
+        bayes = "Bayes" if self.temperature == 1 else "the posterior to the power 1/T, not Bayes"
+        action = "" if self.temperature == 1 else "temperature=1"
+        found = [Finding("info", f"effective temperature T={self.temperature:g}: {bayes}", action, "temperature")]
         if self.chains == 1:
             found.append(Finding("info", "one chain cannot show whether chains agree", "chains=4"))
         if self.structured and self.start == "warm" and job.burn_in == 0:
