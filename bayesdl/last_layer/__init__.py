@@ -11,6 +11,7 @@ _PUBLIC = {
     "Classification": "heads",
     "ConjugateRegression": "exact",
     "ClassStatistics": "class_statistics",
+    "Evidential": "evidential",
     "Generative": "generative",
     "Head": "head",
     "Heteroscedastic": "heteroscedastic",
@@ -29,6 +30,7 @@ __all__ = [
     "ClassStatistics",
     "Classification",
     "ConjugateRegression",
+    "Evidential",
     "Generative",
     "Head",
     "HeadOutput",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from bayesdl.last_layer.bars import Bars
     from bayesdl.last_layer.class_statistics import ClassStatistics
     from bayesdl.last_layer.densities import PseudoCounts
+    from bayesdl.last_layer.evidential import Evidential
     from bayesdl.last_layer.exact import ConjugateRegression
     from bayesdl.last_layer.generative import Generative
     from bayesdl.last_layer.head import Head
