@@ -1,4 +1,4 @@
-"""Bayesian low-rank adapters: draws of trained peft adapters, text generated under them, cosine scores."""
+"""Bayesian low-rank adapters: draws of trained peft adapters, text generated under them, embeddings, cosine scores."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 # loaded on first use: posteriors import from this package, and the functions below import posteriors
 _PUBLIC = {
+    "Embedder": "bayesdl.lora.embedding",
     "SearchReport": "bayesdl.lora.report",
     "cosine_moments": "bayesdl.lora.cosine",
+    "embed": "bayesdl.lora.embedding",
     "generate": "bayesdl.lora.text",
     "merge_sample": "bayesdl.lora.merge",
     "score": "bayesdl.lora.text",
@@ -16,10 +18,21 @@ _PUBLIC = {
     "SequenceScores": "bayesdl.lora.text",
 }
 
-__all__ = ["SearchReport", "SequenceScores", "cosine_moments", "generate", "merge_sample", "score", "search_report"]
+__all__ = [
+    "Embedder",
+    "SearchReport",
+    "SequenceScores",
+    "cosine_moments",
+    "embed",
+    "generate",
+    "merge_sample",
+    "score",
+    "search_report",
+]
 
 if TYPE_CHECKING:
     from bayesdl.lora.cosine import cosine_moments
+    from bayesdl.lora.embedding import Embedder, embed
     from bayesdl.lora.merge import merge_sample
     from bayesdl.lora.report import SearchReport, search_report
     from bayesdl.lora.text import SequenceScores, generate, score
