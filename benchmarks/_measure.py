@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -66,10 +67,16 @@ def finish(figures: dict[str, Any], options: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    text = json.dumps(figures, indent=2)
+    text = compact(figures)
     print(text)
     if options.json is not None:
         options.json.write_text(text + "\n")
+
+
+def compact(figures: dict[str, Any]) -> str:
+    """JSON with a list of numbers on one line."""
+    lists = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
+    return lists.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(figures, indent=2))
 
 
 def _now(device: str) -> float:

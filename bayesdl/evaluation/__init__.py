@@ -40,15 +40,13 @@ from bayesdl.evaluation.coverage import Coverage, posterior_coverage
 from bayesdl.evaluation.decomposition import Split, disagreement, split, variation_ratio
 from bayesdl.evaluation.dispersion import (
     ause,
-    crps_samples,
     ence,
     miscal_area,
-    pinball,
-    pit_samples,
     ssc,
     uce,
     worst_slab,
 )
+from bayesdl.evaluation.draws import crps_samples, energy_score, pit_samples
 from bayesdl.evaluation.feature_density import FeatureDensity, FittedDensity
 from bayesdl.evaluation.joint import joint_gain, joint_nll
 from bayesdl.evaluation.metrics import (
@@ -73,6 +71,7 @@ from bayesdl.evaluation.regression import (
     mixture_quantile,
     mpiw,
     picp,
+    pinball,
     pit,
     qce,
     rmse,
@@ -145,6 +144,7 @@ __all__ = [
     "ece_mass",
     "ece_unweighted",
     "ence",
+    "energy_score",
     "error_auroc",
     "evaluate_metrics",
     "fpr_at_recall",

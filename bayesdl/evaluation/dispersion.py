@@ -1,4 +1,4 @@
-"""Whether predicted spreads are right: calibration of levels and variances, quantile loss, coverage where it is worst.
+"""Whether predicted spreads are right: calibration of levels and variances, coverage where it is worst.
 
 Arguments as in `bayesdl.evaluation.regression`; values are means over outputs. Functions ending in `_of` take checked
 tensors: `cdf` PIT values, `variance` and `error` (N, D) float64.
@@ -12,30 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdl.errors import ArgumentError, ShapeError
+from bayesdl.errors import ArgumentError
 from bayesdl.evaluation import binning, regression, selective, validation, weighting
-
-
-def pinball(
-    targets: Any,
-    *,
-    mean: Any,
-    variance: Any,
-    q: float = 0.5,
-    member_weights: Any = None,
-    weights: Any = None,
-    per_example: bool = False,
-) -> float | Tensor:
-    """Quantile loss max(q (y - f), (q - 1) (y - f)) at the predicted q-quantile f; its mean over q is half the CRPS."""
-    mixture, y = regression.read(targets, mean, variance, member_weights)
-    losses = pinball_losses(y, mixture.quantile(validation.fraction(q, "q")), q)
-    return losses if per_example else weighting.mean(losses, validation.example_weights(weights, len(y)))
-
-
-def pinball_losses(y: Tensor, quantile: Tensor, q: float) -> Tensor:
-    """(N,), quantile loss of a given quantile (N, D)."""
-    off = y - quantile
-    return torch.maximum(q * off, (q - 1) * off).mean(1)
 
 
 def miscal_area(
@@ -208,32 +186,6 @@ def worst_slab(
     return float(inside[measure][chosen].mean())
 
 
-def crps_samples(targets: Any, samples: Any, *, weights: Any = None, per_example: bool = False) -> float | Tensor:
-    """CRPS from draws (S, N) or (S, N, D) of the predictive: the fair estimator, unbiased for every S (Ferro 2014).
-
-    mean_s |x_s - y| - sum_{s < t} |x_s - x_t| / (S (S - 1)).
-
-    Raises:
-        UndefinedError: a single draw has no spread.
-    """
-    x, y = _draws(targets, samples)
-    count = len(x)
-    if count < 2:
-        raise validation.UndefinedError("the fair CRPS compares draws; one was given", "one draw")
-    rank = 2 * torch.arange(1, count + 1, dtype=torch.float64, device=x.device) - count - 1
-    pairs = (rank[:, None, None] * x.sort(0).values).sum(0) / (count * (count - 1))
-    losses = ((x - y).abs().mean(0) - pairs).mean(1)
-    return losses if per_example else weighting.mean(losses, validation.example_weights(weights, len(losses)))
-
-
-def pit_samples(targets: Any, samples: Any, *, generator: torch.Generator | None = None) -> Tensor:
-    """Randomised PIT (N, D) from draws (S, N) or (S, N, D): (#{x_s < y} + u (ties + 1)) / (S + 1), uniform if right."""
-    x, y = _draws(targets, samples)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    u = torch.rand(y.shape, dtype=torch.float64, generator=generator, device=generator.device).to(y.device)
-    return ((x < y).sum(0) + u * ((x == y).sum(0) + 1)) / (len(x) + 1)
-
-
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -250,15 +202,3 @@ def _bins(variance: Tensor, error: Tensor, bins: int, weights: Tensor | None) ->
         count, spread, squares = totals.unbind(1)
         found.append((count, spread, squares))
     return found
-
-
-def _draws(targets: Any, samples: Any) -> tuple[Tensor, Tensor]:
-    x = validation.tensor(samples, "samples")
-    validation.rank(x, "samples", (2, 3))
-    validation.not_empty(x, "samples")
-    validation.finite(x, "samples")
-    y = validation.real_targets(targets, tuple(x.shape[1:]))
-    if y.dim() != x.dim() - 1:
-        raise ShapeError(f"samples {tuple(x.shape)} and targets {tuple(y.shape)} do not fit")
-    x, y = validation.wide(x), validation.wide(y).to(x.device)
-    return (x[..., None], y[:, None]) if x.dim() == 2 else (x, y)

@@ -67,7 +67,7 @@ def panels(report: Report) -> list[Section]:
         alt = "Observed coverage against nominal level, one line a method. " + _listing(report, "picp_90")
         sections.append(Section("Do prediction intervals hold?", lead, (_panel("", report.plot.intervals, alt),)))
     sections += _shift(report)
-    if report.predictions:
+    if any(found.epistemic is not None for sets in report.predictions.values() for found in sets.values()):
         sections.append(_decomposition(report))
     return sections
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bayesdl.evaluation import classification, dispersion, regression, validation
+from bayesdl.evaluation import classification, regression, validation
 from bayesdl.evaluation.decomposition import log_complement, votes_of
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.validation import UndefinedError
@@ -27,7 +27,7 @@ def nll(predictions: Predictions) -> Tensor:
         raise UndefinedError(
             "the likelihood of counts needs log_prob, which these predictions do not hold", "no log_prob"
         )
-    return -predictions.mixture.log_prob(numbers(predictions))
+    return -predictions.law.log_prob(numbers(predictions))
 
 
 def brier(predictions: Predictions) -> Tensor:
@@ -46,8 +46,16 @@ def accuracy(predictions: Predictions) -> Tensor:
 
 
 def crps(predictions: Predictions) -> Tensor:
-    """(N,), closed form, mean over outputs."""
-    return predictions.mixture.crps(numbers(predictions)).mean(-1)
+    """(N,), closed form, from draws the fair estimator; mean over outputs."""
+    return predictions.law.crps(numbers(predictions)).mean(-1)
+
+
+def energy(predictions: Predictions) -> Tensor:
+    """(N,), energy score of draws."""
+    law = predictions.law
+    if isinstance(law, regression.Mixture):
+        raise UndefinedError("the energy score is taken from draws; build Predictions.from_samples", "no draws")
+    return law.energy(numbers(predictions))
 
 
 def squared_errors(predictions: Predictions) -> Tensor:
@@ -75,7 +83,7 @@ def disagreements(predictions: Predictions) -> Tensor:
 
 def coverage(level: float) -> Callable[[Predictions], Tensor]:
     """Losses of `picp` at a level."""
-    return lambda p: regression.coverage_losses(p.mixture.cdf(numbers(p)), level)
+    return lambda p: regression.coverage_losses(p.law.cdf(numbers(p)), level)
 
 
 def width(level: float) -> Callable[[Predictions], Tensor]:
@@ -95,7 +103,7 @@ def interval_score(level: float) -> Callable[[Predictions], Tensor]:
 
 def pinball(q: float) -> Callable[[Predictions], Tensor]:
     """Quantile losses."""
-    return lambda p: dispersion.pinball_losses(numbers(p), p.mixture.quantile(q), q)
+    return lambda p: regression.pinball_losses(numbers(p), p.law.quantile(q), q)
 
 
 def numbers(predictions: Predictions) -> Tensor:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from bayesdl.evaluation.streaming import MetricStream
 
 Direction = Literal["min", "max", "target", "none"]
-Need = Literal["targets", "members", "components", "log_prob"]
+Need = Literal["targets", "members", "components", "samples", "log_prob"]
 IntervalRule = Literal["bca", "percentile", "calibration"]
 
 
@@ -180,8 +180,13 @@ METRICS: dict[str, Metric] = {
         ),
         _mean(
             "crps", "CRPS", MOMENTS, losses.crps, "min", "target units",
-            "Continuous ranked probability score of the Gaussian mixture with the predictive's components.",
+            "Continuous ranked probability score of the predictive's Gaussian mixture; of draws the fair estimator.",
             proper=True, needs=("targets", "components"),
+        ),
+        _mean(
+            "energy_score", "energy score", ("regression",), losses.energy, "min", "target units",
+            "Mean distance of draws to the target minus half that between draws (fair), over all outputs together.",
+            proper=True, needs=("targets", "samples"),
         ),
         _mean("accuracy", "accuracy", LABELS, losses.accuracy, "max", "fraction", "Share of labels predicted right."),
         _mean(

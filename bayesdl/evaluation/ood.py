@@ -25,12 +25,16 @@ MOMENTS = ("regression", "count")
 @final
 @dataclass(frozen=True)
 class Score:
-    """An OOD score: ``read(predictions) -> (N,)``, the tasks it is defined for, and its definition in one sentence."""
+    """An OOD score: ``read(predictions) -> (N,)``, the tasks it is defined for, its definition in one sentence.
+
+    `needs` says what is missing where `read` gives None.
+    """
 
     name: str
     tasks: tuple[str, ...]
     read: Callable[[Predictions], Tensor | None]
     definition: str
+    needs: str = "raw outputs"
 
 
 SCORES: dict[str, Score] = {
@@ -57,12 +61,14 @@ SCORES: dict[str, Score] = {
             ("classification",),
             lambda p: _variation_ratio(p),
             "1 - the share of members that predict the most common class.",
+            "members",
         ),
         Score(
             "variance",
             MOMENTS,
             lambda p: _latent_variance(p),
             "Mean over outputs of the variance of f, noise excluded.",
+            "epistemic part",
         ),
     )
 }
@@ -123,7 +129,7 @@ def ood_score(predictions: Predictions, score: str | None = None) -> Tensor:
     values = entry.read(predictions)
     if values is None:
         raise UndefinedError(
-            f"score {name!r} needs the raw outputs, which these predictions do not hold", "no raw outputs"
+            f"score {name!r} needs {entry.needs}, which these predictions do not hold", f"no {entry.needs}"
         )
     return wide(values)
 

@@ -246,8 +246,10 @@ class Plots:
             (key, row): (_mean(found[key].aleatoric), _mean(found[key].epistemic))
             for key in self._report.details["sizes"]
             for row, found in self._report.predictions.items()
-            if key in found and not key.startswith("shift/")
+            if key in found and not key.startswith("shift/") and found[key].epistemic is not None
         }
+        if not means:
+            raise UnsupportedError("forecasts that are draws of y do not tell aleatoric from epistemic uncertainty")
         bars = [(key, row) for key, row in means if dataset in (None, key)]
         if not bars:
             raise UnknownNameError(

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -18,8 +15,10 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ArgumentError, BayesDLError, FileFormatError, UnsupportedError
-from bayesdl.evaluation import validation
+from bayesdl.evaluation import fields, validation
+from bayesdl.evaluation.archive import read_archive, which_forecast, write_archive
 from bayesdl.evaluation.decomposition import Split, log_complement, split_bernoulli, split_categorical, split_moments
+from bayesdl.evaluation.draws import Draws, checked_samples
 from bayesdl.evaluation.members import class_fields, log_of, moment_fields, raw_scores
 from bayesdl.evaluation.regression import Mixture, interval_of
 from bayesdl.predictive import Predictive
@@ -39,8 +38,10 @@ class Predictions:
             which is enough for an out-of-distribution set.
         log_probs: (S, N, C), normalised log-probabilities in nats; multilabel: log P(label c is 1).
         means, variances: (S, N, D), moments of the Gaussian components of y, noise included.
+        samples: (S, N, D), draws of y where nothing else is known of a regression's predictive; see `from_samples`.
         member_weights: (S,) float64 summing to 1; None means equal.
-        total, aleatoric, epistemic: nats (N,) for classification and multilabel, variances (N, D) else.
+        total, aleatoric, epistemic: nats (N,) for classification and multilabel, variances (N, D) else. Draws of y
+            have a total alone.
         log_prob: (N,), the predictive's own log-density of the targets, where it was built from a `Predictive`.
         max_logit, energy: (N,), OOD scores (higher is more OOD) of the raw outputs, where those are known.
         group: (N,) int64 cluster or subject of each example. name: of the data set. meta: JSON-serialisable notes.
@@ -54,6 +55,7 @@ class Predictions:
     log_probs: Tensor | None = None
     means: Tensor | None = None
     variances: Tensor | None = None
+    samples: Tensor | None = None
     member_weights: Tensor | None = None
     total: Tensor | None = None
     aleatoric: Tensor | None = None
@@ -66,8 +68,8 @@ class Predictions:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in validation.EXAMPLE_AXIS}
-        for name, value in validation.check_predictions(self.task, given).items():
+        given = {name: getattr(self, name) for name in fields.EXAMPLE_AXIS}
+        for name, value in fields.check_predictions(self.task, given).items():
             object.__setattr__(self, name, value)
         if self.total is None:
             split = self._split()
@@ -112,7 +114,7 @@ class Predictions:
             "name": name,
             "meta": dict(meta or {}),
         }
-        if task in validation.CLASS_TASKS:
+        if task in fields.CLASS_TASKS:
             fields_ |= class_fields(predictive)
             if task == "multilabel" and fields_["log_probs"].shape[-1] == 1:
                 task = "classification"
@@ -151,6 +153,24 @@ class Predictions:
         if flat and targets is not None:
             targets = validation.real_targets(targets, tuple(means.shape[1:2]))[:, None]
         return cls(task="regression", targets=targets, means=means, variances=variances, **rest)
+
+    @classmethod
+    def from_samples(cls, samples: Any, targets: Any = None, **rest: Any) -> Predictions:
+        """Regression from draws of y (S, N) or (S, N, D), S >= 2, noise included; `rest` are further fields.
+
+        Scores are then fair estimators; nothing that needs a density or the epistemic part is defined.
+        """
+        flat = validation.tensor(samples, "samples").dim() == 2
+        draws = checked_samples(samples)
+        if len(draws) < 2:
+            raise validation.UndefinedError(
+                "samples holds one draw, which has no spread; give at least two", "one draw"
+            )
+        law = Draws(validation.wide(draws))
+        if flat and targets is not None:
+            targets = validation.real_targets(targets, tuple(draws.shape[1:2]))[:, None]
+        fields_ = {"samples": draws, "means": law.mean[None], "total": law.variance}
+        return cls(task="regression", targets=targets, **fields_, **rest)
 
     # -- views -------------------------------------------------------------------------------------------------------
 
@@ -223,6 +243,11 @@ class Predictions:
         return Mixture.of(self.means, self.variances, self.member_weights)
 
     @cached_property
+    def law(self) -> Mixture | Draws:
+        """What is known of y, noise included: its Gaussian mixture, or draws. Errors as of `mixture`."""
+        return self.mixture if self.samples is None else Draws(validation.wide(self.samples))
+
+    @cached_property
     def mean(self) -> Tensor:
         """(N, D) float64, mean of y; regression and count."""
         if self.means is None:
@@ -239,10 +264,10 @@ class Predictions:
         return validation.wide(self.total)
 
     def interval(self, level: float) -> tuple[Tensor, Tensor]:
-        """Central interval (lower (N, D), upper (N, D)) of the Gaussian mixture; computed once per level."""
+        """Central interval (lower (N, D), upper (N, D)); computed once per level."""
         level = validation.fraction(level, "level")
         if level not in self._intervals:
-            self._intervals[level] = interval_of(self.mixture, level)
+            self._intervals[level] = interval_of(self.law, level)
         return self._intervals[level]
 
     def labelled(self) -> Tensor:
@@ -266,7 +291,7 @@ class Predictions:
         """The examples chosen by a boolean mask (N,) or by positions."""
         index = validation.tensor(index, "index")
         where = index.nonzero()[:, 0] if index.dtype == torch.bool else index
-        axes = validation.EXAMPLE_AXIS
+        axes = fields.EXAMPLE_AXIS
         chosen: dict[str, Any] = {
             key: value.index_select(axis, where.to(value.device))
             for key, value in self._tensors().items()
@@ -281,35 +306,24 @@ class Predictions:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one `.npz`, atomically (temporary file, fsync, rename); the name is kept as given."""
         header = {"format": FORMAT, "task": self.task, "name": self.name, "meta": dict(self.meta)}
-        arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in self._tensors().items()}
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, header=np.array(json.dumps(header)), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_archive(path, header, {key: value.cpu().numpy() for key, value in self._tensors().items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Predictions:
-        """Read what `save` wrote, or a hand-made `.npz` with `logits|log_probs|probs`, or `mean` and `variance`,
-        plus `targets` and `group` where known. Pickled content is refused.
+        """Read what `save` wrote, or a hand-made `.npz` with `logits|log_probs|probs`, with `mean` and `variance`,
+        or with `samples`, plus `targets` and `group` where known. Pickled content is refused.
 
         Raises:
             FileFormatError: the file is no such archive; the message names the key that is wrong.
         """
-        arrays = _read_archive(path)
+        arrays = read_archive(path)
         try:
             if "header" not in arrays:
-                return _from_arrays(arrays)
+                return cls._from_arrays(arrays)
             header = json.loads(str(arrays.pop("header")))
             if header.get("format") != FORMAT:
                 raise FileFormatError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
-            unknown = sorted(set(arrays) - set(validation.EXAMPLE_AXIS))
+            unknown = sorted(set(arrays) - set(fields.EXAMPLE_AXIS))
             if unknown:
                 raise FileFormatError(f"{path}: unknown keys {', '.join(unknown)}")
             return cls(task=header["task"], name=header["name"], meta=header["meta"], **arrays)
@@ -319,6 +333,18 @@ class Predictions:
             raise FileFormatError(f"{path}: {error}") from error
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _from_arrays(cls, arrays: dict[str, Any]) -> Predictions:
+        key, rest = which_forecast(arrays), {k: arrays[k] for k in ("targets", "group") if k in arrays}
+        if key == "mean":
+            return cls.from_gaussian(arrays["mean"], arrays["variance"], **rest)
+        if key == "log_probs":
+            log_probs = validation.tensor(arrays[key], "log_probs")
+            log_probs = log_probs[None] if log_probs.dim() == 2 else log_probs
+            return cls(task="classification", log_probs=log_probs, **rest)
+        make = {"logits": cls.from_logits, "probs": cls.from_probs, "samples": cls.from_samples}[key]
+        return make(arrays[key], **rest)
 
     @property
     def _members(self) -> Tensor:
@@ -332,7 +358,7 @@ class Predictions:
         return {}
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {key: value for key in validation.EXAMPLE_AXIS if (value := getattr(self, key)) is not None}
+        return {key: value for key in fields.EXAMPLE_AXIS if (value := getattr(self, key)) is not None}
 
     def _need(self, task: str, what: str) -> None:
         if self.task != task:
@@ -348,35 +374,6 @@ class Predictions:
         return split_moments(self._members, self.variances, self.member_weights)
 
 
-def _read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except FileNotFoundError:
-        raise
-    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        # A lone .npy comes back as an array, which is no context manager.
-        raise FileFormatError(f"{path}: not a readable .npz archive of plain arrays ({error})") from error
-
-
-def _from_arrays(arrays: dict[str, Any]) -> Predictions:
-    rest = {key: arrays.pop(key) for key in ("targets", "group") if key in arrays}
-    if "mean" in arrays or "variance" in arrays:
-        if set(arrays) != {"mean", "variance"}:
-            raise FileFormatError(f"keys {', '.join(sorted(arrays))}: regression needs exactly mean and variance")
-        return Predictions.from_gaussian(arrays["mean"], arrays["variance"], **rest)
-    if len(arrays) != 1 or not set(arrays) <= {"logits", "log_probs", "probs"}:
-        found = ", ".join(sorted(arrays)) or "none"
-        raise FileFormatError(f"keys {found}: expected one of logits, log_probs, probs, or mean and variance")
-    key, value = arrays.popitem()
-    if key == "logits":
-        return Predictions.from_logits(value, **rest)
-    if key == "probs":
-        return Predictions.from_probs(value, **rest)
-    log_probs = validation.tensor(value, "log_probs")
-    return Predictions(task="classification", log_probs=log_probs[None] if log_probs.dim() == 2 else log_probs, **rest)
-
-
 def cat_predictions(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of several batches as one; fields that a batch lacks are left out.
 
@@ -388,12 +385,14 @@ def cat_predictions(parts: Sequence[Predictions]) -> Predictions:
     first = parts[0]
     for part in parts:
         same = (part.task, part.num_members, part.num_outputs) == (first.task, first.num_members, first.num_outputs)
+        if part.samples is not None and first.samples is not None:
+            same = same and len(part.samples) == len(first.samples)
         weights = [first.member_weights, part.member_weights]
         if not same or ((weights[0] is None) != (weights[1] is None)):
             raise ArgumentError("predictions of different tasks, members or outputs cannot be concatenated")
     held = [part._tensors() for part in parts]
     joined: dict[str, Any] = {}
-    for name, axis in validation.EXAMPLE_AXIS.items():
+    for name, axis in fields.EXAMPLE_AXIS.items():
         if all(name in fields_ for fields_ in held):
             joined[name] = held[0][name] if axis is None else torch.cat([fields_[name] for fields_ in held], axis)
     return Predictions(task=first.task, name=first.name, meta=first.meta, **joined)

@@ -103,7 +103,7 @@ def of_pit(read: Callable[..., float | Tensor]) -> Callable[..., float | Tensor]
 
     def value(predictions: Predictions, weights: Any = None) -> float | Tensor:
         checked = validation.example_weights(weights, len(predictions))
-        return read(predictions.mixture.cdf(losses.numbers(predictions)), checked)
+        return read(predictions.law.cdf(losses.numbers(predictions)), checked)
 
     return value
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.evaluation import validation, weighting
+from bayesdl.evaluation.draws import Draws
 
 # Elements of the largest temporary in sums over pairs of components.
 CHUNK = 1 << 21
@@ -147,6 +148,22 @@ def interval_score(
     return _reduce(interval_score_losses(y, *interval_of(mixture, level), level), weights, per_example)
 
 
+def pinball(
+    targets: Any,
+    *,
+    mean: Any,
+    variance: Any,
+    q: float = 0.5,
+    member_weights: Any = None,
+    weights: Any = None,
+    per_example: bool = False,
+) -> float | Tensor:
+    """Quantile loss max(q (y - f), (q - 1) (y - f)) at the predicted q-quantile f; its mean over q is half the CRPS."""
+    mixture, y = read(targets, mean, variance, member_weights)
+    losses = pinball_losses(y, mixture.quantile(validation.fraction(q, "q")), q)
+    return _reduce(losses, weights, per_example)
+
+
 def picp(
     targets: Any,
     *,
@@ -228,16 +245,22 @@ def mixture_quantile(q: float, *, mean: Any, variance: Any, member_weights: Any 
     return Mixture.read(mean, variance, member_weights).quantile(validation.fraction(q, "q"))
 
 
-def interval_of(mixture: Mixture, level: float) -> tuple[Tensor, Tensor]:
+def interval_of(law: Mixture | Draws, level: float) -> tuple[Tensor, Tensor]:
     """Lower and upper end (N, D) of the central interval."""
     level = validation.fraction(level, "level")
-    return mixture.quantile((1 - level) / 2), mixture.quantile((1 + level) / 2)
+    return law.quantile((1 - level) / 2), law.quantile((1 + level) / 2)
 
 
 def interval_score_losses(y: Tensor, low: Tensor, high: Tensor, level: float) -> Tensor:
     """(N,), interval score of given ends (N, D), mean over outputs."""
     factor = 2 / (1 - level)
     return (high - low + factor * (low - y).clamp_min(0) + factor * (y - high).clamp_min(0)).mean(1)
+
+
+def pinball_losses(y: Tensor, quantile: Tensor, q: float) -> Tensor:
+    """(N,), quantile loss of a given quantile (N, D)."""
+    off = y - quantile
+    return torch.maximum(q * off, (q - 1) * off).mean(1)
 
 
 def coverage_losses(cdf: Tensor, level: float) -> Tensor:

@@ -7,7 +7,6 @@ bfloat16 are promoted to float32, so a result equals that of the promoted input.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -44,7 +43,7 @@ def wide(value: Tensor) -> Tensor:
 def finite(value: Tensor, name: str) -> None:
     """Raise when `value` holds NaN or infinity, with the count and the first index."""
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        _raise_at(~torch.isfinite(value), value, name, "are NaN or infinite")
+        raise_at(~torch.isfinite(value), value, name, "are NaN or infinite")
 
 
 def not_empty(value: Tensor, name: str) -> None:
@@ -85,7 +84,7 @@ def probabilities(value: Any, name: str = "probs") -> Tensor:
     finite(raw, name)
     outside = (raw < 0) | (raw > 1)
     if bool(outside.any()):
-        _raise_at(outside, raw, name, "lie outside [0, 1]; did you pass logits? use logits=")
+        raise_at(outside, raw, name, "lie outside [0, 1]; did you pass logits? use logits=")
     if raw.dim() > 1:
         if raw.shape[-1] == 1:
             raise ShapeError(
@@ -93,7 +92,7 @@ def probabilities(value: Any, name: str = "probs") -> Tensor:
             )
         off = (wide(raw).sum(-1) - 1).abs() > tolerance
         if bool(off.any()):
-            _raise_at(
+            raise_at(
                 off,
                 raw.sum(-1),
                 f"row sums of {name}",
@@ -127,12 +126,12 @@ def log_probabilities(value: Any, name: str = "log_probs", *, normalised: bool =
     not_empty(value, name)
     bad = ~(value <= row_tolerance(value.dtype))
     if bool(bad.any()):
-        _raise_at(bad, value, name, "are NaN or above 0; did you pass logits? use logits=")
+        raise_at(bad, value, name, "are NaN or above 0; did you pass logits? use logits=")
     if normalised:
         tolerance = row_tolerance(value.dtype)
         off = ~((wide(value).exp().sum(-1) - 1).abs() <= tolerance)
         if bool(off.any()):
-            _raise_at(
+            raise_at(
                 off,
                 value.exp().sum(-1),
                 f"row sums of exp({name})",
@@ -224,7 +223,7 @@ def moments(mean: Any, variance: Any) -> tuple[Tensor, Tensor]:
     finite(variance, "variance")
     bad = variance <= 0
     if bool(bad.any()):
-        _raise_at(bad, variance, "variance", "are not positive; a density needs noise (variance, not log-variance)")
+        raise_at(bad, variance, "variance", "are not positive; a density needs noise (variance, not log-variance)")
     mean, variance = (v if v.is_floating_point() else v.to(torch.float32) for v in (mean, variance))
     if mean.dim() == 1:
         mean, variance = mean[:, None], variance[:, None]
@@ -251,7 +250,7 @@ def example_weights(value: Any, num_examples: int) -> Tensor | None:
     value = wide(value)
     # One reduction decides the common case: a NaN makes it NaN and fails the comparison.
     if not bool(value.amin() >= 0):
-        _raise_at(~(value >= 0), value, "weights", "are negative or NaN")
+        raise_at(~(value >= 0), value, "weights", "are negative or NaN")
     totals = value.sum(-1)
     finite(totals, "sum of weights")
     if not bool((totals > 0).all()):
@@ -300,84 +299,6 @@ def two_classes(positive: int, negative: int, metric: str) -> None:
         )
 
 
-# Axis of the examples in each field of `Predictions`; None where there is none.
-EXAMPLE_AXIS: dict[str, int | None] = {
-    "targets": 0,
-    "log_probs": 1,
-    "means": 1,
-    "variances": 1,
-    "member_weights": None,
-    "total": 0,
-    "aleatoric": 0,
-    "epistemic": 0,
-    "log_prob": 0,
-    "max_logit": 0,
-    "energy": 0,
-    "group": 0,
-}
-CLASS_TASKS = ("classification", "multilabel")
-MOMENT_TASKS = ("regression", "count")
-
-
-def check_predictions(task: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of `Predictions` that are not None, checked against the task and each other, on one device."""
-    if task not in CLASS_TASKS + MOMENT_TASKS:
-        raise ArgumentError(f"task={task!r}: expected one of {', '.join(CLASS_TASKS + MOMENT_TASKS)}")
-    present = {name: value for name, value in given.items() if value is not None}
-    main, other = ("log_probs", "means") if task in CLASS_TASKS else ("means", "log_probs")
-    if main not in present or other in present or (task == "regression" and "variances" not in present):
-        needed = "log_probs" if task in CLASS_TASKS else "means and variances"
-        raise ArgumentError(
-            f"predictions of a {task} task hold {needed}; got {', '.join(sorted(present)) or 'nothing'}"
-        )
-    checked: dict[str, Tensor] = {}
-    if task in CLASS_TASKS:
-        checked["log_probs"] = log_probabilities(present["log_probs"], normalised=task == "classification")
-    elif "variances" in present:
-        checked["means"], checked["variances"] = moments(present["means"], present["variances"])
-    else:
-        checked["means"] = tensor(present["means"], "means")
-        rank(checked["means"], "means", (3,))
-        not_empty(checked["means"], "means")
-        finite(checked["means"], "means")
-    members, examples, outputs = checked[main].shape
-    _check_targets(task, present, checked, examples, outputs)
-    if (weights := member_weights(present.get("member_weights"), members)) is not None:
-        checked["member_weights"] = weights
-    parts: list[str] = [part for part in ("total", "aleatoric", "epistemic") if part in present]
-    if len(parts) not in (0, 3):
-        raise ArgumentError(f"total, aleatoric and epistemic come together; got {', '.join(parts)}")
-    shape = (examples,) if task in CLASS_TASKS else (examples, outputs)
-    for part in parts:
-        checked[part] = real_targets(present[part], shape, part)
-    for name in ("max_logit", "energy", "group"):
-        if name in present:
-            checked[name] = vector(present[name], name, length=examples)
-    if "log_prob" in present:
-        # Minus infinity is a verdict (the target was impossible), NaN is a fault.
-        checked["log_prob"] = tensor(present["log_prob"], "log_prob")
-        if tuple(checked["log_prob"].shape) != (examples,):
-            raise ShapeError(f"log_prob has shape {tuple(checked['log_prob'].shape)}, expected ({examples},)")
-        bad = ~(checked["log_prob"] < torch.inf)
-        if bool(bad.any()):
-            _raise_at(bad, checked["log_prob"], "log_prob", "are NaN or +inf")
-    device = checked[main].device
-    return {name: value.to(device) for name, value in checked.items()}
-
-
-def _check_targets(
-    task: str, present: Mapping[str, Any], checked: dict[str, Tensor], examples: int, outputs: int
-) -> None:
-    if "targets" not in present:
-        return
-    if task == "classification":
-        checked["targets"] = labels(present["targets"], examples, outputs)
-    elif task == "multilabel":
-        checked["targets"] = binary_targets(present["targets"], (examples, outputs))
-    else:
-        checked["targets"] = real_targets(present["targets"], (examples, outputs))
-
-
 def _raw(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         # Through numpy, because torch would round a list of Python floats to its default dtype.
@@ -397,7 +318,8 @@ def _raw(value: Any, name: str) -> Tensor:
     return value.detach()
 
 
-def _raise_at(bad: Tensor, value: Tensor, name: str, what: str) -> None:
+def raise_at(bad: Tensor, value: Tensor, name: str, what: str) -> None:
+    """Raise for the values marked in `bad`: how many, and the first with its index."""
     at = tuple(int(i) for i in bad.nonzero()[0])
     message = (
         f"{name}: {int(bad.sum())} of {bad.numel()} values {what}; the first is {float(value[at]):g} at index {at}"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from bayesdl.evaluation import dispersion as d
-from bayesdl.evaluation import regression
 from bayesdl.evaluation.validation import UndefinedError
 
 
@@ -20,14 +18,6 @@ def drawn(n: int, *, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor,
     mean, noise = torch.randn(2, n, dtype=torch.float64, generator=generator)
     deviation = 0.2 + torch.rand(n, dtype=torch.float64, generator=generator)
     return mean, (scale * deviation).square(), mean + deviation * noise
-
-
-def test_pinball_averages_to_half_the_crps() -> None:
-    mean, variance, y = drawn(20)
-    levels = (torch.arange(2000) + 0.5) / 2000
-    total = sum(d.pinball(y, mean=mean, variance=variance, q=float(q)) for q in levels) / 2000
-    assert 2 * total == pytest.approx(regression.crps(y, mean=mean, variance=variance), rel=1e-4)
-    assert d.pinball([3.0], mean=[1.0], variance=[1.0], q=0.5) == pytest.approx(1.0)
 
 
 def test_miscalibration_area_is_the_integral() -> None:
@@ -98,37 +88,3 @@ def test_worst_slab_finds_what_marginal_coverage_hides() -> None:
     assert d.worst_slab(hidden, x) == d.worst_slab(hidden, x)
     with pytest.raises(ValueError, match="hold no slab"):
         d.worst_slab(hidden[:6], x[:6])
-
-
-def test_fair_crps_is_the_formula_and_unbiased() -> None:
-    samples = torch.randn(5, 7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = torch.zeros(7, 2, dtype=torch.float64)
-    pairs = (samples[:, None] - samples[None]).abs().sum((0, 1)) / (2 * 5 * 4)
-    expected = float((samples.abs().mean(0) - pairs).mean())
-    assert d.crps_samples(y, samples) == pytest.approx(expected)
-    # Two draws estimate the same number as the closed form: 40,000 examples, 5 standard errors.
-    many = torch.randn(2, 40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    closed = regression.crps([0.5], mean=[0.0], variance=[1.0])
-    losses = d.crps_samples(torch.full((40_000,), 0.5), many, per_example=True)
-    assert isinstance(losses, Tensor)
-    assert abs(float(losses.mean()) - closed) < 5 * float(losses.std()) / 200
-    with pytest.raises(UndefinedError, match="one was given"):
-        d.crps_samples(y, samples[:1])
-
-
-def test_randomised_pit_is_uniform_with_ties() -> None:
-    # Counts: ties are the rule. Kolmogorov-Smirnov below 1.95 / sqrt(n): 1 seed in 1000 fails.
-    generator = torch.Generator().manual_seed(0)
-    rate = torch.full((10, 4000), 1.5)
-    samples, y = torch.poisson(rate, generator), torch.poisson(rate[0], generator)
-    pit = np.sort(d.pit_samples(y, samples, generator=generator)[:, 0].numpy())
-    assert np.abs(pit - np.arange(1, 4001) / 4000).max() < 1.95 / math.sqrt(4000)
-
-
-def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="expected 2-D or 3-D"):
-        d.crps_samples([0.0], [0.0])
-    with pytest.raises(ValueError, match="nothing is broadcast"):
-        d.crps_samples(torch.zeros(3, 1), torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="q="):
-        d.pinball([0.0], mean=[0.0], variance=[1.0], q=1.0)

@@ -14,10 +14,11 @@ from bayesdl.evaluation import classification as cls
 from bayesdl.evaluation import decomposition as dec
 from bayesdl.evaluation import dispersion, joint, ranking, selective
 from bayesdl.evaluation import regression as reg
-from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics, metric_values, metrics_for
+from bayesdl.evaluation.metrics import HEADLINE, METRICS, Metric, evaluate_metrics, metric_values, metrics_for
 from bayesdl.evaluation.predictions import Predictions
 
 TASKS = ("classification", "multilabel", "regression", "count")
+KINDS = (*TASKS, "draws")
 
 
 def predictions(task: str, n: int = 60) -> Predictions:
@@ -30,10 +31,21 @@ def predictions(task: str, n: int = 60) -> Predictions:
         targets = torch.randint(0, 2, (n, 4), generator=generator)
         return Predictions(task="multilabel", log_probs=torch.nn.functional.logsigmoid(f), targets=targets)
     y = torch.randn(n, 4, dtype=torch.float64, generator=generator)
+    if task == "draws":
+        return Predictions.from_samples(f, y)
     if task == "regression":
         return Predictions.from_gaussian(f, f.square() + 0.1, y)
     log_prob = -torch.rand(n, dtype=torch.float64, generator=generator)
     return Predictions(task="count", means=f, variances=f.square() + 0.1, targets=y.abs(), log_prob=log_prob)
+
+
+def defined(found: Predictions) -> dict[str, Metric]:
+    """The entries that have a value on these predictions."""
+    return {
+        name: metric
+        for name, metric in metrics_for(found.task).items()
+        if not metric_values(found, [name])[name].reason
+    }
 
 
 def test_entries_are_complete() -> None:
@@ -48,12 +60,12 @@ def test_entries_are_complete() -> None:
         assert set(names) <= set(metrics_for(task))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_weights_are_copies_for_every_metric(task: str) -> None:
     found = predictions(task)
     generator = torch.Generator().manual_seed(2)
     weights = torch.randint(0, 4, (2, len(found)), generator=generator).double()
-    for name, metric in metrics_for(task).items():
+    for name, metric in defined(found).items():
         together = metric.fn(found, weights)
         assert isinstance(together, Tensor) and together.dtype == torch.float64, name
         for row, value in zip(weights, together, strict=True):
@@ -62,10 +74,10 @@ def test_weights_are_copies_for_every_metric(task: str) -> None:
             assert metric.fn(found, row) == pytest.approx(float(value), abs=1e-12), name
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", KINDS)
 def test_additive_metrics_are_means_of_their_losses(task: str) -> None:
     found = predictions(task)
-    for name, metric in metrics_for(task).items():
+    for name, metric in defined(found).items():
         assert isinstance(metric.fn(found), float), name
         if metric.losses is not None:
             losses = metric.losses(found)
@@ -124,15 +136,18 @@ def test_regression_entries_are_the_pure_functions() -> None:
         "ence": dispersion.ence(y, **given),
         "uce": dispersion.uce(y, **given),
         "ause": dispersion.ause(y, **given),
-        "pinball_10": dispersion.pinball(y, q=0.1, **given),
-        "pinball_90": dispersion.pinball(y, q=0.9, **given),
+        "pinball_10": reg.pinball(y, q=0.1, **given),
+        "pinball_90": reg.pinball(y, q=0.9, **given),
         "joint_nll_10": joint.joint_nll(found, tau=10),
     }
     for percent in (50, 90, 95):
         pure[f"picp_{percent}"] = reg.picp(y, level=percent / 100, **given)
         pure[f"mpiw_{percent}"] = reg.mpiw(level=percent / 100, **given)
         pure[f"interval_score_{percent}"] = reg.interval_score(y, level=percent / 100, **given)
-    assert evaluate_metrics(found, list(metrics_for("regression"))) == pytest.approx(pure, rel=1e-12)
+    assert set(metrics_for("regression")) - set(defined(found)) == {"energy_score"}
+    assert evaluate_metrics(found, list(defined(found))) == pytest.approx(pure, rel=1e-12)
+    drawn = set(metrics_for("regression")) - set(defined(predictions("draws")))
+    assert drawn == {"nll", "joint_nll_10"}
 
 
 def test_multilabel_by_hand() -> None:

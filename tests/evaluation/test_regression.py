@@ -246,3 +246,15 @@ def test_bad_member_weights() -> None:
     for weights in ([1.0, 1.0], [1.0, -1.0, 1.0], [0.0, 0.0, 0.0]):
         with pytest.raises(ValueError, match="member_weights"):
             reg.nll(y, mean=mean, variance=variance, member_weights=weights)
+
+
+def test_pinball_averages_to_half_the_crps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, y = torch.randn(2, 20, dtype=torch.float64, generator=generator)
+    variance = 0.2 + torch.rand(20, dtype=torch.float64, generator=generator)
+    levels = (torch.arange(2000) + 0.5) / 2000
+    total = sum(reg.pinball(y, mean=mean, variance=variance, q=float(q)) for q in levels) / 2000
+    assert 2 * total == pytest.approx(reg.crps(y, mean=mean, variance=variance), rel=1e-4)
+    assert reg.pinball([3.0], mean=[1.0], variance=[1.0], q=0.5) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="q="):
+        reg.pinball([0.0], mean=[0.0], variance=[1.0], q=1.0)
