@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bayesdl.batch import Call, batch_size
 from bayesdl.clone import independent_copy
 from bayesdl.data import in_batch
-from bayesdl.errors import NonFiniteError, ShapeError, UnsupportedError
+from bayesdl.errors import BayesDLError, NonFiniteError, ShapeError, UnsupportedError
 from bayesdl.methods.chains import Job, Live, diverged, finish, start
 from bayesdl.methods.energy import prepare_module
 from bayesdl.posteriors import SamplePosterior
@@ -48,14 +48,31 @@ def run_batched(jobs: Sequence[Job]) -> list[SamplePosterior]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StochasticForwardWarning)  # a finding says it
-        lives = [start(job) for job in jobs]
+        lives = start_together(jobs)
         total = lives[0].total
         for step in tqdm(range(total), desc=f"{len(jobs)} chains", disable=not jobs[0].progress, leave=False):
-            _step(jobs, lives, step)
+            step_together(jobs, lives, step)
         return [finish(job, live) for job, live in zip(jobs, lives, strict=True)]
 
 
-def _step(jobs: Sequence[Job], lives: Sequence[Live], step: int) -> None:
+def start_together(jobs: Sequence[Job]) -> list[Live]:
+    """The chains at their starts, the weights of all in one piece of memory, `(chains, *shape)` for each parameter."""
+    lives = [start(job) for job in jobs]
+    for pairs in zip(*(live.pairs for live in lives), strict=True):
+        held = torch.stack([parameter.detach() for _, parameter in pairs])
+        for (_, parameter), row in zip(pairs, held, strict=True):
+            parameter.data = row  # of private copies
+    return lives
+
+
+def step_together(jobs: Sequence[Job], lives: Sequence[Live], step: int) -> None:
+    """One step of every chain, from `start_together`.
+
+    Raises:
+        NonFiniteError: a chain diverged.
+        ShapeError: the chains' batches differ in size.
+        UnsupportedError: the network cannot be vectorised over its weights.
+    """
     found = [next(live.source) for live in lives]
     sizes = {batch_size(inputs) for _, inputs, _ in found}
     if len(sizes) > 1:
@@ -86,7 +103,7 @@ def _gradients(job: Job, lives: Sequence[Live], found: Sequence[tuple[int, Any, 
     for number, _, target in found:
         with in_batch(number):
             targets.append(likelihood.check_targets(outputs, target))
-    weights = {name: torch.stack([dict(live.pairs)[name].detach() for live in lives]) for name, _ in first.pairs}
+    weights = {name: _joined(parameter, len(lives)) for name, parameter in first.pairs}
     inputs = tuple(_stacked([call.args[i] for call in calls]) for i in range(len(calls[0].args)))
     named = {key: _stacked([dict(call.kwargs or {})[key] for call in calls]) for key in calls[0].kwargs or {}}
 
@@ -96,8 +113,20 @@ def _gradients(job: Job, lives: Sequence[Live], found: Sequence[tuple[int, Any, 
 
     with torch.enable_grad():
         slope = torch.func.vmap(torch.func.grad(loss), randomness="error")
-        gradients: dict[str, Tensor] = slope(weights, inputs, named, torch.stack(targets))
+        try:
+            gradients: dict[str, Tensor] = slope(weights, inputs, named, torch.stack(targets))
+        except (BayesDLError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:  # torch has no narrower class for what vmap refuses
+            raise UnsupportedError(
+                f'the network cannot be vectorised over its weights, use parallel="sequential": {error}'
+            ) from error
     return gradients
+
+
+def _joined(first: Tensor, count: int) -> Tensor:
+    """The rows of all chains, from the first one's: see `start_together`."""
+    return first.detach().as_strided((count, *first.shape), (first.numel(), *first.stride()))
 
 
 def _stacked(values: Sequence[Any]) -> Tensor:

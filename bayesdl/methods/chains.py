@@ -181,23 +181,32 @@ def _run(job: Job) -> SamplePosterior:
     live = start(job)
     label = f"chain {job.chain + 1}/{job.settings.chains}"
     for step in tqdm(range(live.done, live.total), desc=label, disable=not job.progress, leave=False):
-        number, inputs, target = next(live.source)
-        try:
-            with in_batch(number), torch.enable_grad():
-                if live.structured is not None:
-
-                    def loss_fn(values: Mapping[str, Tensor], inputs: Any = inputs, target: Any = target) -> Tensor:
-                        return job.energy.loss(live.network, live.module, inputs, target, values)
-
-                    live.structured.step(loss_fn)
-                else:
-                    live.sampler.zero_grad(set_to_none=True)
-                    job.energy.loss(live.network, live.module, inputs, target).backward()
-                    live.sampler.step()
-        except NonFiniteError as error:
-            raise diverged(job, step, error) from error
-        live.after()
+        advance(job, live, step)
     return finish(job, live)
+
+
+def advance(job: Job, live: Live, step: int) -> None:
+    """One step of one chain.
+
+    Raises:
+        NonFiniteError: it diverged.
+    """
+    number, inputs, target = next(live.source)
+    try:
+        with in_batch(number), torch.enable_grad():
+            if live.structured is not None:
+
+                def loss_fn(values: Mapping[str, Tensor]) -> Tensor:
+                    return job.energy.loss(live.network, live.module, inputs, target, values)
+
+                live.structured.step(loss_fn)
+            else:
+                live.sampler.zero_grad(set_to_none=True)
+                job.energy.loss(live.network, live.module, inputs, target).backward()
+                live.sampler.step()
+    except NonFiniteError as error:
+        raise diverged(job, step, error) from error
+    live.after()
 
 
 def build_sampler(job: Job, pairs: list[tuple[str, nn.Parameter]]) -> Sampler:

@@ -14,9 +14,9 @@ from bayesdl.diagnose import Finding
 from bayesdl.distributed import Group, resolve_group
 from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
 from bayesdl.methods.base import Fitted, Method, Task
-from bayesdl.methods.batched import unbatchable
 from bayesdl.methods.chains import Job, build_sampler, run_shared
 from bayesdl.methods.energy import prepare_module, survey
+from bayesdl.methods.parallel import PARALLEL, share_passes
 from bayesdl.methods.stepsize import DIMENSIONLESS, check_stable, gradient_squares, largest_curvature
 from bayesdl.methods.stream import INIT, chain_generator, check_steps, endless, repeatable
 from bayesdl.network import Network
@@ -28,7 +28,6 @@ from bayesdl.select import Selector
 
 AROUND = ("cyclical", "structured")  # names of schedules and wrappers, which go around `base`
 STARTS = ("warm", "prior")
-PARALLEL = ("auto", "sequential", "batched")
 PSGLD_EPS = 1e-5  # its default
 
 
@@ -60,9 +59,11 @@ class SGMCMC(Method):
         workers: processes that run chains, of one thread each. They are spawned: network and data must be picklable,
             and a script needs its `if __name__ == "__main__":`.
         parallel: how several chains of one process run: "sequential", one after another; "batched", one vectorised
-            forward and backward pass a step for all (the same chains, up to rounding); "auto" is batched on a GPU,
-            where small kernels wait for their launch, and sequential on a CPU, where it depends on the network which
-            is faster (`benchmarks/many_chains.py`).
+            forward and backward pass a step for all (the same chains up to rounding, which grows with the steps);
+            "fastest" times both for a few steps, on chains thrown away, takes the faster and says so in `diagnose()`.
+            "auto" never looks at the clock, so that a seed fixes every bit: on a CPU it is "sequential", whose chains
+            are equal bit for bit whatever their number, `workers`, processes and store; on a GPU, where small kernels
+            wait for their launch, "batched" if the network allows it (`benchmarks/many_chains.py`).
         store: folder in which each chain writes its samples as they come; see `bdl.Chain`. The same call after an
             interruption goes on from there, bit for bit.
         options: further arguments of the sampler's constructor, such as `{"adapt": True}`.
@@ -152,26 +153,17 @@ class SGMCMC(Method):
             progress=task.progress,
         )
         job, chosen = self._with_step(job, network)
-        job = replace(job, together=self._together(job))
         jobs = [replace(job, chain=c) for c in range(self.chains)]
+        shared, way = share_passes(jobs, group)
+        jobs = [replace(one, together=shared) for one in jobs]
         posterior = pooled(run_shared(jobs, self.workers, group))
         steps = float((burn_in + self.num_samples * thin) * self.chains)
         return Fitted(
             posterior,
             energy.likelihood,
-            (*findings, *said, *chosen, *self._remarks(job)),
+            (*findings, *said, *chosen, *way, *self._remarks(job)),
             cost=(("steps", steps), ("chains", float(self.chains)), ("lr", job.lr)),
         )
-
-    def _together(self, job: Job) -> bool:
-        """Whether chains share their passes; raises where that was asked for and cannot be."""
-        if self.parallel == "sequential" or self.chains == 1:
-            return False
-        reason = unbatchable(job)
-        if self.parallel == "batched" and reason:
-            raise UnsupportedError(f'parallel="batched" is not possible: {reason}; use "sequential" or workers=')
-        on_gpu = next(job.module.parameters()).device.type != "cpu"
-        return not reason and self.workers == 1 and (self.parallel == "batched" or on_gpu)
 
     def _with_step(self, job: Job, network: Network) -> tuple[Job, tuple[Finding, ...]]:
         """The job with its learning rate (and the start of a preconditioner), checked against the curvature."""
@@ -247,8 +239,8 @@ class SGMCMC(Method):
             raise ArgumentError(f"start={self.start!r}; expected one of {STARTS}")
         if self.parallel not in PARALLEL:
             raise ArgumentError(f"parallel={self.parallel!r}; expected one of {PARALLEL}")
-        if self.parallel == "batched" and self.workers > 1:
-            raise ArgumentError(f'parallel="batched" runs in one process, and workers={self.workers} was given')
+        if self.parallel in ("batched", "fastest") and self.workers > 1:
+            raise ArgumentError(f'parallel="{self.parallel}" is for one process, and workers={self.workers} was given')
         if self.schedule not in (None, "cyclical"):
             raise ArgumentError(f'schedule={self.schedule!r}; expected None or "cyclical"')
         if self.lr is not None and not 0 < self.lr < float("inf"):

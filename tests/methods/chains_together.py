@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesdl as bdl
+from bayesdl.methods import parallel
 
 
 def network() -> nn.Module:
@@ -44,3 +46,26 @@ def chains_are_those_of_one_process(rank: int, size: int) -> None:
         dist.broadcast(theirs, 0)
         assert torch.equal(theirs, mine)
     assert torch.equal(together.posterior.weights, alone.posterior.weights)
+
+
+def the_first_process_decides_how_chains_run(rank: int, size: int) -> None:
+    """Clocks differ between processes, and the way that chains run must not."""
+    asked = []
+
+    def steered(jobs: Any) -> tuple[float, float]:
+        asked.append(len(jobs))
+        return 2.0, 1.0
+
+    parallel.seconds_a_step = steered
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    method = bdl.SGMCMC("sghmc", num_samples=3, thin=2, chains=3, parallel="fastest")
+    arguments: dict[str, Any] = {"likelihood": bdl.Gaussian(noise=0.3), "progress": False}
+    fit = [
+        bdl.wrap(plain, one, loader(), generator=torch.Generator().manual_seed(7), distributed=across, **arguments)
+        for one, across in ((method, True), (replace(method, parallel="sequential"), None))
+    ]
+    assert asked == ([2] if rank == 0 else [])  # chains 0 and 2 are the first process's
+    for name, value in fit[1].posterior.snapshots.items():
+        assert torch.allclose(fit[0].posterior.snapshots[name], value, atol=1e-5), name
