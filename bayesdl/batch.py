@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -125,9 +126,17 @@ def as_call(module: nn.Module, inputs: Any) -> Call:
 
     A mapping whose keys are parameters of `forward` becomes keywords; a tuple or list is unpacked when
     `forward` has at least two positional parameters; anything else is the single argument.
+
+    Raises:
+        ArgumentError: a numpy array instead of a tensor.
     """
     if isinstance(inputs, Call):
         return inputs
+    if isinstance(inputs, np.ndarray):
+        raise ArgumentError(
+            f"the inputs are a numpy array {inputs.shape} of {inputs.dtype}; expected tensors: "
+            "torch.as_tensor(x, dtype=torch.float32)"
+        )
     if not isinstance(inputs, (Mapping, tuple, list)):
         return Call((inputs,))
     parameters = inspect.signature(module.forward).parameters.values()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _PRIVATE = ("_parameters", "_buffers", "_modules")
@@ -15,13 +16,14 @@ _PRIVATE = ("_parameters", "_buffers", "_modules")
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Peel `torch.compile`, DataParallel and DistributedDataParallel wrappers off the top of a model."""
-    while True:
+    while not isinstance(module, torch.jit.ScriptModule):  # which keeps its sub-modules elsewhere
         inner = module.__dict__.get("_modules", {}).get("_orig_mod")
         if inner is None and type(module).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = module.module
         if not isinstance(inner, nn.Module):
             return module
         module = inner
+    return module
 
 
 def structural_clone(

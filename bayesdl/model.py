@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bayesdl.distributed import Processes
 
 DEFAULT_DRAWS = 64
+BATCH = 256
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -98,6 +99,13 @@ class BayesianModel(nn.Module):
         self.record = record or Record()
         self._source = _Source(fit_data)
 
+    def extra_repr(self) -> str:
+        return (
+            f"method={self.record.method!r}, likelihood={self.likelihood.name!r}, "
+            f"posterior={type(self.posterior).__name__}, selected={self.network.num_parameters}, "
+            f"device={str(self.device)!r}"
+        )
+
     def forward(
         self, x: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None
     ) -> Predictive:
@@ -119,7 +127,7 @@ class BayesianModel(nn.Module):
 
     def predict(
         self,
-        data: Iterable[Any],
+        data: Tensor | Iterable[Any],
         *,
         num_samples: int | None = None,
         generator: torch.Generator | None = None,
@@ -127,9 +135,12 @@ class BayesianModel(nn.Module):
     ) -> Predictive:
         """Predictive of all batches of a loader, concatenated; targets in the batches are ignored.
 
+        A tensor of inputs is taken in batches of 256, without a gradient; `bayes(x)` takes it whole, with one.
         Where the batches differ in their positions (sequences padded to the longest of each), every position becomes an
         input of its own.
         """
+        if isinstance(data, Tensor):
+            data = data.split(BATCH)
         return self.predict_with_targets(data, num_samples=num_samples, generator=generator, progress=progress)[0]
 
     def predict_with_targets(

@@ -37,6 +37,11 @@ class Predictive:
     latent: Latent
     noise: Tensor
 
+    def __repr__(self) -> str:
+        mean = self.latent.mean
+        draws = f", samples={len(self.latent.samples)}" if isinstance(self.latent, SampleLatent) else ""
+        return f"Predictive({self.likelihood.name}, outputs {tuple(mean.shape)}{draws}, {mean.dtype}, {mean.device})"
+
     @property
     def task(self) -> str:
         """ "classification", "multilabel", "regression" or "count"."""

@@ -6,6 +6,7 @@ from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,3 +220,10 @@ def network_inputs(batch: Any) -> Any:
 def test_as_call_leaves_a_call_alone() -> None:
     call = Call((X,), None)
     assert as_call(nn.Linear(4, 2), call) is call
+
+
+def test_arrays_are_no_tensors() -> None:
+    x = np.zeros((4, 3))
+    for method in ("map", "laplace", "vbll", "sghmc"):
+        with pytest.raises(ArgumentError, match=r"numpy array \(4, 3\) of float64; expected tensors: torch.as_tensor"):
+            bdl.wrap(nn.Linear(3, 2), method, [(x, np.zeros(4, int))], likelihood="categorical")(x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+import bayesdl as bdl
 from bayesdl.clone import independent_copy, unwrap
 from bayesdl.errors import UnsupportedError
 from bayesdl.network import Network
@@ -323,8 +324,11 @@ def test_traced_graphs_are_cloned() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="TorchScript"):
-        Network(torch.jit.trace(mlp().eval(), X))
+    for refused in (torch.jit.trace(mlp().eval(), X), torch.jit.script(mlp())):
+        with pytest.raises(UnsupportedError, match="TorchScript"):
+            Network(refused)
+        with pytest.raises(UnsupportedError, match="TorchScript"):
+            bdl.wrap(refused, "map", likelihood="categorical")
 
 
 def test_embedding_that_renormalises_itself_is_refused() -> None:

@@ -138,3 +138,14 @@ def test_predictions_need_no_gradient_by_themselves() -> None:
     for label in LABELS:
         mean: Tensor = fit("classification", label)(X).mean
         assert not mean.requires_grad
+
+
+def test_a_tensor_of_inputs_is_predicted_in_batches() -> None:
+    bayes, x = fit("classification", "laplace"), torch.cat([X] * 200)
+    assert torch.allclose(bayes.predict(x).mean, bayes(x).mean, atol=1e-6)
+    assert torch.allclose(bayes.predict(x).epistemic, bayes(x).epistemic, atol=1e-6)
+
+
+def test_a_description_names_the_parts() -> None:
+    text = repr(fit("classification", "laplace"))
+    assert "method='laplace', likelihood='categorical', posterior=GaussianPosterior, selected=" in text

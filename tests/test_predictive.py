@@ -90,3 +90,7 @@ def test_weighted_moments_of_samples() -> None:
     square = sum(w * s.square() for w, s in zip(latent.weights, latent.samples, strict=True))
     assert torch.allclose(latent.mean, mean)
     assert torch.allclose(latent.variance, square - mean.square())
+
+
+def test_a_short_description() -> None:
+    assert repr(regression()) == "Predictive(gaussian, outputs (6, 4), samples=5, torch.float64, cpu)"

@@ -20,6 +20,8 @@ from bayesdl.predictive import Split
 LINKS = ("probit", "mean_field", "bridge", "mc")
 # scalars of draws of the outputs held at once
 DRAWS = 1 << 23
+# rows of the outputs that tell probabilities from logits
+PROBED = 16
 
 
 @final
@@ -74,7 +76,9 @@ class Categorical(Likelihood):
                 "logits per input. "
                 'For one logit use likelihood="bernoulli"; for one real value "gaussian"; for one log-rate "poisson"'
             )
-        return super().check_outputs(f)
+        f = super().check_outputs(f)
+        _refuse_probabilities(f.detach())
+        return f
 
     def check_targets(self, f: Tensor, y: Tensor) -> Tensor:
         if not isinstance(y, Tensor):
@@ -100,7 +104,7 @@ class Categorical(Likelihood):
     def _check_shapes(self, f: Tensor, y: Tensor) -> None:
         given = f"targets have shape {tuple(y.shape)} and the outputs {tuple(f.shape)}"
         if y.shape != f.shape[:-1]:
-            hint = ""
+            hint = " (of one-hot rows: y.argmax(-1))" if y.shape == f.shape else ""
             if f.dim() > 2 and self.class_axis is None:
                 hint = (
                     " (classes last). If the network puts the classes elsewhere, say where: bdl.Categorical(class_axis="
@@ -270,3 +274,14 @@ def _zero_sum(latent: GaussianLatent) -> tuple[Tensor, Tensor]:
     along = latent.variance if latent.covariance is None else latent.covariance.sum(-1)
     variance = latent.variance - 2.0 / classes * along + along.sum(-1, keepdim=True) / classes**2
     return mean, variance
+
+
+def _refuse_probabilities(f: Tensor) -> None:
+    """Raise for outputs that are a softmax already: taken for logits they make every prediction nearly uniform."""
+    some = f.reshape(-1, f.shape[-1])[:PROBED]
+    # the first comparison ends it for nearly all logits
+    if some.numel() and float(some.min()) >= 0.0 and bool(((some.sum(-1) - 1).abs() < 1e-5).all()):
+        raise ArgumentError(
+            "the outputs are class probabilities: none is negative and each row sums to 1; the categorical likelihood "
+            "takes logits. Remove the final softmax, or let the network end in its logarithm (log_softmax)"
+        )

@@ -48,8 +48,10 @@ def fit_temperature(
         return predictive_nll(likelihood, scale_latent(exact, log_t.exp()), goal, score)
 
     log_t = minimise(loss, latent.mean.device)
+    if log_t < GRID_STEP - BOUND:
+        return torch.ones((), dtype=torch.float64, device=latent.mean.device), (_undetermined(log_t),)
     findings = [Finding("info", f"temperature {math.exp(log_t):.4f} chosen on held-out data", topic="temperature")]
-    if abs(log_t) > BOUND - GRID_STEP:  # an NLL that is flat there has its least value anywhere in the last cell
+    if log_t > BOUND - GRID_STEP:  # an NLL that is flat there has its least value anywhere in the last cell
         findings.append(
             Finding(
                 "warning",
@@ -59,6 +61,17 @@ def fit_temperature(
             )
         )
     return torch.tensor(math.exp(log_t), dtype=torch.float64, device=latent.mean.device), tuple(findings)
+
+
+def _undetermined(log_t: float) -> Finding:
+    """Data without an error have no best temperature: the sharper, the better, which no data to come will bear out."""
+    return Finding(
+        "warning",
+        f"the loss keeps falling down to the search bound of the temperature ({math.exp(log_t):.3g}): these data hold "
+        "no error and cannot tell it, so that it stays 1",
+        "give held-out data, not the training set, and more of them",
+        "temperature",
+    )
 
 
 def fit_noise(latent: Latent, targets: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bayesdl as bdl
 from bayesdl.errors import ArgumentError, LabelError, ShapeError
 from bayesdl.latent import GaussianLatent, SampleLatent, point_latent
 from bayesdl.likelihoods import Categorical
@@ -267,3 +268,20 @@ def test_permuting_the_classes_permutes_the_answer(link: str) -> None:
     assert torch.allclose(first.epistemic, second.epistemic)
     y = torch.tensor([0, 1])
     assert torch.allclose(first.log_prob(order[y]), second.log_prob(y))
+
+
+def test_probabilities_are_no_logits() -> None:
+    logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ArgumentError, match="none is negative and each row sums to 1.*Remove the final softmax"):
+        Categorical().check_outputs(logits.softmax(-1))
+    for fine in (logits, logits.log_softmax(-1), logits.abs(), logits.softmax(-1) - 1e-3, logits[:0]):
+        assert torch.equal(Categorical().check_outputs(fine), fine)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Softmax(-1))
+    for method in ("map", "laplace", "sghmc"):
+        with pytest.raises(ArgumentError, match="class probabilities"):
+            bdl.wrap(network, method, [(logits, logits.argmax(-1))], likelihood="categorical")(logits)
+
+
+def test_one_hot_targets_are_told_what_to_do() -> None:
+    with pytest.raises(ShapeError, match=r"of one-hot rows: y.argmax\(-1\)"):
+        Categorical().check_targets(torch.zeros(4, 3), torch.zeros(4, 3))

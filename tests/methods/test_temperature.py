@@ -120,6 +120,10 @@ def test_labels_without_a_finite_optimum_are_reported() -> None:
     x = 3.0 * torch.eye(4)
     bayes = wrap(x, torch.arange(4))  # always right: T -> 0
     assert any("search bound" in finding.text for finding in bayes.diagnose().warnings)
+    assert fitted_temperature(bayes) == 1.0
+    wrong = wrap(x, torch.arange(4).roll(1))  # always wrong: T -> infinity, the uniform distribution
+    assert any("search bound" in finding.text for finding in wrong.diagnose().warnings)
+    assert fitted_temperature(wrong) > 90
 
 
 def test_regression_has_no_temperature() -> None:
