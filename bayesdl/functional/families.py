@@ -10,11 +10,14 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from bayesdl.errors import NonFiniteError, UnknownNameError
-from bayesdl.priors import GaussianPrior, HierarchicalPrior, Prior, SplinePrior
+from bayesdl.errors import NonFiniteError, UnknownNameError, UnsupportedError
+from bayesdl.priors import CouplingPrior, GaussianPrior, HierarchicalPrior, Prior, SplinePrior
+from bayesdl.priors.coupling import AffineCoupling, LayerFlow
 from bayesdl.priors.spline import Spline
 
 BINS = 8  # of a spline
+MAPS, INNER = 4, 8  # couplings of a layer; inner units of each
+LARGEST = 10_000  # parameters of a layer under couplings
 WIDEST = 1e6  # variances beyond it are cut: their functions overflow, and no target asks for them
 
 
@@ -179,10 +182,93 @@ class SplineFamily(Family):
         return found
 
 
+@final
+class CouplingFamily(Family):
+    """[b; W] of each layer is a flow of standard normals by affine couplings: weights that depend on each other.
+
+    Raises:
+        UnsupportedError: a layer of more than 10,000 parameters.
+    """
+
+    name: ClassVar[str] = "coupling"
+
+    def __init__(self, slots: tuple[Slot, ...]) -> None:
+        super().__init__(slots)
+        self.raw = nn.Parameter(torch.full((len(slots),), _inverse_softplus(1.0), dtype=torch.float64))
+        layers: dict[str, list[int]] = {}
+        for index, slot in enumerate(slots):
+            layers.setdefault(slot.name.rpartition(".")[0], []).append(index)
+        # [b; W]: vectors in front
+        self.layers = tuple(tuple(sorted(own, key=lambda i: len(slots[i].shape))) for own in layers.values())
+        self.numbers = nn.ModuleList()
+        source = torch.Generator().manual_seed(0)
+        for own in self.layers:
+            size = sum(math.prod(slots[i].shape) for i in own)
+            if size > LARGEST:
+                raise UnsupportedError(
+                    f"{slots[own[0]].name!r} belongs to a layer of {size} parameters, and couplings are for up to "
+                    f'{LARGEST}: use family="spline" or "hierarchical"'
+                )
+            self.numbers.extend(_coupling_numbers(size, 1 - step % 2, source) for step in range(MAPS))
+
+    def scales(self) -> Tensor:
+        """One for each slot."""
+        return nn.functional.softplus(self.raw)
+
+    def maps(self, layer: int) -> tuple[AffineCoupling, ...]:
+        """Of one layer, with their graph."""
+        own = list(self.numbers)[MAPS * layer : MAPS * (layer + 1)]
+        keys = ("inward", "shift", "stretch", "offset")
+        return tuple(AffineCoupling(1 - step % 2, *(n.get_parameter(k) for k in keys)) for step, n in enumerate(own))
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        drawn, scales = {}, self.scales().float()
+        for layer, own in enumerate(self.layers):
+            sizes = [math.prod(self.slots[i].shape) for i in own]
+            flat = torch.randn(n, sum(sizes), generator=generator)
+            for coupling in self.maps(layer):
+                flat = coupling.to(flat).forward(flat)[0]
+            for i, piece in zip(own, flat.split(sizes, 1), strict=True):
+                slot = self.slots[i]
+                drawn[slot.name] = piece.view(n, *slot.shape) * (scales[i] / math.sqrt(slot.fan_in))
+        return {slot.name: drawn[slot.name] for slot in self.slots}
+
+    def prior(self) -> Prior:
+        flows, scales = [], self.scales().tolist()
+        for layer, own in enumerate(self.layers):
+            maps = tuple(
+                AffineCoupling(m.moves, *(t.detach().clone() for t in (m.inward, m.shift, m.stretch, m.offset)))
+                for m in self.maps(layer)
+            )
+            flows.append(LayerFlow(tuple(self.slots[i].name for i in own), tuple(scales[i] for i in own), maps))
+        return CouplingPrior(tuple(flows))
+
+    def describe(self) -> dict[str, dict[str, float]]:
+        scales = nn.functional.softplus(self.raw.detach())
+        return {slot.name: {"scale": float(value)} for slot, value in zip(self.slots, scales, strict=True)}
+
+
+def _coupling_numbers(size: int, moves: int, source: torch.Generator) -> nn.ParameterDict:
+    """Numbers of one map that starts as the identity."""
+    move = size // 2 if moves else (size + 1) // 2
+    stay = size - move
+    inward = torch.randn(INNER, stay, generator=source, dtype=torch.float64) / math.sqrt(max(1, stay))
+    zeros = torch.zeros(move, INNER, dtype=torch.float64)
+    return nn.ParameterDict(
+        {
+            "inward": nn.Parameter(inward),
+            "shift": nn.Parameter(zeros.clone()),
+            "stretch": nn.Parameter(zeros.clone()),
+            "offset": nn.Parameter(zeros[:, 0].clone()),
+        }
+    )
+
+
 FAMILIES: dict[str, type[Family]] = {
     "gaussian": GaussianFamily,
     "hierarchical": HierarchicalFamily,
     "spline": SplineFamily,
+    "coupling": CouplingFamily,
 }
 
 

@@ -42,7 +42,8 @@ class Kernel:
 
 def squared_distance(first: Tensor, second: Tensor) -> Tensor:
     """|x - x'|^2, `(..., M, M')`; exactly zero at equal inputs."""
-    return (first.unsqueeze(-2) - second.unsqueeze(-3)).square().sum(-1)
+    # never `(..., M, M', D)`, and no cancellation of squares
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def _rbf(first: Tensor, second: Tensor) -> Tensor:

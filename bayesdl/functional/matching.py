@@ -20,7 +20,7 @@ from bayesdl.functional.gp import GP, Target
 from bayesdl.functional.measurement import Measurement, Places
 from bayesdl.functional.report import FUNCTIONS, Fit, MatchReport, compare, fresh, notes
 from bayesdl.network import Network
-from bayesdl.priors import GaussianPrior, HierarchicalPrior, Prior, SplinePrior
+from bayesdl.priors import CouplingPrior, GaussianPrior, HierarchicalPrior, Prior, SplinePrior
 from bayesdl.select import Selector
 
 
@@ -47,8 +47,9 @@ def match(
             theirs, affine parameters of norm layers are held at (1, 0).
         target: `GP(...)`, or any object with `sample(inputs, n, generator) -> (n, M, C)` and `outputs`.
         inputs: `(N, ...)`, standardised training inputs; the measurement sets come from these alone.
-        family: "gaussian" (one standard deviation a tensor), "hierarchical" (inverse-gamma variances) or "spline" (a
-            learned shape; samplers and MAP only).
+        family: "gaussian" (one standard deviation a tensor), "hierarchical" (inverse-gamma variances), "spline" (a
+            learned shape) or "coupling" (a learned joint law of each layer, up to 10,000 parameters); the last two for
+            samplers and MAP only.
         distance: "w1", "energy", "mmd", "gaussian-w2", "moments", "sw", "dsw", or a configured one.
         measurement: where functions are compared; default 100 points, 70 of them inputs.
         steps: of the prior.
@@ -60,7 +61,7 @@ def match(
         progress: show a bar.
 
     Returns:
-        a `GaussianPrior`, `HierarchicalPrior` or `SplinePrior` with a `.report`, for every method that takes a prior.
+        a `GaussianPrior`, `HierarchicalPrior`, `SplinePrior` or `CouplingPrior` with a `.report`.
 
     Raises:
         UnknownNameError: no such family or distance.
@@ -213,6 +214,6 @@ def _default_places(inputs: Tensor) -> Places:
 
 
 def _with_report(prior: Prior, report: MatchReport) -> Prior:
-    if isinstance(prior, (GaussianPrior, HierarchicalPrior, SplinePrior)):
+    if isinstance(prior, GaussianPrior | HierarchicalPrior | SplinePrior | CouplingPrior):
         return replace(prior, report=report)
     return prior

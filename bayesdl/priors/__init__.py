@@ -1,6 +1,7 @@
 """Priors over the selected weights."""
 
 from bayesdl.priors.base import Prior
+from bayesdl.priors.coupling import CouplingPrior
 from bayesdl.priors.gaussian import GaussianPrior
 from bayesdl.priors.heavy_tails import CauchyPrior, LaplacePrior, StudentTPrior
 from bayesdl.priors.horseshoe import HorseshoePrior
@@ -9,6 +10,7 @@ from bayesdl.priors.spline import SplinePrior
 
 __all__ = [
     "CauchyPrior",
+    "CouplingPrior",
     "GaussianPrior",
     "HierarchicalPrior",
     "HorseshoePrior",

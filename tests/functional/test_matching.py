@@ -9,7 +9,7 @@ from torch import nn
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, UnknownNameError, UnsupportedError
 from bayesdl.functional import GP, Grid, LogNormal, Measurement
-from bayesdl.functional.families import GaussianFamily, HierarchicalFamily, Slot
+from bayesdl.functional.families import FAMILIES, CouplingFamily, GaussianFamily, HierarchicalFamily, Slot
 from bayesdl.functional.functions import Pushforward
 from bayesdl.network import Network
 from tests.untouched import untouched
@@ -65,16 +65,20 @@ def test_matching_recovers_a_known_prior_of_the_same_network():
     assert prior.report.fit.std[0] == pytest.approx(prior.report.fit.target_std[0], rel=0.1)
 
 
-@pytest.mark.parametrize("family", ["gaussian", "hierarchical", "spline"])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_matching_brings_functions_closer_and_repeats(family):
     network = net()
     with untouched(network):
         first = matched(network, GP(lengthscale=1.0), family=family)
     second = matched(network, GP(lengthscale=1.0), family=family)
-    assert first == second
+    parameters = dict(network.named_parameters())
+    draws = [prior.sample(parameters, generator(3)) for prior in (first, second)]
+    assert all(torch.equal(draws[0][name], draws[1][name]) for name in parameters)
+    assert first.report.fit == second.report.fit
     assert first.report.fit.covariance_error < 0.6 * first.report.before.covariance_error
     assert "covariance error" in str(first.report)
-    assert matched(network, GP(lengthscale=1.0), family=family, generator=generator(1)) != first
+    other = matched(network, GP(lengthscale=1.0), family=family, generator=generator(1))
+    assert not torch.equal(other.sample(parameters, generator(3))["0.weight"], draws[0]["0.weight"])
 
 
 def test_trained_values_are_never_read():
@@ -121,6 +125,30 @@ def test_gradient_of_the_hierarchical_draws():
     slope = torch.sigmoid(law.raw_shape.detach())  # of softplus
     assert float(law.raw_shape.grad) == pytest.approx(float(slope) * -rate / (shape - 1) ** 2, rel=0.05)
     assert float(law.raw_rate.grad) == pytest.approx(float(slope) / (shape - 1), rel=0.02)
+
+
+def test_couplings_draw_what_their_prior_draws_and_refuse_large_layers():
+    slots = (Slot("0.weight", (3, 2), 2), Slot("0.bias", (3,), 1), Slot("2.weight", (1, 3), 3))
+    law = CouplingFamily(slots)
+    with torch.no_grad():
+        for number, parameter in enumerate(law.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(number)).double())
+    prior = law.prior()
+    assert [layer.names for layer in prior.layers] == [("0.bias", "0.weight"), ("2.weight",)]
+    drawn = {name: value.detach() for name, value in law.draw(20_000, generator(50)).items()}
+    shapes = {slot.name: torch.zeros(slot.shape) for slot in slots}
+    again = [prior.sample(shapes, generator(60 + i)) for i in range(4000)]
+    for name, value in drawn.items():
+        other = torch.stack([one[name] for one in again])
+        for power in (1, 2):  # twelve entries, two moments, at five standard errors
+            gap = value.pow(power).mean(0) - other.pow(power).mean(0)
+            error = (value.pow(power).var(0) / 20_000 + other.pow(power).var(0) / 4000).sqrt()
+            assert bool((gap.abs() < 5 * error).all())
+    value = {name: tensor[0].double() for name, tensor in drawn.items()}
+    alone = torch.stack([prior.log_prob(value)])
+    assert bool(torch.isfinite(alone).all())
+    with pytest.raises(UnsupportedError, match='family="spline"'):
+        CouplingFamily((Slot("0.weight", (101, 100), 100),))
 
 
 def test_the_box_comes_from_the_inputs_alone():
