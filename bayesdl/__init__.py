@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # name -> module; loaded on first use, so that `import bayesdl` costs little more than `import torch`
 _PUBLIC = {
+    "BayesVLM": "bayesdl.methods",
     "BayesianModel": "bayesdl.model",
     "Bernoulli": "bayesdl.likelihoods",
     "Categorical": "bayesdl.likelihoods",
@@ -67,6 +68,7 @@ __all__ = [
     "SWAG",
     "TFB",
     "VBLL",
+    "BayesVLM",
     "BayesianModel",
     "Bernoulli",
     "Categorical",
@@ -120,6 +122,7 @@ if TYPE_CHECKING:
         SWAG,
         TFB,
         VBLL,
+        BayesVLM,
         Ensemble,
         Laplace,
         MCDropout,

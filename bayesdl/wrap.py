@@ -52,8 +52,8 @@ def wrap(
     Args:
         model: trained network, never written to; a list of networks for "ensemble".
         method: name ("map", "temperature", "laplace", "gp", "ella", "valla", "vbll", "swag", "ensemble", "dropout",
-            "tfb", "nuts", "smc", a sampler such as "sghmc"; `bayesdl.methods.METHODS` has all) or an object such as
-            `bdl.Laplace(select="last_layer")`.
+            "tfb", "bayesvlm", "nuts", "smc", a sampler such as "sghmc"; `bayesdl.methods.METHODS` has all) or an object
+            such as `bdl.Laplace(select="last_layer")`.
         data: loader of `(inputs, target)` batches: training data for "laplace", "swag" and samplers, held-out data for
             "temperature", optional for the others (it chooses an open Gaussian noise).
         likelihood: "categorical", "bernoulli", "gaussian", "heteroscedastic", "poisson" or an object.

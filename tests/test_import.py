@@ -23,6 +23,7 @@ PUBLIC = {
     *("CauchyPrior", "HierarchicalPrior", "HorseshoePrior", "LaplacePrior", "StudentTPrior"),
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SGMCMC", "SWAG", "TFB"),
+    "BayesVLM",
     *("EvidenceTrainer", "MinibatchEvidence", "evidence_training"),
     *("Temperature", "VBLL", "__version__", "as_module", "compare", "evaluate", "load", "replace", "wrap"),
 }

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "Embedder": "bayesdl.lora.embedding",
     "SearchReport": "bayesdl.lora.report",
+    "Towers": "bayesdl.lora.towers",
     "cosine_moments": "bayesdl.lora.cosine",
     "embed": "bayesdl.lora.embedding",
     "generate": "bayesdl.lora.text",
+    "image_features": "bayesdl.lora.towers",
     "merge_sample": "bayesdl.lora.merge",
     "score": "bayesdl.lora.text",
     "search_report": "bayesdl.lora.report",
+    "text_features": "bayesdl.lora.towers",
     "SequenceScores": "bayesdl.lora.text",
 }
 
@@ -22,12 +25,15 @@ __all__ = [
     "Embedder",
     "SearchReport",
     "SequenceScores",
+    "Towers",
     "cosine_moments",
     "embed",
     "generate",
+    "image_features",
     "merge_sample",
     "score",
     "search_report",
+    "text_features",
 ]
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
     from bayesdl.lora.merge import merge_sample
     from bayesdl.lora.report import SearchReport, search_report
     from bayesdl.lora.text import SequenceScores, generate, score
+    from bayesdl.lora.towers import Towers, image_features, text_features
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,9 @@ so that noise along an embedding, which normalisation removes, adds nothing; the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -65,6 +68,66 @@ def cosine_moments(
     if not joint:
         return mean, scale**2 * ((spread_x * towards_y).sum(-1) + alone)
     return mean, scale**2 * (spread_x @ towards_y.mT + torch.diag_embed(alone))
+
+
+@final
+@dataclass(frozen=True)
+class Embeddings:
+    """Gaussian embeddings W a of one random projection W, whose covariances share their eigenvectors.
+
+    Attributes:
+        mean: `(n, p)`.
+        basis: eigenvectors `(p, p)` of every covariance.
+        variance: eigenvalues `(n, p)` of each embedding's covariance.
+        shared: the same of the covariances between every two embeddings, `(p, n, n)`; None: they are not wanted.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    variance: Tensor
+    shared: Tensor | None = None
+
+
+def score_moments(x: Embeddings, y: Embeddings, scale: float, bias: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`cosine_moments` where all classes come from one random projection, in a few matrix products.
+
+    Noises of different classes are then correlated, and so are the bilinear terms: with K_jk the covariance of y_j and
+    y_k, Cov_jk = g_xj' Cov_x g_xk + g_yj' K_jk g_yk + tr(Cov_x K_jk) / (E_x sqrt(E_j E_k)).
+
+    Returns:
+        Means and variances `(B, C)`, and covariances `(B, C, C)` where `y.shared` is given.
+    """
+    length_x, length_y = _length(x.mean, x.variance), _length(y.mean, y.variance)
+    unit_x, unit_y = x.mean / length_x, y.mean / length_y
+    cosine = unit_x @ unit_y.mT
+    mean = scale * cosine + bias
+    mine, theirs = unit_x @ x.basis, unit_y @ x.basis  # in the eigenvectors of x
+    along = (x.variance * mine) @ theirs.mT
+    inside = (x.variance * mine.square()).sum(1, keepdim=True)
+    lengths = length_x.square()
+    turned, own = unit_x @ y.basis, unit_y @ y.basis  # in those of y
+    noise = x.variance @ (x.basis.mT @ y.basis).square() / lengths  # of x, as far as the eigenvectors of y see it
+    if y.shared is None:
+        first = x.variance @ theirs.square().mT - 2 * cosine * along + cosine.square() * inside
+        second = turned.square() @ y.variance.mT - 2 * cosine * (turned @ (y.variance * own).mT)
+        second = second + cosine.square() * (y.variance * own.square()).sum(1)
+        spread = first / lengths + (second + noise @ y.variance.mT) / length_y.square().mT
+        return mean, scale**2 * spread.clamp(min=0), None
+    count = len(y.mean)
+    products = cosine.unsqueeze(2) * cosine.unsqueeze(1)
+    joint = (x.variance.unsqueeze(1) * theirs) @ theirs.mT
+    joint = joint - _both(cosine.unsqueeze(1) * along.unsqueeze(2)) + products * inside.unsqueeze(2)
+    flat = y.shared.flatten(1)
+    once = (turned @ (y.shared * own.mT.unsqueeze(1)).flatten(1)).unflatten(1, (count, count))  # R_km in the sum
+    twice = torch.einsum("mjk,jm,km->jk", y.shared, own, own)
+    inner = ((turned.square() + noise) @ flat).unflatten(1, (count, count))
+    inner = inner - _both(cosine.unsqueeze(1) * once) + products * twice
+    covariance = scale**2 * (joint / lengths.unsqueeze(2) + inner / (length_y @ length_y.mT))
+    return mean, covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0), 0.5 * (covariance + covariance.mT)
+
+
+def _both(matrices: Tensor) -> Tensor:
+    return matrices + matrices.mT
 
 
 def _length(mean: Tensor, variance: Tensor) -> Tensor:

@@ -101,8 +101,8 @@ def _encoder(model: nn.Module) -> nn.Module:
             "the model has virtual tokens of a peft prompt, which the transformer below them does not see; embeddings "
             "are for adapters in its layers, such as LoRA"
         )
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    below: Any = getattr(model, "get_base_model", None)
+    model = model if below is None else below()
     inner = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     return inner if isinstance(inner, nn.Module) else model
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.methods.base import Fitted, Method, Task
+from bayesdl.methods.bayesvlm import BayesVLM
 from bayesdl.methods.dropout import MCDropout
 from bayesdl.methods.ensemble import Ensemble
 from bayesdl.methods.function_space import ELLA, SubsetGP, VaLLA
@@ -40,6 +41,7 @@ METHODS: dict[str, Callable[[], Method]] = {
             ELLA,
             VaLLA,
             TFB,
+            BayesVLM,
             NUTS,
             SMC,
         )
@@ -58,6 +60,7 @@ __all__ = [
     "SWAG",
     "TFB",
     "VBLL",
+    "BayesVLM",
     "Ensemble",
     "Fitted",
     "Laplace",

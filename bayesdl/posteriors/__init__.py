@@ -6,6 +6,7 @@ from bayesdl.posteriors.last_layer import LastLayerPosterior
 from bayesdl.posteriors.lora import AdapterPosterior
 from bayesdl.posteriors.masks import MaskPosterior
 from bayesdl.posteriors.point import PointPosterior
+from bayesdl.posteriors.projections import ProjectionPosterior
 from bayesdl.posteriors.samples import SamplePosterior
 from bayesdl.posteriors.scaled import ScaledPosterior
 
@@ -19,6 +20,7 @@ POSTERIORS: dict[str, type[Posterior]] = {
         MaskPosterior,
         LastLayerPosterior,
         AdapterPosterior,
+        ProjectionPosterior,
     )
 }
 
@@ -30,6 +32,7 @@ __all__ = [
     "MaskPosterior",
     "PointPosterior",
     "Posterior",
+    "ProjectionPosterior",
     "SamplePosterior",
     "ScaledPosterior",
 ]
