@@ -5,7 +5,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEVICE ?= cpu
-export PYTHON VENV PIP_FLAGS PYTEST_FLAGS DEVICE
+EXECUTE ?= 0
+export PYTHON VENV PIP_FLAGS PYTEST_FLAGS DEVICE EXECUTE
 
 # The folder of this file, also when make is called from elsewhere with -f. Make splits names at spaces, so that
 # paths are only ever touched by the shell, in quotes, and the stamps of the environment are kept by the recipes.
@@ -49,7 +50,7 @@ fi; \
 printf '%s' "$$state" > "$$stamp"
 endef
 
-.PHONY: help demo test test-all lint bench docs build clean env-core env-test env-docs env-build
+.PHONY: help demo test test-all dist tutorials lint bench docs build nightly clean env-core env-test env-docs env-build
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -57,13 +58,16 @@ help:
 	@echo 'make demo      train a small network, wrap it in several methods, print and write the comparison'
 	@echo 'make test      the tests without the slow and the multi-process ones'
 	@echo 'make test-all  every test'
+	@echo 'make dist      the tests that start several processes'
+	@echo 'make tutorials every tutorial as a script; each asserts what it claims'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks, one after the other (DEVICE=cuda for a GPU)'
-	@echo 'make docs      the documentation as HTML, in docs/_build'
-	@echo 'make build     the wheel, in dist/'
+	@echo 'make docs      the documentation as HTML, in docs/_build/html; EXECUTE=1 runs the tutorials in it'
+	@echo 'make build     wheel and source archive, in dist/, installed and tried in an empty environment'
+	@echo 'make nightly   all of lint, test-all, docs and build'
 	@echo 'make clean     remove what the other targets made, the environment included'
 	@echo
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS) PYTEST_FLAGS=$(PYTEST_FLAGS) DEVICE=$(DEVICE)'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) PIP_FLAGS=$(PIP_FLAGS) PYTEST_FLAGS=$(PYTEST_FLAGS) DEVICE=$(DEVICE) EXECUTE=$(EXECUTE)'
 	@echo 'Each target installs what it needs in VENV (relative to the repository) on its first run.'
 
 env-core:
@@ -87,6 +91,12 @@ test: env-test
 test-all: env-test
 	@$(enter); OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$$bin/python" -m pytest $$PYTEST_FLAGS
 
+dist: env-test
+	@$(enter); OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$$bin/python" -m pytest -m dist $$PYTEST_FLAGS
+
+tutorials: env-test
+	@$(enter); OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$$bin/python" -m pytest tests/test_tutorials.py $$PYTEST_FLAGS
+
 lint: env-test
 	@$(enter); "$$bin/python" -m ruff check .; "$$bin/python" -m ruff format --check .; "$$bin/python" -m mypy
 
@@ -100,15 +110,22 @@ bench: env-test
 
 docs: env-docs
 	@$(enter); \
-	[ -f docs/conf.py ] || { echo "make: there is no documentation to build yet" >&2; exit 1; }; \
-	"$$bin/python" -m sphinx -W -b html docs docs/_build
+	BAYESDL_DOCS_EXECUTE="$$EXECUTE" "$$bin/python" -m sphinx -W --keep-going -q -b html -d docs/_build/trees docs docs/_build/html; \
+	echo "docs/_build/html/index.html"
 
+# Warnings of the build are errors: setuptools announces there what it will no longer read. The source archive is built
+# first, and the wheel from it; then both are installed and tried.
 build: env-build
-	@$(enter); "$$bin/python" -m build --outdir dist .
+	@$(enter); \
+	rm -rf dist; \
+	PYTHONWARNINGS=error::DeprecationWarning:setuptools,error:::setuptools "$$bin/python" -m build --outdir dist .; \
+	"$$bin/python" tests/installed.py dist
+
+nightly: lint test-all docs build
 
 # VENV may be anything, so that only a folder that is a virtual environment is removed.
 clean:
 	@$(enter); \
-	rm -rf build dist docs/_build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov; \
+	rm -rf build dist docs/_build docs/generated ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov; \
 	find bayesdl tests -type d -name __pycache__ -prune -exec rm -rf {} +; \
 	if [ -f "$$VENV/pyvenv.cfg" ]; then rm -rf "$$VENV"; fi

@@ -1,16 +1,18 @@
-"""Kronecker fits on two processes against one: what each still computes, and what the reduction adds.
+"""Kronecker fits and chains on two and on four processes against one: how the work divides, what sharing adds.
 
     python benchmarks/scaling.py [--quick] [--json benchmarks/results/scaling.json]
 
-Both processes (gloo, one thread each) hold half of the data. First the two fits must agree with that of one process;
-then the fit on one process and the fit on both are timed in turns. The CPU time of the busier process shows how the
-work divides, whatever else the machine does; the wall-clock time is that of this machine at this moment. With
-`--device cuda` both processes share one GPU, which says nothing about two.
+All processes (gloo, one thread each) hold an equal share of the data, or run an equal share of four chains. First the
+results must agree with those of one process; then one process alone and all together are timed in turns. The CPU time
+of the busiest process shows how the work divides, whatever else the machine does; the wall-clock time is that of this
+machine at this moment, and says little where it has fewer cores than there are processes. With `--device cuda` they
+share one GPU, which says nothing about several.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import statistics
 import tempfile
 import time
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 import bayesdl as bdl
 from bayesdl.curvature.structure import Structure
 
-PROCESSES, TOLERANCE, BATCH = 2, 1e-4, 128
+PROCESSES, CHAINS, TOLERANCE, BATCH = (2, 4), 4, 1e-4, 128
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "MLP 784-256-256-10": (lambda: mlp(), (784,), 8192),
     "LeNet": (LeNet, (1, 28, 28), 1024),
@@ -56,56 +58,88 @@ def measured(work: Callable[[], Any], device: str) -> tuple[float, float]:
     return float(spent[0]), float(spent[1])
 
 
-def one_case(name: str, rank: int, options: Any) -> dict[str, Any]:
+def divided(alone: Callable[[], Any], together: Callable[[], Any], rank: int, options: Any) -> dict[str, float]:
+    """CPU time of the busiest process and wall-clock time, all together over one alone; medians of alternating runs."""
+    seconds: dict[str, list[tuple[float, float]]] = {"one": [], "all": []}
+    for _ in range(options.repeats):
+        seconds["one"].append(measured(alone if rank == 0 else lambda: None, options.device))
+        seconds["all"].append(measured(together, options.device))
+    both = {
+        name: [statistics.median(pair[kind] for pair in pairs) for kind in (0, 1)] for name, pairs in seconds.items()
+    }
+    return {
+        "CPU time, busiest / one alone": round(both["all"][0] / both["one"][0], 2),
+        "wall-clock time, all / one alone": round(both["all"][1] / both["one"][1], 2),
+    }
+
+
+def fits(name: str, rank: int, size: int, options: Any) -> dict[str, Any]:
+    """One network's Kronecker fit, each process with a share of the data."""
     make, shape, count = CASES[name]
     if options.quick:
         count //= 16
     torch.manual_seed(0)
     net = make().to(options.device).eval()
     x, y = torch.randn(count, *shape).to(options.device), torch.randint(0, 10, (count,)).to(options.device)
-    half = slice(rank * count // PROCESSES, (rank + 1) * count // PROCESSES)
-    everything, share = batches(x, y), batches(x[half], y[half])
+    mine = slice(rank * count // size, (rank + 1) * count // size)
+    everything, share = batches(x, y), batches(x[mine], y[mine])
 
     def fit(data: Any, distributed: bool) -> Structure:
         return bdl.curvature.estimate(net, data, "categorical", distributed=distributed, progress=False)
 
-    one, two = fit(everything, False), fit(share, True)
-    pairs = list(zip(one.tensors().values(), two.tensors().values(), strict=True))
+    one, shared = fit(everything, False), fit(share, True)
+    pairs = list(zip(one.tensors().values(), shared.tensors().values(), strict=True))
     difference = max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs)
     if difference > TOLERANCE:
-        raise SystemExit(f"{name}: the fits of one and two processes differ by {difference:.1e}")
-    alone = (lambda: fit(everything, False)) if rank == 0 else (lambda: None)
-    seconds: dict[str, list[tuple[float, float]]] = {"one": [], "two": []}
-    for _ in range(options.repeats):
-        seconds["one"].append(measured(alone, options.device))
-        seconds["two"].append(measured(lambda: fit(share, True), options.device))
-
-    def ratio(kind: int) -> float:
-        both = [statistics.median(pair[kind] for pair in seconds[name]) for name in ("two", "one")]
-        return round(both[0] / both[1], 2)
-
+        raise SystemExit(f"{name}: the fits of one and of {size} processes differ by {difference:.1e}")
     return {
         "examples": count,
         "largest relative difference": difference,
         "reduced, MB": round(sum(b.numel() * b.element_size() for _, b in pairs) / 1e6, 1),
-        "CPU time, busier of two / one": ratio(0),
-        "wall-clock time, two / one": ratio(1),
+        **divided(lambda: fit(everything, False), lambda: fit(share, True), rank, options),
     }
 
 
-def process(rank: int, options: Any, store: str) -> None:
+def chains(rank: int, size: int, options: Any) -> dict[str, Any]:
+    """Four chains of SGHMC, each process with some of them; everybody gets all samples."""
+    torch.manual_seed(0)
+    net = mlp().to(options.device)
+    count = 512 if options.quick else 2048
+    data = batches(torch.randn(count, 784).to(options.device), torch.randint(0, 10, (count,)).to(options.device))
+    method = bdl.SGMCMC("sghmc", lr=1e-3, chains=CHAINS, num_samples=8, thin=4 if options.quick else 32, burn_in=8)
+
+    def run(distributed: bool) -> bdl.BayesianModel:
+        generator = torch.Generator().manual_seed(1)
+        return bdl.wrap(
+            net,
+            method,
+            data,
+            likelihood="categorical",
+            generator=generator,
+            distributed=distributed,
+            progress=False,
+        )
+
+    one, shared = run(False).posterior.tensors(), run(True).posterior.tensors()
+    if not all(torch.equal(one[name], shared[name]) for name in one):
+        raise SystemExit(f"chains of one and of {size} processes differ")
+    return {"chains": CHAINS, **divided(lambda: run(False), lambda: run(True), rank, options)}
+
+
+def process(rank: int, size: int, options: Any, folder: str) -> None:
     """One of the processes; the first one reports."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{folder}/store-{size}",
         rank=rank,
-        world_size=PROCESSES,
+        world_size=size,
         timeout=datetime.timedelta(minutes=10),
     )
-    figures = {name: one_case(name, rank, options) for name in CASES}
+    figures = {name: fits(name, rank, size, options) for name in CASES}
+    figures["chains of MLP 784-256-256-10"] = chains(rank, size, options)
     if rank == 0:
-        finish({"processes": PROCESSES, **figures}, options)
+        Path(folder, f"{size}.json").write_text(json.dumps(figures))
     dist.destroy_process_group()
 
 
@@ -117,7 +151,10 @@ def main() -> None:
     if options.quick:
         options.repeats = 1
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(process, (options, str(Path(folder) / "store")), PROCESSES)
+        for size in PROCESSES:
+            torch.multiprocessing.spawn(process, (size, options, folder), size)
+        found = {f"{size} processes": json.loads(Path(folder, f"{size}.json").read_text()) for size in PROCESSES}
+    finish(found, options)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.installed import check_contents, check_types, environment, try_out
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +87,19 @@ def run_make(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_make_alone_lists_the_targets_from_any_folder(tmp_path: Path) -> None:
     done = run_make(cwd=tmp_path)
     assert done.returncode == 0
-    assert {"demo", "test", "test-all", "lint", "bench", "docs", "build", "clean"} <= set(done.stdout.split())
+    assert {
+        "demo",
+        "test",
+        "test-all",
+        "dist",
+        "tutorials",
+        "lint",
+        "bench",
+        "docs",
+        "build",
+        "nightly",
+        "clean",
+    } <= set(done.stdout.split())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,15 +156,33 @@ def test_make_installs_once_and_removes_a_torchvision_that_cannot_be_imported(tm
     assert "uninstall" not in log.read_text()
 
 
-@pytest.mark.slow
-def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path / "wheels"), "."]
-    copy = tmp_path / "source"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source archive of the tracked files, and a wheel built from it; warnings of setuptools are errors."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run(command, cwd=copy, check=True, timeout=300, capture_output=True)
-    (wheel,) = (tmp_path / "wheels").iterdir()
-    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert inside == {name for name in tracked if name.startswith("bayesdl/") and name.endswith((".py", "py.typed"))}
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    script = "import setuptools.build_meta as build, sys; build.build_sdist(sys.argv[1])"
+    strict = [sys.executable, "-W", "error:::setuptools", "-c", script, str(folder)]
+    subprocess.run(strict, cwd=source, check=True, timeout=300, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet", "-w", str(folder)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(archive)]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel, archive
+
+
+@pytest.mark.slow
+def test_wheel_and_archive_hold_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
+    check_contents(*built)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_an_environment_of_its_own(built: tuple[Path, Path], tmp_path: Path) -> None:
+    python = environment(tmp_path / "environment", built[0], borrow=True)
+    try_out(python, tmp_path)
+    check_types(python, tmp_path)
