@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -15,7 +14,7 @@ from bayesdl.diagnose import Diagnosis
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.likelihoods import Likelihood, resolve
 from bayesdl.posteriors import SamplePosterior
-from bayesdl.samplers.assembling import PROBE, decoded
+from bayesdl.samplers.assembling import PROBE
 from bayesdl.samplers.base import Sampler
 from bayesdl.samplers.collecting import RULES, Rule
 from bayesdl.samplers.cyclical import Cyclical
@@ -25,22 +24,13 @@ from bayesdl.samplers.noticing import notice_stochastic_passes, notice_unrestore
 from bayesdl.samplers.options import at_least, check_states, one_of, writes
 from bayesdl.samplers.packing import has_state, load_state, state_of
 from bayesdl.samplers.pooling import pooled
-from bayesdl.samplers.probing import fresh_statistics, probed
-from bayesdl.samplers.record import StepRecord
+from bayesdl.samplers.recording import Extras, Pending, described
 from bayesdl.samplers.records import SampleRecord
+from bayesdl.samplers.replicas import Replicas
 from bayesdl.samplers.retention import Retention
-from bayesdl.samplers.sampled import BUFFERS, DTYPES, Sampled, Snapshot
+from bayesdl.samplers.sampled import BUFFERS, DTYPES, Sampled
 from bayesdl.samplers.storing import StoredSamples
 from bayesdl.samplers.structured import Structured
-
-
-@dataclass
-class _Pending:
-    """theta_k, taken before the step from it; kept if the next call of `chain.step` is one of sampling."""
-
-    snapshot: Snapshot
-    record: StepRecord | None
-    copies: int
 
 
 @final
@@ -124,7 +114,7 @@ class Chain:
             sampler, schedule = sampler.sampler, sampler
         self.sampler, self.schedule, self.chain_id = sampler, schedule, int(chain_id)
         self._mover: Sampler | None = sampler.sampler if isinstance(sampler, Structured) else sampler
-        self._net, self._probe, self._data, self._batch = net, probe, data, batch
+        self._net, self._extras = net, Extras(net, probe, data, batch)
         self._checkpoint_every, self._loader, self._also = checkpoint_every, loader, dict(also or {})
         check_states(self._states())
         self._tensors = Sampled(net, self._mover, buffers, dtype)
@@ -136,7 +126,8 @@ class Chain:
             **{"max_samples": max_samples, "keep": keep, "buffers": buffers},
             "sampler": None if self._mover is None else self._mover.name,
         }
-        self._pending: list[_Pending] = []
+        self._replicas = Replicas(net)
+        self._pending: list[Pending] = []
         self._moved = self._begun = False
         self._handle = None if self._mover is None else self._mover.register_pre_update_hook(self._before_update)
 
@@ -177,6 +168,7 @@ class Chain:
         Raises:
             NonFiniteError: the network holds NaN or infinity.
             StaleModelError: a parameter that is not sampled was trained on.
+            DistributedError: the ranks of a data-parallel network have come apart (compared every 1000 steps).
             OSError: the disk is full; the samples written before are whole, and the last resume file is.
         """
         if self._mover is None:
@@ -185,6 +177,7 @@ class Chain:
             return False
         pending, self._pending, self._moved = self._pending, [], False
         self._rule.call(bool(sampling))
+        self._replicas.check(self.steps, self._tensors.parameters)
         if not sampling:
             pending = []
         for found in pending:
@@ -208,7 +201,7 @@ class Chain:
         Raises:
             UnsupportedError: the chain has no probe.
         """
-        if self._probe is None:
+        if self._extras.probe is None:
             raise UnsupportedError("the chain records no outputs: pass probe=inputs to bdl.Chain")
         return torch.stack([self._samples.read(record)[PROBE] for record in self.kept])
 
@@ -221,7 +214,7 @@ class Chain:
         """
         from bayesdl.samplers.diagnostics import summary
 
-        outputs = None if self._probe is None or not self.kept else self.probes()
+        outputs = None if self._extras.probe is None or not self.kept else self.probes()
         return summary(self.kept, outputs, None if likelihood is None else resolve(likelihood), targets)
 
     def checkpoint(self) -> None:
@@ -318,7 +311,7 @@ class Chain:
             self._pending = []  # of several steps between two calls, the last
         if copies:
             for variable in ("theta",) if sampler is None else sampler.variables:
-                self._pending.append(_Pending(self._tensors.snapshot(sampler, variable), record, copies))
+                self._pending.append(Pending(self._tensors.snapshot(sampler, variable), record, copies))
 
     def _begin(self) -> None:
         if self._mover is not None:
@@ -328,45 +321,29 @@ class Chain:
             self._samples.begin(self._tensors, self._settings, self._retention.max_samples)
         self._begun = True
 
-    def _commit(self, found: _Pending, loss: float | Tensor | None) -> None:
+    def _commit(self, found: Pending, loss: float | Tensor | None) -> None:
         prior = None if self._mover is None else log_prior(self._mover, self._tensors.by_id(found.snapshot))
         values: dict[str, Tensor] | None = None
         for _ in range(found.copies):
             number = len(self._samples.records())
             kept, drops = self._retention.admit(number, [record.id for record in self._samples.kept()])
-            record = self._described(number, found.record, prior, drops, loss)
+            record = described(
+                found.record,
+                self.steps,
+                self.schedule,
+                id=number,
+                chain=self.chain_id,
+                weight=self._rule.weight(found.record),
+                drops=drops,
+                log_prior=prior,
+                loss=loss,
+            )
             if kept:
-                values = self._finished(self._tensors.encoded(found.snapshot)) if values is None else values
+                if values is None:
+                    values = self._extras.added(self._tensors.encoded(found.snapshot), self._tensors.base)
                 self._samples.add(record, values)
             else:
                 self._samples.skip(record)
-
-    def _finished(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With refreshed statistics, and outputs at the probe."""
-        if self._data is not None:
-            weights = decoded(values, self._tensors.base)
-            values = {**values, **fresh_statistics(self._net, weights, self._data, self._batch)}
-        if self._probe is not None:
-            outputs = probed(self._net, decoded(values, self._tensors.base), self._probe, self._batch)
-            values = {**values, PROBE: outputs}
-        return values
-
-    def _described(
-        self,
-        number: int,
-        step: StepRecord | None,
-        prior: float | None,
-        drops: tuple[int, ...],
-        loss: float | Tensor | None,
-    ) -> SampleRecord:
-        known: dict[str, Any] = {"step": self.steps}
-        if step is not None:
-            known = {name: getattr(step, name) for name in ("step", "lr", "h", "temperature", "psi", "time")}
-        if isinstance(self.schedule, Cyclical):
-            known |= {"cycle": self.schedule.index, "phase": self.schedule.phase}
-        known |= {"weight": self._rule.weight(step), "drops": drops, "log_prior": prior}
-        value = float(loss.detach()) if isinstance(loss, Tensor) else loss
-        return SampleRecord(number, self.chain_id, loss=value, **known)
 
     # --- the store --------------------------------------------------------------------------------------------------
 
