@@ -3,6 +3,7 @@
 from bayesdl.decisions.active import bald, epig, epig_gaussian, epig_of, gradient_kernel, select, select_from
 from bayesdl.decisions.certify import Certificate, binomial_limit, certify, upper_limit
 from bayesdl.decisions.cost import Decision, bayes_threshold, decide, mean_cost
+from bayesdl.decisions.thompson import thompson
 
 __all__ = [
     "Certificate",
@@ -19,5 +20,6 @@ __all__ = [
     "mean_cost",
     "select",
     "select_from",
+    "thompson",
     "upper_limit",
 ]

@@ -48,7 +48,8 @@ from bayesdl.evaluation.dispersion import (
 )
 from bayesdl.evaluation.draws import crps_samples, energy_score, pit_samples
 from bayesdl.evaluation.feature_density import FeatureDensity, FittedDensity
-from bayesdl.evaluation.joint import joint_gain, joint_nll
+from bayesdl.evaluation.histogram import Bounded, ScoreHistogram
+from bayesdl.evaluation.joint import joint_gain, joint_nll, model_joint_nll
 from bayesdl.evaluation.metrics import (
     HEADLINE,
     METRICS,
@@ -59,7 +60,16 @@ from bayesdl.evaluation.metrics import (
     metrics_for,
 )
 from bayesdl.evaluation.multiple_choice import MultipleChoice, multiple_choice, option_log_probs
-from bayesdl.evaluation.ood import DEFAULT_SCORE, OOD_METRICS, SCORES, ood_metrics, ood_score, p_value, score_metrics
+from bayesdl.evaluation.ood import (
+    DEFAULT_SCORE,
+    OOD_METRICS,
+    SCORES,
+    InputScore,
+    ood_metrics,
+    ood_score,
+    p_value,
+    score_metrics,
+)
 from bayesdl.evaluation.predictions import Predictions, cat_predictions
 from bayesdl.evaluation.ranking import auroc, average_precision, fpr_at_recall
 from bayesdl.evaluation.recalibration import FittedRecalibrator, Recalibrator, recalibrate_regression
@@ -77,6 +87,7 @@ from bayesdl.evaluation.regression import (
     rmse,
     sharpness,
 )
+from bayesdl.evaluation.selection import Selection, select_members
 from bayesdl.evaluation.selective import (
     RiskCoverage,
     augrc,
@@ -95,6 +106,7 @@ __all__ = [
     "METRICS",
     "OOD_METRICS",
     "SCORES",
+    "Bounded",
     "BrierTerms",
     "ClassificationStream",
     "Conformal",
@@ -103,6 +115,7 @@ __all__ = [
     "FittedConformal",
     "FittedDensity",
     "FittedRecalibrator",
+    "InputScore",
     "Interval",
     "Metric",
     "MetricStream",
@@ -113,6 +126,8 @@ __all__ = [
     "Reliability",
     "Resamples",
     "RiskCoverage",
+    "ScoreHistogram",
+    "Selection",
     "Split",
     "UndefinedError",
     "accuracy",
@@ -161,6 +176,7 @@ __all__ = [
     "miscal_area",
     "mixture_cdf",
     "mixture_quantile",
+    "model_joint_nll",
     "mpiw",
     "multiple_choice",
     "nll_zero_count",
@@ -185,6 +201,7 @@ __all__ = [
     "risk_coverage",
     "rmse",
     "score_metrics",
+    "select_members",
     "selective",
     "set_report",
     "sharpness",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bayesdl.errors import UnknownNameError
 from bayesdl.evaluation import weighting
@@ -111,6 +112,32 @@ OOD_METRICS: dict[str, OODMetric] = {
 }  # fmt: skip
 
 
+@final
+@dataclass(frozen=True)
+class InputScore:
+    """Any detector as a score of `compare(..., scores={"odin": InputScore(detector)})`.
+
+    Args:
+        function: ``function(x) -> (B,)`` for a batch of inputs as the loader gives them, higher is more OOD; a detector
+            of pytorch-ood, or a function of one's own.
+        inputs: picks the inputs out of a batch; None takes the first of a tuple or list, else the batch itself.
+    """
+
+    function: Callable[[Any], Any]
+    inputs: Callable[[Any], Any] | None = None
+
+    def scores(self, data: Iterable[Any], *, progress: bool = False) -> Tensor:
+        """(N,) float64 for all batches of a loader; nothing is squashed or rescaled."""
+        found = []
+        for batch in tqdm(data, desc="scores", disable=not progress, leave=False):
+            first = batch[0] if isinstance(batch, (tuple, list)) else batch
+            values = self.function(first if self.inputs is None else self.inputs(batch))
+            found.append(wide(vector(values, "scores of the detector")).cpu())
+        if not found:
+            raise UndefinedError("the loader gave no batch", "0 samples")
+        return torch.cat(found)
+
+
 def ood_score(predictions: Predictions, score: str | None = None) -> Tensor:
     """OOD score (N,) float64 of every example, higher is more OOD; default `DEFAULT_SCORE` of the task.
 
@@ -203,6 +230,29 @@ def ap_in(id_scores: Any, ood_scores: Any, *, id_weights: Any = None, ood_weight
 def fpr95(id_scores: Any, ood_scores: Any, *, id_weights: Any = None, ood_weights: Any = None) -> float | Tensor:
     """Share of ID flagged at the strictest threshold that flags at least 95 % of OOD, no interpolation."""
     return score_metrics(id_scores, ood_scores, id_weights=id_weights, ood_weights=ood_weights)["fpr95"]
+
+
+def aupr_out_trapezoid(id_scores: Any, ood_scores: Any) -> float:
+    """Area under the precision-recall curve by trapezia, OOD positive: for parity with tables of OpenOOD alone.
+
+    It joins operating points by lines that no threshold reaches; `ap_out` does not.
+    """
+    return _trapezoid(separated(id_scores, ood_scores)[0])
+
+
+def aupr_in_trapezoid(id_scores: Any, ood_scores: Any) -> float:
+    """As `aupr_out_trapezoid` with ID positive, ranked by minus the score."""
+    return _trapezoid(_mirrored(separated(id_scores, ood_scores)[0]))
+
+
+def _trapezoid(table: Counts) -> float:
+    hits, alarms = table.positive[0], table.negative[0]
+    recall, precision = hits / hits[-1], hits / (hits + alarms)
+    # As in scikit-learn, the curve starts at recall 0 with precision 1.
+    recall, precision = (
+        torch.cat([start.new_tensor([value]), start]) for start, value in ((recall, 0.0), (precision, 1.0))
+    )
+    return float(torch.trapezoid(precision, recall))
 
 
 def _mirrored(table: Counts) -> Counts:

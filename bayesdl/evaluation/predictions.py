@@ -169,8 +169,8 @@ class Predictions:
         law = Draws(validation.wide(draws))
         if flat and targets is not None:
             targets = validation.real_targets(targets, tuple(draws.shape[1:2]))[:, None]
-        fields_ = {"samples": draws, "means": law.mean[None], "total": law.variance}
-        return cls(task="regression", targets=targets, **fields_, **rest)
+        own: dict[str, Any] = {"samples": draws, "means": law.mean[None], "total": law.variance}
+        return cls(task="regression", targets=targets, **(own | rest))
 
     # -- views -------------------------------------------------------------------------------------------------------
 
@@ -343,8 +343,8 @@ class Predictions:
             log_probs = validation.tensor(arrays[key], "log_probs")
             log_probs = log_probs[None] if log_probs.dim() == 2 else log_probs
             return cls(task="classification", log_probs=log_probs, **rest)
-        make = {"logits": cls.from_logits, "probs": cls.from_probs, "samples": cls.from_samples}[key]
-        return make(arrays[key], **rest)
+        make: dict[str, Any] = {"logits": cls.from_logits, "probs": cls.from_probs, "samples": cls.from_samples}
+        return make[key](arrays[key], **rest)
 
     @property
     def _members(self) -> Tensor:

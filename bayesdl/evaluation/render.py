@@ -217,7 +217,7 @@ def _tex(text: str) -> str:
 
 
 def latex(report: Report) -> str:
-    """One booktabs table."""
+    """One booktabs table: the best bold, underlined as well what is not separable from it."""
     columns = report.headline()
     places = [decimals(c, column_cells(report, c)) for c in columns]
     lines = [r"\begin{tabular}{l" + "r" * len(columns) + "}", r"\toprule"]
@@ -227,7 +227,9 @@ def latex(report: Report) -> str:
         for c, p in zip(columns, places, strict=True):
             cell = report.cells[row][c.key]
             text = _tex(value_text(c, cell, p))
-            entries.append(rf"\textbf{{{text}}}" if cell.best else text)
+            # The best is bold; underlined too is what cannot be told from it.
+            text = rf"\textbf{{{text}}}" if cell.best else text
+            entries.append(rf"\underline{{{text}}}" if cell.best and cell.p is not None else text)
         lines.append(f"{_tex(row)} & " + " & ".join(entries) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 

@@ -145,6 +145,17 @@ class ClassificationStream:
             values |= {"image_nll": nll, "image_brier": brier, "image_accuracy": hits}
         return values
 
+    def as_torchmetric(self) -> Any:
+        """A fresh `torchmetrics.Metric` with these settings; `update` takes the same arguments."""
+        from bayesdl.evaluation.torchmetric import summed
+
+        settings: dict[str, Any] = {
+            "bins": self.bins,
+            "ignore_index": self.ignore_index,
+            "class_axis": self.class_axis,
+        }
+        return summed(lambda: ClassificationStream(**settings))
+
     def bin_sums(self) -> BinSums:
         """Count, confidence and hits of every bin: a reliability diagram."""
         sums = self._checked()
@@ -289,6 +300,14 @@ class MetricStream:
             raise ArgumentError(f"this is no state of a stream of {', '.join(self.names)}")
         self._count = state["count"].to(_INT)
         self._sums = {name: state[name].to(_FLOAT) for name in self.constant}
+
+    def as_torchmetric(self) -> Any:
+        """A fresh `torchmetrics.Metric` of these metrics; `update` takes `Predictions`."""
+        from bayesdl.evaluation.torchmetric import stored, summed
+
+        names = self.names
+        made = summed if len(self.constant) == len(names) else stored
+        return made(lambda: MetricStream(names))
 
     def compute(self) -> dict[str, float]:
         """Values by name.

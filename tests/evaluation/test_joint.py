@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import bayesdl as bdl
 from bayesdl.errors import ArgumentError
 from bayesdl.evaluation import classification, joint
 from bayesdl.evaluation.predictions import Predictions
@@ -87,3 +88,58 @@ def test_one_member_is_refused() -> None:
         joint.joint_nll(torch.zeros(1, 20))
     with pytest.raises(ArgumentError, match="NaN"):
         joint.joint_nll(torch.full((2, 20), torch.nan))
+
+
+def bayesian_line(n: int = 24) -> tuple[bdl.BayesianModel, torch.Tensor, torch.Tensor]:
+    """Exact Bayesian linear regression with two features, and data to score."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 2, dtype=torch.float64, generator=generator)
+    y = x.sum(1, keepdim=True) + 0.5 * torch.randn(n, 1, dtype=torch.float64, generator=generator)
+    net = torch.nn.Linear(2, 1, bias=False).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.linalg.solve(x[:6].T @ x[:6] + 0.25 * torch.eye(2), x[:6].T @ y[:6]).T)
+    bayes = bdl.wrap(
+        net,
+        bdl.Laplace(structure="full"),
+        [(x[:6], y[:6])],
+        likelihood=bdl.Gaussian(noise=0.5),
+        prior=bdl.GaussianPrior(precision=1.0),
+        progress=False,
+    )
+    return bayes, x, y
+
+
+@pytest.mark.parametrize("sampling", ["random", "dyadic"])
+def test_a_gaussian_models_joint_loss_is_the_evidence_of_the_blocks(sampling: joint.Sampling) -> None:
+    bayes, x, y = bayesian_line()
+    precision = x[:6].T @ x[:6] / 0.25 + torch.eye(2)
+    mean = torch.linalg.solve(precision, x[:6].T @ y[:6] / 0.25)
+    index = joint._blocks(len(x), 4, sampling, 5, torch.Generator().manual_seed(2))
+    expected = []
+    for rows in index:
+        covariance = x[rows] @ torch.linalg.inv(precision) @ x[rows].T + 0.25 * torch.eye(4)
+        law = torch.distributions.MultivariateNormal((x[rows] @ mean)[:, 0], covariance)
+        expected.append(-float(law.log_prob(y[rows, 0])))
+    found = joint.model_joint_nll(
+        bayes, x, y, tau=4, sampling=sampling, blocks=5, generator=torch.Generator().manual_seed(2)
+    )
+    assert found == pytest.approx(sum(expected) / 5, rel=1e-6)
+    single = joint.model_joint_nll(bayes, x, y, tau=1)
+    assert single == pytest.approx(-float(bayes(x).log_prob(y).mean()), rel=1e-6)
+
+
+def test_models_of_classes_are_scored_by_drawn_functions() -> None:
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(2, 3), torch.randn(30, 2)
+    y = torch.randint(0, 3, (30,))
+    bayes = bdl.wrap(net, bdl.Laplace(structure="full"), [(x, y)], likelihood="categorical", progress=False)
+    found = joint.model_joint_nll(bayes, x, y, tau=5, num_samples=8, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    index = joint._blocks(30, 5, "random", None, generator)
+    with torch.no_grad():
+        each = torch.stack([f(x).log_softmax(-1) for f in bayes.draw(8, generator=generator)])
+    own = each.gather(2, y[None, :, None].expand(8, -1, 1))[..., 0].double()
+    expected = -(own[:, index].sum(-1).logsumexp(0) - math.log(8)).mean()
+    assert found == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(ValueError, match="one tensor"):
+        joint.model_joint_nll(bayes, [x], y)

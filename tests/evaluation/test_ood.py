@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics as sklearn_metrics
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from bayesdl.errors import UnknownNameError
@@ -96,3 +97,27 @@ def test_what_is_undefined_says_why() -> None:
         ood.score_metrics([0.0, 1.0], [2.0], id_weights=torch.ones(2, 2), ood_weights=torch.ones(3, 1))
     with pytest.raises(UndefinedError):
         ood.score_metrics([], [1.0])
+
+
+def test_trapezia_of_the_fixed_example_and_of_scikit_learn() -> None:
+    # Example F in confidences; the scores are their negatives.
+    inside, outside = (-torch.tensor(c, dtype=torch.float64) for c in ([0.9, 0.8, 0.7, 0.4], [0.6, 0.5, 0.3, 0.2]))
+    assert ood.aupr_out_trapezoid(inside, outside) == pytest.approx(0.870833, abs=1e-6)
+    assert ood.aupr_in_trapezoid(inside, outside) == pytest.approx(0.908333, abs=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 60, generator=generator).round(decimals=1)
+    labels = [0] * 60 + [1] * 60
+    scores = torch.cat([first, second]).numpy()
+    precision, recall, _ = sklearn_metrics.precision_recall_curve(labels, scores)
+    assert ood.aupr_out_trapezoid(first, second) == pytest.approx(sklearn_metrics.auc(recall, precision))
+
+
+def test_any_detector_is_a_score_of_inputs() -> None:
+    loader = [(torch.full((3, 2), float(i)), torch.zeros(3)) for i in range(2)]
+    assert ood.InputScore(lambda x: x.sum(1)).scores(loader).tolist() == [0.0] * 3 + [2.0] * 3
+    named = [{"pixels": torch.ones(2, 1)}]
+    assert ood.InputScore(lambda x: 5 * x[:, 0], lambda b: b["pixels"]).scores(named).tolist() == [5.0, 5.0]
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        ood.InputScore(lambda x: x[:, 0] / 0).scores(loader)
+    with pytest.raises(UndefinedError, match="no batch"):
+        ood.InputScore(lambda x: x).scores([])

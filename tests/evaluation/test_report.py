@@ -136,6 +136,10 @@ def test_latex_is_booktabs_with_bold_and_escapes() -> None:
     text = report().to_latex()
     assert r"\toprule" in text and r"\textbf{0.250}" in text and r"$\downarrow$" in text
     assert r"<b>bold \& " in text and r"(\%)" in text and r"$\infty$" in text
+    # The best alone is bold; what is not separable from it is underlined as well.
+    assert (
+        r"\textbf{90.0}" in text and r"\underline{\textbf{89.0}}" in text and r"\underline{\textbf{90.0}}" not in text
+    )
 
 
 @pytest.mark.parametrize(
