@@ -49,26 +49,17 @@ class GaussianPrior(Prior):
 
     def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
         flat = torch.cat([p.reshape(-1) for p in parameters.values()]).double()
-        precision = self.vector(parameters).to(flat)
-        if precision.numel() not in (1, flat.numel()):
-            raise ArgumentError(
-                f"log_prob needs a scalar precision or one per parameter ({flat.numel()}), got {precision.numel()}"
-            )
+        precision = self.per_parameter(parameters).to(flat)
         offset = flat - torch.as_tensor(self.mean, dtype=flat.dtype, device=flat.device)
         log_precision = precision.log().expand_as(flat)
         return 0.5 * (log_precision - precision * offset.square() - torch.log(flat.new_tensor(2 * torch.pi))).sum()
 
     def sample(self, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        total = sum(value.numel() for value in parameters.values())
-        precision = self.vector(parameters)
-        if precision.numel() not in (1, total):
-            raise ArgumentError(
-                f"sample needs a scalar precision or one per parameter ({total}), got {precision.numel()}"
-            )
-        noise = torch.randn(total, dtype=torch.float64, generator=generator)
-        flat = torch.as_tensor(self.mean, dtype=torch.float64).cpu() + noise * precision.cpu().rsqrt()
-        pieces = flat.split([value.numel() for value in parameters.values()])
-        return {n: d.view(v.shape).to(v) for (n, v), d in zip(parameters.items(), pieces, strict=True)}
+        sizes = [value.numel() for value in parameters.values()]
+        noise = torch.randn(sum(sizes), dtype=torch.float64, generator=generator)
+        spread = self.per_parameter(parameters).cpu().rsqrt()
+        flat = torch.as_tensor(self.mean, dtype=torch.float64).cpu() + noise * spread
+        return {n: d.view(v.shape).to(v) for (n, v), d in zip(parameters.items(), flat.split(sizes), strict=True)}
 
     def vector(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The precision as a number or a vector, float64: named precisions one per parameter, in the order given.
@@ -86,6 +77,29 @@ class GaussianPrior(Prior):
             )
         pieces = [torch.full((value.numel(),), float(self.precision[n])).double() for n, value in parameters.items()]
         return torch.cat(pieces)
+
+    def per_parameter(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The precision as one number, `(1,)`, or of every weight in the order given, `(P,)`; float64.
+
+        Layers are told apart by the names of `net.named_parameters()`: `encoder.0.weight` and `encoder.0.bias` are one.
+
+        Raises:
+            ArgumentError: there are neither one, nor as many as layers, nor as many as weights.
+        """
+        precision = self.vector(parameters).reshape(-1)
+        sizes = torch.tensor([value.numel() for value in parameters.values()])
+        if precision.numel() in (1, int(sizes.sum())):
+            return precision
+        owners = [name.rpartition(".")[0] for name in parameters]
+        layers = list(dict.fromkeys(owners))
+        if precision.numel() != len(layers):
+            raise ArgumentError(
+                f"the prior has {precision.numel()} precisions for {int(sizes.sum())} parameters in {len(layers)} "
+                "layers; expected one, one per layer or one per parameter (layers are told apart by the names in "
+                "net.named_parameters())"
+            )
+        places = torch.tensor([layers.index(owner) for owner in owners])
+        return precision[places.to(precision.device)].repeat_interleave(sizes.to(precision.device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> GaussianPrior:
         """Apply `function` to the tensors held."""

@@ -102,27 +102,14 @@ class GaussianForce(Force):
         return list(torch._foreach_addcmul(block.grads, offset, precision, value=1.0 / num_data))
 
     def _split(self, names: list[str], params: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        precision = self._prior.vector(dict(zip(names, params, strict=True))).cpu().reshape(-1)
+        precision = self._prior.per_parameter(dict(zip(names, params, strict=True))).cpu()
         mean = torch.as_tensor(self._prior.mean, dtype=torch.float64).cpu().reshape(-1)
         sizes = [p.numel() for p in params]
-        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-        if precision.numel() == 1:
-            pieces = [precision] * len(params)
-        elif precision.numel() == sum(sizes):
-            pieces = [v.view(p.shape) for v, p in zip(precision.split(sizes), params, strict=True)]
-        elif precision.numel() == len(layers):
-            pieces = [precision[layers.index(name.rpartition(".")[0])] for name in names]
-        else:
-            raise ArgumentError(
-                f"the prior has {precision.numel()} precisions for {sum(sizes)} parameters in {len(layers)} layers; "
-                "expected one, one per layer or one per parameter (layers are told apart by the names in "
-                "net.named_parameters())"
-            )
         if mean.numel() not in (1, sum(sizes)):
             raise ArgumentError(f"the prior's mean has {mean.numel()} entries for {sum(sizes)} parameters")
-        centres = mean.expand(sum(sizes)).split(sizes)
+        pieces, centres = (t.expand(sum(sizes)).split(sizes) for t in (precision, mean))
         return {
-            name: (piece.to(p), centre.reshape(p.shape).to(p))
+            name: (piece.reshape(p.shape).to(p), centre.reshape(p.shape).to(p))
             for name, piece, centre, p in zip(names, pieces, centres, params, strict=True)
         }
 

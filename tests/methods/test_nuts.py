@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -118,6 +119,44 @@ def test_cost_and_refusals(monkeypatch: Any) -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             bdl.wrap(network(), bad, [(x, y)], **options)
+
+
+class Ridge(bdl.Prior):
+    """A density and nothing else."""
+
+    name: ClassVar[str] = "ridge"
+
+    def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        return -torch.stack([1.5 * p.square().sum() for p in parameters.values()]).sum()
+
+
+@pytest.mark.parametrize(
+    ("prior", "same"),
+    [
+        (bdl.GaussianPrior([3.0, 0.5]), bdl.GaussianPrior(torch.tensor([3.0] * 12 + [0.5] * 5))),
+        (Ridge(), bdl.GaussianPrior(3.0)),
+    ],
+)
+def test_priors_of_one_density_have_one_chain(prior: bdl.Prior, same: bdl.Prior) -> None:
+    """A precision per layer, and a density of one's own, make the chain of the Gaussian that they are."""
+    x, y = examples()
+    method = bdl.NUTS(num_samples=6, warmup=6, chains=1)
+    held = [
+        bdl.wrap(network(), method, [(x, y)], likelihood=bdl.Gaussian(noise=NOISE), prior=p, generator=seeded(),
+                 progress=False).posterior.snapshots
+        for p in (prior, same)
+    ]  # fmt: skip
+    for name, value in held[0].items():
+        assert torch.allclose(value, held[1][name], rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize("prior", [bdl.HierarchicalPrior(), bdl.HorseshoePrior(scale=0.5, learn_scale=False)])
+def test_priors_with_scales_of_their_own_are_taken_by_their_marginals(prior: bdl.Prior) -> None:
+    x, y = examples()
+    method = bdl.NUTS(num_samples=4, warmup=4, chains=1, select="last_layer")
+    bayes = bdl.wrap(network(), method, [(x, y)], likelihood=bdl.Gaussian(noise=NOISE), prior=prior,
+                     generator=seeded(), progress=False)  # fmt: skip
+    assert bool(torch.isfinite(bayes(x).mean).all())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesdl as bdl
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.methods.potential import full_potential
 from bayesdl.methods.smc import Cloud
 from bayesdl.network import Network
@@ -113,6 +114,40 @@ def test_a_network_with_all_weights_stochastic() -> None:
     assert len(bayes.posterior.snapshots) == 4 and len(bayes.posterior.weights) == 16
     assert bool(torch.isfinite(bayes(x).total).all())
     assert "log evidence" in str(bayes.diagnose())
+
+
+@pytest.mark.parametrize(
+    ("prior", "same"),
+    [
+        (bdl.GaussianPrior([PRECISION, 0.5]), bdl.GaussianPrior(torch.tensor([PRECISION] * 9 + [0.5] * 4))),
+        (bdl.GaussianPrior({"0.weight": 1.0, "0.bias": 1.0, "2.weight": 3.0, "2.bias": 0.1}),
+         bdl.GaussianPrior(torch.tensor([1.0] * 9 + [3.0] * 3 + [0.1]))),
+    ],
+)  # fmt: skip
+def test_precisions_of_layers_and_names(prior: bdl.Prior, same: bdl.Prior) -> None:
+    x, y = examples()
+    method = bdl.SMC(particles=8, moves=1, select="all")
+    one, other = (bdl.wrap(network(), method, [(x, y)], **{**options(), "prior": p}) for p in (prior, same))
+    assert one.cost["log_evidence"] == pytest.approx(other.cost["log_evidence"], rel=1e-12)
+    for name, value in one.posterior.snapshots.items():
+        assert torch.allclose(value, other.posterior.snapshots[name], rtol=1e-9), name
+
+
+@pytest.mark.parametrize("prior", [bdl.HierarchicalPrior(), bdl.LaplacePrior(0.5), bdl.CauchyPrior(0.3)])
+def test_other_priors(prior: bdl.Prior) -> None:
+    x, y = examples()
+    bayes = bdl.wrap(network(), bdl.SMC(particles=16, moves=2), [(x, y)], **{**options(), "prior": prior})
+    assert bool(torch.isfinite(bayes(x).mean).all()) and math.isfinite(bayes.cost["log_evidence"])
+
+
+class Unsampled(bdl.Prior):
+    def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        return -torch.stack([p.square().sum() for p in parameters.values()]).sum()
+
+
+def test_a_prior_without_draws_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="Unsampled has a density and no way to draw from it"):
+        bdl.wrap(network(), "smc", [examples()], **{**options(), "prior": Unsampled()})
 
 
 def test_refusals() -> None:

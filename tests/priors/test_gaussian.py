@@ -36,9 +36,23 @@ def test_precisions_must_be_numbers(precision: Any) -> None:
         GaussianPrior(precision=precision)
 
 
-def test_a_precision_per_layer_has_no_density_without_the_layers() -> None:
-    with pytest.raises(ArgumentError, match=r"one per parameter \(8\), got 2"):
+def test_a_precision_per_layer_is_that_of_its_weights(generator: torch.Generator) -> None:
+    theta = {"0.weight": THETA["w"], "2.weight": THETA["w"] + 1, "0.bias": THETA["b"]}
+    flat = torch.cat([value.reshape(-1) for value in theta.values()]).double()
+    each = torch.tensor([0.5] * 6 + [4.0] * 6 + [0.5] * 2, dtype=torch.float64)
+    prior = GaussianPrior(precision=[0.5, 4.0], mean=0.3)
+    assert torch.allclose(prior.log_prob(theta), Normal(0.3, each.rsqrt()).log_prob(flat).sum(), rtol=1e-12)
+    same, noise = GaussianPrior(precision=each, mean=0.3), generator.get_state()
+    drawn = prior.sample(theta, generator)
+    expected = same.sample(theta, torch.Generator().set_state(noise))
+    assert all(torch.equal(drawn[name], value) for name, value in expected.items())
+
+
+def test_precisions_that_fit_neither_layers_nor_weights() -> None:
+    with pytest.raises(ArgumentError, match="2 precisions for 8 parameters in 1 layers"):
         GaussianPrior(precision=[1.0, 2.0]).log_prob(THETA)
+    with pytest.raises(ArgumentError, match="3 precisions for 8 parameters in 1 layers"):
+        GaussianPrior(precision=[1.0, 2.0, 3.0]).sample(THETA)
 
 
 def test_moves() -> None:
@@ -58,5 +72,5 @@ def test_gradient_and_draws(generator: torch.Generator) -> None:
     # variances of 4,000 draws have a relative deviation of sqrt(2 / 4000) = 0.022: 8 within 5 of them fails at 5e-6
     assert torch.allclose(flat.var(0) * torch.linspace(0.5, 3, 8).double(), torch.ones(8).double(), atol=0.11)
     assert prior.sample(THETA, generator)["w"].dtype is torch.float32
-    with pytest.raises(ArgumentError, match=r"one per parameter \(8\), got 2"):
+    with pytest.raises(ArgumentError, match="2 precisions for 8 parameters in 1 layers"):
         GaussianPrior(precision=[1.0, 2.0]).sample(THETA)
