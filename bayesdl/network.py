@@ -147,6 +147,15 @@ class Network:
         with torch.inference_mode(False):
             return self._derived(structural_clone(self._template, parameter, function))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # clones belong to the threads of a process: the one it is sent to makes its own
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+        self._versions = {name: p._version for name, p in self._template.named_parameters()}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
         return self.map(torch.clone)
 

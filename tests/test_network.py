@@ -209,6 +209,17 @@ def test_deep_copies_own_their_memory() -> None:
     assert torch.equal(twin(X), expected)
 
 
+def test_a_network_sent_elsewhere_makes_clones_of_its_own() -> None:
+    """What a process gets is what a copy by state gets: everything but this thread's clone."""
+    net = nn.Linear(2, 3)
+    network = Network(net)
+    x, clone = torch.ones(4, 2), network.module()
+    sent = copy.copy(network)
+    assert sent.module() is not clone and torch.equal(sent(x), network(x))
+    assert sent.names == network.names and sent.fingerprint() == network.fingerprint()
+    sent.check_fresh()
+
+
 def test_fingerprint_follows_values_names_shapes_and_buffers() -> None:
     net = mlp()
     first = Network(net).fingerprint()

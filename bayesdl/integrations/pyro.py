@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any, final
 
 import numpy as np
@@ -45,12 +47,13 @@ def nuts(
     target_accept: float = 0.8,
     max_tree_depth: int = 10,
     full_mass: bool = False,
+    workers: int = 1,
     progress: bool = True,
 ) -> NutsRun:
     """Chains of NUTS (Hoffman and Gelman 2014) on a potential U, the law exp(-U).
 
-    Chains run one after another; each is seeded by its own number. Pyro draws from torch's, NumPy's and Python's global
-    generators: all three are put back afterwards. Its parameter store is not touched.
+    Each chain is seeded by its own number, and is the same whatever runs it. Pyro draws from torch's, NumPy's and
+    Python's global generators: all three are put back afterwards. Its parameter store is not touched.
 
     Args:
         potential: flat weights `(P,)` -> U, a differentiable scalar.
@@ -58,7 +61,9 @@ def nuts(
         num_samples, warmup: steps of each chain that are kept, and before those.
         seeds: one for each chain.
         target_accept, max_tree_depth, full_mass: of the sampler; a full mass matrix suits up to a few hundred weights.
-        progress: show a bar for each chain.
+        workers: processes that run chains, of one thread each. They are spawned, so that the potential must be
+            picklable, and a script needs its `if __name__ == "__main__":`. 1 runs them here, one after another.
+        progress: show a bar for each chain that runs here.
 
     Raises:
         MissingDependencyError: Pyro is absent.
@@ -67,31 +72,62 @@ def nuts(
     """
     if len(seeds) != len(starts) or not starts:
         raise ArgumentError(f"{len(seeds)} seeds and {len(starts)} starts; expected one of each for every chain")
-    mcmc = require("pyro.infer.mcmc")
-    samples, steps, divergences, moved = [], [], [], []
-    for start, seed in zip(starts, seeds, strict=True):
+    require("pyro.infer.mcmc")
+    for start in starts:
         _check_start(potential, start)
-        with global_randomness(seed):
-            kernel = mcmc.NUTS(
-                potential_fn=_Named(potential),
-                target_accept_prob=target_accept,
-                max_tree_depth=max_tree_depth,
-                full_mass=full_mass,
-            )
-            run = mcmc.MCMC(
-                kernel,
-                num_samples=num_samples,
-                warmup_steps=warmup,
-                initial_params={"theta": start.detach().clone()},
-                disable_progbar=not progress,
-            )
-            run.run()
-        samples.append(run.get_samples()["theta"].detach())
-        found = run.diagnostics()
-        steps.append(float(kernel.step_size))
-        divergences.append(len(found["divergences"]["chain 0"]))
-        moved.append(float(found["acceptance rate"]["chain 0"]))
-    return NutsRun(torch.stack(samples), tuple(steps), tuple(divergences), tuple(moved))
+    here = workers == 1 or len(starts) == 1
+    settings = _Settings(num_samples, warmup, target_accept, max_tree_depth, full_mass, progress and here)
+    each = [(potential, start, seed, settings) for start, seed in zip(starts, seeds, strict=True)]
+    if here:
+        found = [_chain(*one) for one in each]
+    else:
+        pool = ProcessPoolExecutor(min(workers, len(each)), get_context("spawn"), torch.set_num_threads, (1,))
+        with pool:
+            remote = list(pool.map(_remote, each))
+        found = [(torch.from_numpy(samples).to(starts[0]), a, b, c) for samples, a, b, c in remote]
+    samples, steps, divergences, moved = zip(*found, strict=True)
+    return NutsRun(torch.stack(samples), steps, divergences, moved)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What all chains share."""
+
+    num_samples: int
+    warmup: int
+    target_accept: float
+    max_tree_depth: int
+    full_mass: bool
+    progress: bool
+
+
+def _chain(potential: Potential, start: Tensor, seed: int, settings: _Settings) -> tuple[Tensor, float, int, float]:
+    """Samples `(S, P)`, step size, divergences and the share of steps that moved."""
+    mcmc = require("pyro.infer.mcmc")
+    with global_randomness(seed):
+        kernel = mcmc.NUTS(
+            potential_fn=_Named(potential),
+            target_accept_prob=settings.target_accept,
+            max_tree_depth=settings.max_tree_depth,
+            full_mass=settings.full_mass,
+        )
+        run = mcmc.MCMC(
+            kernel,
+            num_samples=settings.num_samples,
+            warmup_steps=settings.warmup,
+            initial_params={"theta": start.detach().clone()},
+            disable_progbar=not settings.progress,
+        )
+        run.run()
+    said = run.diagnostics()
+    divergences, moved = len(said["divergences"]["chain 0"]), float(said["acceptance rate"]["chain 0"])
+    return run.get_samples()["theta"].detach(), float(kernel.step_size), divergences, moved
+
+
+def _remote(arguments: tuple[Potential, Tensor, int, _Settings]) -> tuple[Any, float, int, float]:
+    # an array: shared memory of tensors would have to outlive this process
+    samples, step_size, divergences, moved = _chain(*arguments)
+    return samples.cpu().numpy(), step_size, divergences, moved
 
 
 @contextmanager

@@ -42,7 +42,9 @@ class NUTS(Method):
 
     Args:
         num_samples, warmup: steps of each chain, kept and before.
-        chains: one after another; each starts and draws by its own number.
+        chains: each starts and draws by its own number.
+        workers: processes that run them, of one thread each; 1 runs them here, one after another. They are spawned:
+            network and data must be picklable, and a script needs its `if __name__ == "__main__":`.
         thin: every so many of the steps kept are samples of the posterior.
         start: "warm", the network's weights, or "prior", a draw from the prior for each chain.
         target_accept, max_tree_depth, full_mass: of the sampler.
@@ -57,13 +59,14 @@ class NUTS(Method):
     target_accept: float = 0.8
     max_tree_depth: int = 10
     full_mass: bool = False
+    workers: int = 1
     select: Selector | None = None
 
     name: ClassVar[str] = "nuts"
     trains: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
-        for what, least in (("num_samples", 4), ("warmup", 1), ("chains", 1), ("thin", 1)):
+        for what, least in (("num_samples", 4), ("warmup", 1), ("chains", 1), ("thin", 1), ("workers", 1)):
             check_steps(getattr(self, what), what, least)
         if self.start not in ("warm", "prior"):
             raise ArgumentError(f'start={self.start!r}; expected "warm" or "prior"')
@@ -74,7 +77,8 @@ class NUTS(Method):
         prior = task.prior or GaussianPrior(1.0)
         if task.prior is None:
             findings = (*findings, Finding("info", "the prior is N(0, 1) on every weight", "pass prior=", "prior"))
-        network = task.network.map(lambda t: t.double() if t.is_floating_point() else t)
+        apart = self.workers > 1  # sending a tensor moves its memory, which must not be the user's
+        network = task.network.map(lambda t: t.to(torch.float64 if t.is_floating_point() else t.dtype, copy=apart))
         potential = full_potential(network, likelihood, prior, data, progress=task.progress)
         self._say_cost(potential)
         base = 0
@@ -89,6 +93,7 @@ class NUTS(Method):
             target_accept=self.target_accept,
             max_tree_depth=self.max_tree_depth,
             full_mass=self.full_mass,
+            workers=self.workers,
             progress=task.progress,
         )
         kept = run.samples[:, :: self.thin].flatten(0, 1)
@@ -110,7 +115,8 @@ class NUTS(Method):
         return torch.cat([drawn[name].reshape(-1) for name in potential.network.names])
 
     def _say_cost(self, potential: Potential) -> None:
-        steps = self.chains * (self.num_samples + self.warmup)
+        rounds = -(-self.chains // min(self.workers, self.chains))
+        steps = rounds * (self.num_samples + self.warmup)
         seconds = potential.seconds()
         text = f"NUTS over {len(potential.start)} parameters: one gradient takes {seconds:.2g} s, the run about "
         text += f"{seconds * steps * TREE:.2g} s at {TREE} gradients a step"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -105,6 +106,23 @@ def test_conjugate_regression_on_a_last_layer() -> None:
     assert "on outputs R-hat at most " in str(bayes.diagnose())
 
 
+@pytest.mark.dist
+def test_processes_run_the_same_chains() -> None:
+    x, y = examples()
+    method = bdl.NUTS(num_samples=6, warmup=6, chains=3)
+    options: dict[str, Any] = {"likelihood": bdl.Gaussian(noise=NOISE), "progress": False}
+    net = network()
+    places = [p.data_ptr() for p in net.parameters()]
+    with untouched(net):
+        here, there = (
+            bdl.wrap(net, replace(method, workers=n), [(x, y)], generator=seeded(), **options) for n in (1, 2)
+        )
+    assert [p.data_ptr() for p in net.parameters()] == places  # none has moved into shared memory
+    for name, value in here.posterior.snapshots.items():
+        assert torch.equal(value, there.posterior.snapshots[name]), name
+    assert str(here.diagnose()) == str(there.diagnose()) and here.cost["step_size"] == there.cost["step_size"]
+
+
 def test_cost_and_refusals(monkeypatch: Any) -> None:
     x, y = examples()
     options: dict[str, Any] = {"likelihood": bdl.Gaussian(noise=NOISE), "progress": False}
@@ -114,6 +132,7 @@ def test_cost_and_refusals(monkeypatch: Any) -> None:
     for bad, message in (
         (bdl.NUTS(num_samples=3), "num_samples=3"),
         (bdl.NUTS(chains=0), "chains=0"),
+        (bdl.NUTS(workers=0), "workers=0"),
         (bdl.NUTS(start="cold"), "start='cold'"),
         (bdl.NUTS(target_accept=1.0), "target_accept=1.0"),
     ):
