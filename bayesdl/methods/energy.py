@@ -18,9 +18,9 @@ from bayesdl.diagnose import Finding
 from bayesdl.distributed import share_of
 from bayesdl.errors import ArgumentError, LossScaleError, NonFiniteError
 from bayesdl.likelihoods import Likelihood
-from bayesdl.methods.base import Task, with_residual_noise
+from bayesdl.methods.base import Task
+from bayesdl.methods.noise import with_left_out_noise
 from bayesdl.network import Network
-from bayesdl.posteriors.point import PointPosterior
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def survey(task: Task, data: Iterable[Any]) -> tuple[Energy, tuple[Finding, ...]
         ArgumentError: no batch, one process's share of the data, or no target that counts.
     """
     _check_whole(task, data)
-    likelihood, findings = with_residual_noise(task, PointPosterior())
+    likelihood, findings = with_left_out_noise(task)
     network = task.network
     count = seen = number = 0
     with torch.no_grad():

@@ -13,11 +13,11 @@ from torch import Tensor
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError, require
 from bayesdl.integrations.pyro import NutsRun, nuts
-from bayesdl.methods.base import Fitted, Method, Task, with_residual_noise
+from bayesdl.methods.base import Fitted, Method, Task
+from bayesdl.methods.noise import with_left_out_noise
 from bayesdl.methods.potential import Potential, full_potential
 from bayesdl.methods.stream import INIT, NOISE, chain_generator, chain_seed, check_steps
 from bayesdl.posteriors import SamplePosterior
-from bayesdl.posteriors.point import PointPosterior
 from bayesdl.priors import GaussianPrior
 from bayesdl.select import Selector
 
@@ -73,7 +73,7 @@ class NUTS(Method):
         if not 0 < self.target_accept < 1:
             raise ArgumentError(f"target_accept={self.target_accept!r}; expected a probability between 0 and 1")
         data = task.need_data(self.name)
-        likelihood, findings = with_residual_noise(task, PointPosterior())
+        likelihood, findings = with_left_out_noise(task)
         prior = task.prior or GaussianPrior(1.0)
         if task.prior is None:
             findings = (*findings, Finding("info", "the prior is N(0, 1) on every weight", "pass prior=", "prior"))

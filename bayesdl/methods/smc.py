@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bayesdl.diagnose import Finding
 from bayesdl.errors import NonFiniteError
-from bayesdl.methods.base import Fitted, Method, Task, with_residual_noise
+from bayesdl.methods.base import Fitted, Method, Task
+from bayesdl.methods.noise import with_left_out_noise
 from bayesdl.methods.particles import effective, largest_rise, systematic
 from bayesdl.methods.potential import Held, Potential, full_potential
 from bayesdl.methods.stream import INIT, NOISE, chain_generator, check_steps
 from bayesdl.posteriors import SamplePosterior
-from bayesdl.posteriors.point import PointPosterior
 from bayesdl.priors import GaussianPrior
 from bayesdl.select import Selector
 
@@ -52,7 +52,7 @@ class SMC(Method):
         check_steps(self.particles, "particles", 4)
         check_steps(self.moves, "moves", 1)
         data = task.need_data(self.name)
-        likelihood, findings = with_residual_noise(task, PointPosterior())
+        likelihood, findings = with_left_out_noise(task)
         prior = task.prior or GaussianPrior(1.0)
         if task.prior is None:
             findings = (*findings, Finding("info", "the prior is N(0, 1) on every weight", "pass prior=", "prior"))

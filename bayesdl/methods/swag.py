@@ -13,8 +13,9 @@ from torch import Tensor
 from bayesdl.batch import count_batches
 from bayesdl.clone import independent_copy
 from bayesdl.errors import ArgumentError, NonFiniteError
-from bayesdl.methods.base import Fitted, Method, Task, with_residual_noise
+from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.methods.finetune import sgd_epoch, train_only, with_fresh_statistics
+from bayesdl.methods.noise import with_left_out_noise
 from bayesdl.posteriors import SamplePosterior
 from bayesdl.posteriors.base import standard_normal
 
@@ -59,7 +60,7 @@ class SWAG(Method):
             for _ in range(self.num_samples)
         ]
         posterior = SamplePosterior.from_states(states)
-        likelihood, findings = with_residual_noise(task, posterior)
+        likelihood, findings = with_left_out_noise(task, posterior)
         return Fitted(posterior, likelihood, findings, cost=(("epochs", float(self.epochs)),))
 
     def _train(self, task: Task, data: Iterable[Any]) -> Moments:
