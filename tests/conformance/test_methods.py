@@ -469,8 +469,10 @@ def test_broken_data_is_named(task: str, label: str) -> None:
         fitted(task, label).predict([x, broken])
     with pytest.raises(ArgumentError, match="no batch"):
         fitted(task, label).predict([])
-    with pytest.raises(ArgumentError, match=r"pass \[\(x, y\)\] or a DataLoader"):
-        fitted(task, label).predict(x)
+    if uses_data:
+        with pytest.raises(ArgumentError, match=r"pass \[\(x, y\)\] or a DataLoader"):
+            bdl.wrap(given.models(label), VARIANTS[label], x, likelihood=given.likelihood)
+    assert same(fitted(task, label).predict(x), fitted(task, label)(x))
 
 
 @every
