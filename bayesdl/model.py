@@ -22,7 +22,7 @@ from bayesdl.latent import Latent
 from bayesdl.likelihoods import Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
 from bayesdl.network import Network
-from bayesdl.posteriors import GaussianPosterior, LastLayerPosterior, Posterior
+from bayesdl.posteriors import GaussianPosterior, LastLayerPosterior, Posterior, SpannedPosterior
 from bayesdl.posteriors.base import Function, standard_normal
 from bayesdl.predictive import Predictive, cat_targets
 from bayesdl.priors.posterior import PosteriorPrior
@@ -181,6 +181,8 @@ class BayesianModel(nn.Module):
             found = self.posterior.belief.log_evidence(self.likelihood)
             if found is not None:
                 return found
+        if isinstance(self.posterior, SpannedPosterior):
+            return self.posterior.log_evidence()
         return log_evidence(self._gaussian("log_evidence"), self.network)
 
     def tune(

@@ -30,9 +30,10 @@ from bayesdl.priors import HierarchicalPrior, Prior, ScaleMixturePrior
 from bayesdl.priors.mixtures import Scales, inverse_gamma
 
 WIDTH, CHAINS, MEMBERS, BATCH = 50, 2, 5, 128
-STEP, MOMENTUM, CAP = 5e-5, 0.95, 0.005  # h; 1 - friction; largest variance that a hierarchy's steps follow
+STEP, MOMENTUM, CAP = 1e-4, 0.95, 0.005  # h; 1 - friction; largest variance that a hierarchy's steps follow
 NOISE_SHAPE, NOISE_RATE, NOISE_EVERY = 1.0, 0.005, 100  # inverse gamma of the noise variance, standardised
 SHAPE = RATE = 3.0  # of the fixed hierarchy
+POINTS, FUNCTIONS = 40, 64  # of a matching step
 ROWS = ("fixed Gaussian", "matched Gaussian", "fixed hierarchical", "matched hierarchical")
 Weights = dict[str, Tensor]
 
@@ -136,7 +137,8 @@ def priors(data: Splits, family: str, matched: bool, steps: int) -> list[Prior]:
             family=family,
             distance="energy",
             steps=steps,
-            measurement=Measurement(x, num_points=60),
+            measurement=Measurement(x, num_points=POINTS),
+            num_functions=FUNCTIONS,
             generator=torch.Generator().manual_seed(number),
             progress=False,
         )
@@ -293,10 +295,10 @@ def main() -> None:
     """Match, sample, score, set by set."""
     options_parser = parser(__doc__.splitlines()[0])
     options_parser.add_argument("--data", type=Path, default=None, help="folder; without one nothing is run")
-    options_parser.add_argument("--sets", default="yacht,boston,energy,concrete,wine")
+    options_parser.add_argument("--sets", default="yacht,energy,boston,concrete,wine")
     options_parser.add_argument("--splits", type=int, default=20)
-    options_parser.add_argument("--burn-in", type=int, default=2000)
-    options_parser.add_argument("--thin", type=int, default=200)
+    options_parser.add_argument("--burn-in", type=int, default=1500)
+    options_parser.add_argument("--thin", type=int, default=100)
     options_parser.add_argument("--samples", type=int, default=20, help="of each chain")
     options_parser.add_argument("--match-steps", type=int, default=75)
     options_parser.add_argument("--quick", action="store_true", help="few steps: shows that it runs")

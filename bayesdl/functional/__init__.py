@@ -3,7 +3,7 @@
 from bayesdl.functional.critic import DistributionalSliced, Wasserstein
 from bayesdl.functional.distances import DISTANCES
 from bayesdl.functional.families import FAMILIES
-from bayesdl.functional.gp import GP, Functions, LogNormal, Target
+from bayesdl.functional.gp import GP, Functions, LogNormal, Target, energy
 from bayesdl.functional.kernels import KERNELS, Kernel, constant, periodic
 from bayesdl.functional.matching import evaluate, match
 from bayesdl.functional.measurement import Fixed, Grid, Measurement
@@ -25,6 +25,7 @@ __all__ = [
     "Target",
     "Wasserstein",
     "constant",
+    "energy",
     "evaluate",
     "match",
     "periodic",

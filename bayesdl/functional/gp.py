@@ -174,5 +174,40 @@ def kernel_root(covariance: Tensor) -> Tensor:
     return linalg.cholesky(wide + torch.diag_embed(nugget), "kernel matrix")
 
 
+def function_root(target: GP, inputs: Tensor, jitter: float) -> Tensor:
+    """Cholesky factor of K + jitter mean(diag K) I at `inputs` `(M, ...)`: `(M, M)` float64.
+
+    Raises:
+        ArgumentError: the target has hyper-priors, or jitter is negative.
+    """
+    if not jitter >= 0:
+        raise ArgumentError(f"jitter={jitter}; expected a number of at least 0")
+    covariance = target.moments(inputs)[1]
+    return kernel_root(covariance + jitter * covariance.diagonal().mean() * torch.eye(len(covariance)).double())
+
+
+def energy(target: GP, inputs: Tensor, values: Tensor, jitter: float = 1e-6) -> Tensor:
+    """1/2 sum_c f_c^T K^-1 f_c, a scalar in float64, differentiable in the values: minus log of the process's density.
+
+    The penalty to train with before `bdl.FSPLaplace`, at points drawn anew for every step: the mean loss of N examples
+    goes with `energy / N`.
+
+    Args:
+        target: with fixed hyper-parameters.
+        inputs: `(M, ...)`, distinct.
+        values: outputs there, `(M, C)`.
+        jitter: added to the diagonal of K, relative to its mean.
+
+    Raises:
+        ShapeError: values of another number of points or outputs.
+    """
+    if values.shape != (len(inputs), target.outputs):
+        raise ShapeError(
+            f"values have shape {tuple(values.shape)}; expected {(len(inputs), target.outputs)} (points, outputs)"
+        )
+    root = function_root(target, inputs, jitter).to(values.device)
+    return 0.5 * torch.linalg.solve_triangular(root, values.double(), upper=False).square().sum()
+
+
 def _flat(inputs: Tensor) -> Tensor:
     return inputs.detach().double().cpu().flatten(1)

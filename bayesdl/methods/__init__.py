@@ -10,6 +10,7 @@ from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.methods.bayesvlm import BayesVLM
 from bayesdl.methods.dropout import MCDropout
 from bayesdl.methods.ensemble import Ensemble
+from bayesdl.methods.fsp import FSPLaplace
 from bayesdl.methods.function_space import ELLA, SubsetGP, VaLLA
 from bayesdl.methods.laplace import Laplace
 from bayesdl.methods.map import MAP
@@ -62,6 +63,7 @@ __all__ = [
     "VBLL",
     "BayesVLM",
     "Ensemble",
+    "FSPLaplace",
     "Fitted",
     "Laplace",
     "MCDropout",

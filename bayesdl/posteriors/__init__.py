@@ -9,6 +9,7 @@ from bayesdl.posteriors.point import PointPosterior
 from bayesdl.posteriors.projections import ProjectionPosterior
 from bayesdl.posteriors.samples import SamplePosterior
 from bayesdl.posteriors.scaled import ScaledPosterior
+from bayesdl.posteriors.spanned import SpannedPosterior
 
 POSTERIORS: dict[str, type[Posterior]] = {
     kind.kind: kind
@@ -21,6 +22,7 @@ POSTERIORS: dict[str, type[Posterior]] = {
         LastLayerPosterior,
         AdapterPosterior,
         ProjectionPosterior,
+        SpannedPosterior,
     )
 }
 
@@ -35,4 +37,5 @@ __all__ = [
     "ProjectionPosterior",
     "SamplePosterior",
     "ScaledPosterior",
+    "SpannedPosterior",
 ]
