@@ -19,7 +19,7 @@ HEAVY = (
 )
 
 PUBLIC = {
-    *("Chain", "ELLA", "NUTS", "SMC", "StudentT", "SubsetGP", "VaLLA"),
+    *("Chain", "ELLA", "FSPLaplace", "NUTS", "SMC", "StudentT", "SubsetGP", "VaLLA"),
     *("CauchyPrior", "HierarchicalPrior", "HorseshoePrior", "LaplacePrior", "StudentTPrior"),
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SGMCMC", "SWAG", "TFB"),
