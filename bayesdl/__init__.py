@@ -52,6 +52,7 @@ _PUBLIC = {
     "compare": "bayesdl.evaluation.compare",
     "evaluate": "bayesdl.evaluation.compare",
     "evidence_training": "bayesdl.marginal",
+    "gathered": "bayesdl.sharded",
     "load": "bayesdl.files",
     "replace": "bayesdl.last_layer",
 }

@@ -34,8 +34,9 @@ def first_decides(group: Group | None, model: BayesianModel, decide: Callable[[]
     from safetensors.torch import load, save
 
     if group is None:
-        return decide()
-    with together(group):
+        with model.network.session():
+            return decide()
+    with together(group), model.network.session():
         chosen = decide() if group.rank == 0 else model
         tensors = {
             name: value.detach().cpu().contiguous().clone()

@@ -77,12 +77,12 @@ def scatter(posterior: GaussianPosterior, network: Network, precision: Tensor | 
 
 def squared_offsets(posterior: GaussianPosterior, network: Network) -> list[Tensor]:
     """(theta - prior mean)^2 per block, float64."""
-    layout, values = posterior.layout, {name: value.detach() for name, value in network.parameters.items()}
+    layout, values = posterior.layout, network.parameters
     mean = posterior.prior_mean.double()
     means = [mean] * len(layout.blocks) if mean.numel() == 1 else layout.split(mean)
     # block by block and in place: a last layer of many classes is large
     return [
-        _own(block.pack(values)).sub_(centre.reshape(()) if centre.numel() == 1 else centre).square_()
+        _own(block.pack(values).detach()).sub_(centre.reshape(()) if centre.numel() == 1 else centre).square_()
         for block, centre in zip(layout.blocks, means, strict=True)
     ]
 

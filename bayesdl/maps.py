@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayesdl.streaming import Parameters
+
 
 @final
 class LinearMap(nn.Module):
@@ -69,8 +71,11 @@ def dissect(layer: nn.Module, cls: type[nn.Module], parts: Mapping[Part, nn.Modu
 
 
 def differentiated(layer: nn.Module, *values: Any) -> bool:
-    """Whether a derivative or a vmap is being taken: where neither is, torch's fused kernels are as good and faster."""
-    if torch.is_grad_enabled():
+    """Whether a derivative or a vmap is being taken: where neither is, torch's fused kernels are as good and faster.
+
+    Fused kernels keep lists of weights of their own, which those of a sharded model must not be in.
+    """
+    if torch.is_grad_enabled() or isinstance(layer._parameters, Parameters):
         return True
     tensors = [v for v in (*layer._parameters.values(), *values) if isinstance(v, Tensor)]
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)

@@ -121,8 +121,9 @@ class BayesianModel(nn.Module):
             ShapeError: the outputs do not fit the likelihood.
             NonFiniteError: NaN or infinity in the outputs.
         """
-        state = self._prepare(num_samples, generator)
-        latent = self.posterior.push(self.network, x, state)
+        with self.network.session():
+            state = self._prepare(num_samples, generator)
+            latent = self.posterior.push(self.network, x, state)
         return self.likelihood.predictive(latent, _base_noise(latent, num_samples, generator))
 
     def predict(
@@ -156,7 +157,7 @@ class BayesianModel(nn.Module):
         parts: list[Predictive] = []
         targets: list[Tensor] = []
         noise: Tensor | None = None
-        with torch.no_grad():
+        with torch.no_grad(), self.network.session():
             passes = batches(self.network, data, progress=progress, describe="predict", need_targets=False)
             for number, inputs, target in passes:
                 with in_batch(number):
@@ -236,15 +237,17 @@ class BayesianModel(nn.Module):
         Returns:
             A `Joint`: `.distribution` over targets with noise, `.latent` over outputs, `.marginal`, `.sample`.
         """
-        state = self._prepare(num_samples, generator)
-        return Joint(self.likelihood, *self.posterior.covariance(self.network, x, None, state))
+        with self.network.session():
+            state = self._prepare(num_samples, generator)
+            return Joint(self.likelihood, *self.posterior.covariance(self.network, x, None, state))
 
     def covariance(
         self, first: Any, second: Any, *, num_samples: int | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Covariance `(B, C, B', C)` between the outputs at two batches of inputs; without observation noise."""
-        state = self._prepare(num_samples, generator)
-        return self.posterior.covariance(self.network, first, second, state)[1]
+        with self.network.session():
+            state = self._prepare(num_samples, generator)
+            return self.posterior.covariance(self.network, first, second, state)[1]
 
     def as_prior(self) -> PosteriorPrior:
         """This model's posterior as the prior of the next fit: `bdl.wrap(net2, ..., loader2, prior=bayes.as_prior())`.

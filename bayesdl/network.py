@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,20 @@ from bayesdl.batch import BatchAdapter, HuggingFace, as_call, flatten_tensors, r
 from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
 from bayesdl.explicit import explicit
+from bayesdl.freshness import digest, spread
+from bayesdl.outputs import OutputAxis, extract_output, known_batch_size, outputs_last
 from bayesdl.select import Selector, Subnetwork, describe, resolve
-from bayesdl.sharded import gathered
-
-OutputAxis = int | Literal["auto"] | None
-
-PROBES = 16  # values of each parameter that are compared to notice a write without a trace
+from bayesdl.sharded import stripped
+from bayesdl.streaming import Change, Streamed, Whole, is_sharded
 
 
 class Network:
     """A private structural clone of a model (one per thread), the selected parameters, and a batch adapter.
 
     Args:
-        model: any `nn.Module`; `torch.compile`, DataParallel and DDP wrappers are peeled off. Parameters sharded by
-            FSDP2 are gathered into a copy in which later training is not noticed.
+        model: any `nn.Module`; `torch.compile`, DataParallel and DDP wrappers are peeled off. Matrices that FSDP2 has
+            sharded stay so: each is gathered where it is used and no longer, see `bayesdl.streaming`; all processes
+            then make the same calls.
         select: which parameters are Bayesian; see `bayesdl.select.resolve`.
         batch: "auto", "huggingface", or a callable `batch -> (inputs, target)`.
         example: one batch of inputs; needed where `select="last_layer"`.
@@ -53,20 +53,23 @@ class Network:
         if not isinstance(model, nn.Module):
             hint = "; bdl.as_module(function, parameters) makes a function one" if callable(model) else ""
             raise ArgumentError(f"a torch.nn.Module is expected, got {type(model).__name__}{hint}")
-        source = gathered(unwrap(model))
+        source = stripped(unwrap(model))
         _refuse(source)
         with torch.inference_mode(False):  # tensors made in that mode could never take part in a derivative
-            self._setup(explicit(structural_clone(source, _alias, _snapshot)), resolve_adapter(batch))
+            self._setup(explicit(structural_clone(source, _alias, _snapshot)), resolve_adapter(batch), None)
         # names of a clone: those of the source hold "_orig_mod" where a sub-module is compiled
         plain = structural_clone(source, _same, _same)
         self.requires_grad = {name: p.requires_grad for name, p in plain.named_parameters()}
         self._choose(select, example)
 
-    def _setup(self, template: nn.Module, adapter: BatchAdapter) -> None:
+    def _setup(self, template: nn.Module, adapter: BatchAdapter, streamed: Streamed | None) -> None:
         self._template = template
+        if streamed is None and any(is_sharded(p) for p in template.parameters()):
+            streamed = Streamed(template)
+        self._streamed = streamed
         self._local = threading.local()
         self._versions = {name: p._version for name, p in template.named_parameters()}
-        self._values = _spread(template)
+        self._values = spread(template)
         self._in_place = any(getattr(module, "inplace", False) is True for module in template.modules())
         self.batch = adapter
 
@@ -82,8 +85,18 @@ class Network:
         return kinds.pop() if len(kinds) == 1 else None
 
     @property
-    def parameters(self) -> dict[str, Tensor]:
-        """Selected parameters by name, sharing memory with the user's model."""
+    def sharded(self) -> bool:
+        """Whether weights are spread over processes."""
+        return self._streamed is not None
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Selected parameters by name, sharing memory with the user's model; sharded ones are gathered when read."""
+        return self._whole(self.held)
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """Selected parameters as this process holds them, for names, shapes and identity."""
         everything = dict(self._template.named_parameters())
         return {name: everything[name] for name in self.names}
 
@@ -92,12 +105,20 @@ class Network:
         """Number of selected scalars, P."""
         if self.elements is not None:
             return sum(int(mask.sum()) for mask in self.elements.values())
-        return sum(p.numel() for p in self.parameters.values())
+        return sum(p.numel() for p in self.held.values())
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """All parameters and buffers of the clone by name."""
-        return {**dict(self._template.named_parameters()), **dict(self._template.named_buffers())}
+        return self._whole({**dict(self._template.named_parameters()), **dict(self._template.named_buffers())})
+
+    def session(self) -> AbstractContextManager[None]:
+        """Processes that hold the shards of one model may do different things inside; none leaves before the others.
+
+        Needed around whatever differs between them, such as passes over shares of the data. No collective of theirs
+        may happen inside. Does nothing for a model that is not sharded.
+        """
+        return nullcontext() if self._streamed is None else self._streamed.exchange.session()
 
     @property
     def template(self) -> nn.Module:
@@ -107,8 +128,7 @@ class Network:
     def module(self) -> nn.Module:
         """This thread's clone. Hooks put on it must be removed by whoever put them there."""
         if not hasattr(self._local, "module"):
-            with torch.inference_mode(False):
-                self._local.module = structural_clone(self._template, _same, _snapshot)
+            self._local.module = self._fresh()
         return self._local.module
 
     def replace_module(self, module: nn.Module) -> Network:
@@ -117,7 +137,7 @@ class Network:
 
     def reselect(self, select: Selector, example: Any = None) -> Network:
         """The same clone with another selection."""
-        other = self._derived(self._template)
+        other = self._derived(self._template, self._streamed)
         other._choose(select, example)
         return other
 
@@ -134,7 +154,7 @@ class Network:
         """The same clone with another meaning of the outputs' axes."""
         if output_axis == self.output_axis:
             return self
-        other = self._derived(self._template)
+        other = self._derived(self._template, self._streamed)
         other.output_axis = output_axis
         return other
 
@@ -159,10 +179,10 @@ class Network:
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
         return self.map(torch.clone)
 
-    def _derived(self, template: nn.Module) -> Network:
+    def _derived(self, template: nn.Module, streamed: Streamed | None = None) -> Network:
         self.check_values()  # the new network counts writes from now on
         other = object.__new__(Network)
-        other._setup(template, self.batch)
+        other._setup(template, self.batch, streamed)
         other.requires_grad, other.select, other.names = self.requires_grad, self.select, self.names
         other.elements = self.elements
         other.output_axis = self.output_axis
@@ -186,15 +206,19 @@ class Network:
         self.check_fresh()
         return self.forward(self.module(), self.prepare(inputs), tensors)
 
-    def forward(self, module: nn.Module, call: Any, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """`__call__` on a given clone and prepared inputs."""
+    def forward(self, module: nn.Module, call: Any, tensors: Mapping[str, Change] | None = None) -> Tensor:
+        """`__call__` on a given clone and prepared inputs; the weights of a sharded model may go through functions."""
         size = known_batch_size(call)
         if size == 0:
             raise ShapeError("the batch is empty; expected at least one example")
         call = self._own(call)
         kwargs = dict(call.kwargs or {})
-        if tensors:
-            raw = torch.func.functional_call(module, _everywhere(module, tensors), call.args, kwargs, tie_weights=False)
+        if self._streamed is not None:
+            with self._streamed.running(module, _everywhere(module, tensors or {})):
+                raw = module(*call.args, **kwargs)
+        elif tensors:
+            given: dict[str, Any] = _everywhere(module, tensors)
+            raw = torch.func.functional_call(module, given, call.args, kwargs, tie_weights=False)
         else:
             raw = module(*call.args, **kwargs)
         output = self.batch.read(raw, call) if isinstance(self.batch, HuggingFace) else extract_output(raw)
@@ -223,7 +247,7 @@ class Network:
         Fused optimisers and writes to `.data` leave no other trace.
         """
         self.check_fresh()
-        if not torch.allclose(_spread(self._template), self._values, rtol=0.0, atol=0.0, equal_nan=True):
+        if not torch.allclose(spread(self._template), self._values, rtol=0.0, atol=0.0, equal_nan=True):
             raise StaleModelError(
                 "parameters of the wrapped model were written to after the fit; the posterior belongs to the old "
                 "weights. Wrap the model again, or train a copy"
@@ -231,11 +255,19 @@ class Network:
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes, dtypes and values of every parameter and buffer of the base model."""
-        digest = hashlib.sha256()
-        for name, tensor in self.tensors.items():
-            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
-            digest.update(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        if self._streamed is None:
+            return digest(self.tensors)
+        if self._streamed.digest is None:
+            self._streamed.digest = digest(self.tensors)
+        return self._streamed.digest
+
+    def _fresh(self) -> nn.Module:
+        with torch.inference_mode(False):
+            clone = structural_clone(self._template, _same, _snapshot)
+        return clone if self._streamed is None else self._streamed.install(clone)
+
+    def _whole(self, tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        return tensors if self._streamed is None else Whole(self._streamed, tensors)
 
     def _find_last_layer(self, example: Any) -> str:
         if example is None:
@@ -243,12 +275,12 @@ class Network:
                 'select="last_layer" finds the layer by running one batch: pass data (or example=), or name the layer'
             )
         seen: list[tuple[str, Tensor]] = []
-        module = structural_clone(self._template, _same, _snapshot)  # fresh: its hooks die with it
+        module = self._fresh()  # its hooks die with it
         for name, layer in module.named_modules():
             if any(p is not None for p in layer._parameters.values()) or "parametrizations" in layer._modules:
                 layer.register_forward_hook(_recorder(name, seen))
         call = self._own(self.prepare(example))
-        with torch.no_grad():
+        with torch.no_grad(), self.session():
             output = extract_output(module(*call.args, **dict(call.kwargs or {})))
         matches = [n for n, out in seen if out.data_ptr() == output.data_ptr() and out.numel() == output.numel()]
         if not matches:
@@ -261,62 +293,6 @@ class Network:
         return inner[-1]
 
 
-def extract_output(raw: Any) -> Tensor:
-    """The output tensor of a call: the tensor itself, its `.logits`, or the entry "logits"."""
-    if isinstance(raw, Tensor):
-        return raw
-    logits = getattr(raw, "logits", None)
-    if logits is None and isinstance(raw, Mapping):
-        logits = raw.get("logits")
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(raw, (tuple, list)) and len(raw) == 1 and isinstance(raw[0], Tensor):
-        return raw[0]
-    raise ShapeError(
-        f"the network returned {type(raw).__name__}; expected a tensor or an object with .logits. Wrap it in a module "
-        "that returns the outputs alone"
-    )
-
-
-def two_dimensional(output: Tensor, size: int | None = None) -> Tensor:
-    """`(B,)` becomes `(B, 1)`; `(B, C)` stays; anything else raises `ShapeError`.
-
-    `size` is B where it is known: a network that squeezes drops the batch axis of a single example too.
-    """
-    if size == 1 and output.dim() < 2:
-        return output.reshape(1, -1)
-    if output.dim() == 1:
-        return output.unsqueeze(1)
-    if output.dim() != 2:
-        raise ShapeError(
-            f"the network's output has shape {tuple(output.shape)}; expected (batch, outputs). The categorical "
-            "likelihood takes positions, (B, T, C); for others pool them in a module around the network"
-        )
-    return output
-
-
-def outputs_last(output: Tensor, size: int | None, axis: OutputAxis) -> Tensor:
-    """Raw outputs with the numbers of one observation on the last axis: `(B, C)`, or `(B, positions..., C)`.
-
-    Args:
-        output: raw outputs.
-        size: B where it is known.
-        axis: `Likelihood.output_axis`; "auto" is the last of three axes `(B, T, C)`, the second of more `(B, C, H, W)`.
-    """
-    if axis is None or output.dim() < 3:
-        return two_dimensional(output, size)
-    place = (-1 if output.dim() == 3 else 1) if axis == "auto" else axis
-    if not -output.dim() < place < output.dim():
-        raise ShapeError(f"the network's output has shape {tuple(output.shape)}, and class_axis={place} is none of it")
-    return output.movedim(place, -1)
-
-
-def known_batch_size(call: Any) -> int | None:
-    """Leading dimension that all tensors of a call share; None where they differ (graphs, shared masks)."""
-    sizes = {tensor.shape[0] for tensor in flatten_tensors(call)[0]}
-    return int(sizes.pop()) if len(sizes) == 1 else None
-
-
 def first_inputs(data: Iterable[Any] | None, adapter: BatchAdapter) -> Any:
     """Inputs of a loader's first batch; None without data."""
     if data is None:
@@ -326,7 +302,7 @@ def first_inputs(data: Iterable[Any] | None, adapter: BatchAdapter) -> Any:
     raise ArgumentError("the data loader yields no batch")
 
 
-def _everywhere(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _everywhere(module: nn.Module, tensors: Mapping[str, Change]) -> dict[str, Change]:
     """The given tensors under one name for every module that holds them.
 
     torch's own treatment of ties swaps a module that has two names twice, and then puts the second swap's leftovers
@@ -355,22 +331,6 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _snapshot(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
-
-
-def _spread(module: nn.Module) -> Tensor:
-    """Up to PROBES values of every parameter, evenly spread, in one vector."""
-    parameters = [p.detach() for p in module.parameters() if p.is_floating_point() and p.numel()]
-    if not parameters:
-        return torch.zeros(0)
-    wide = torch.float64 if any(p.dtype is torch.float64 for p in parameters) else torch.float32
-    picked = [_in_memory_order(p)[:: -(-p.numel() // PROBES)] for p in parameters]
-    return torch.cat([values.to(device=picked[0].device, dtype=wide) for values in picked])
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """A flat view, also of dense tensors in another layout such as channels-last."""
-    strides: tuple[int, ...] = tensor.stride()
-    return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d])).reshape(-1)
 
 
 def _recorder(name: str, seen: list[tuple[str, Tensor]]) -> Callable[[nn.Module, Any, Any], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from bayesdl.distributed import resolve_group, same_network, together
 from bayesdl.errors import ArgumentError, SelectionError, StaleModelError, UnreachedParameterError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
-from bayesdl.methods import Method, Task
+from bayesdl.methods import METHODS, Method, Task
 from bayesdl.methods import resolve as resolve_method
 from bayesdl.model import BayesianModel, Record
 from bayesdl.network import Network, first_inputs
@@ -27,6 +27,7 @@ from bayesdl.posteriors import GaussianPosterior
 from bayesdl.posteriors.last_layer import LastLayerPosterior
 from bayesdl.priors import Prior
 from bayesdl.select import Selector, Subnetwork, wants_last_layer
+from bayesdl.streaming import GATHER
 from bayesdl.tuning.last_layer import is_last_layer_regression
 
 if TYPE_CHECKING:
@@ -107,14 +108,19 @@ def wrap(
     with _private_randomness(generator), torch.inference_mode(False):
         with together(group):
             example = first_inputs(data, resolve_adapter(batch)) if wants_last_layer(selection) else None
+        with together(group):
             everything = "all" if selection is None else selection
             axis = family.output_axis
             network = Network(models[0], select=everything, batch=batch, example=example, output_axis=axis)
+        if network.sharded:
+            _check_streams(chosen)
+            network.fingerprint()  # now that all processes are here: one of them may save the model
         if group is not None:
             same_network(group, network)
         start = time.perf_counter()
         held_out = validation is not None
-        fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress, distributed, held_out))
+        with network.session() if group is None else nullcontext():
+            fitted = chosen.fit(Task(network, models, family, prior, data, generator, progress, distributed, held_out))
         seconds = time.perf_counter() - start
     result = fitted.network or network
     _unchanged(network)
@@ -174,6 +180,15 @@ def _private_randomness(generator: torch.Generator | None) -> Iterator[None]:
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
         yield
+
+
+def _check_streams(method: Method) -> None:
+    if not method.streams:
+        able = sorted({made.name for make in METHODS.values() if (made := make()).streams})
+        raise UnsupportedError(
+            f'the model is sharded over processes (FSDP2), and method "{method.label}" trains or samples whole '
+            f"weights; {GATHER}. Sharded models are for {', '.join(able)}"
+        )
 
 
 def _models(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import bayesdl as bdl
-from bayesdl.errors import UnsupportedError
+from bayesdl.errors import StaleModelError, UnsupportedError
 from bayesdl.network import Network
 from tests.together import COUNT, close, examples, in_batches, network, padded, same_everywhere
 
@@ -56,13 +56,16 @@ def fsdp(rank: int, size: int) -> None:
                 same_everywhere(whole(inputs).mean)
                 assert whole.network.fingerprint() == alone.network.fingerprint() or trained
                 assert list(whole.network.parameters) == list(alone.network.parameters)
+                plain_copy = bdl.wrap(bdl.gathered(net), "laplace", in_batches(x, y), **options)
+                close(plain_copy(inputs).latent.covariance, alone(inputs).latent.covariance)
                 assert not any(isinstance(part, FSDPModule) for part in whole.network.template.modules())
             after = _placements(net)
             assert isinstance(net, FSDPModule)
             for name, (places, local, version) in before.items():
                 assert after[name][0] == places and after[name][2] == version and torch.equal(after[name][1], local)
-            step(net, x, y)  # and it trains on
-            assert whole(inputs).mean.isfinite().all()
+            step(net, x, y)  # and it trains on, which is noticed
+            with pytest.raises(StaleModelError):
+                whole(inputs)
 
 
 def step(net: nn.Module, x: Tensor, y: Tensor) -> None:

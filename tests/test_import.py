@@ -24,7 +24,7 @@ PUBLIC = {
     *("BayesianModel", "Bernoulli", "Categorical", "Ensemble", "Gaussian", "GaussianPrior", "Heteroscedastic"),
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SGMCMC", "SWAG", "TFB"),
     "BayesVLM",
-    *("EvidenceTrainer", "MinibatchEvidence", "evidence_training"),
+    *("EvidenceTrainer", "MinibatchEvidence", "evidence_training", "gathered"),
     *("Temperature", "VBLL", "__version__", "as_module", "compare", "evaluate", "load", "replace", "wrap"),
 }
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError
-from bayesdl.network import Network, extract_output, first_inputs
+from bayesdl.network import Network, first_inputs
+from bayesdl.outputs import extract_output
 from tests.networks import SharedModule, TiedLayers
 from tests.test_clone import X, mlp, reference
 from tests.untouched import untouched

@@ -98,6 +98,7 @@ def estimate(
     group, family = resolve_group(distributed), resolve(likelihood)
     with together(group):
         data, batch_one = peek(data)
+    with together(group):
         network = (
             model
             if isinstance(model, Network)
@@ -105,7 +106,7 @@ def estimate(
         ).reading(family.output_axis)
     if group is not None:
         same_network(group, network)
-    with together(group):
+    with together(group), network.session():
         example = network.batch(batch_one)[0]
         layout = plan(network, example, bias)
     return fit_curvature(
@@ -166,19 +167,20 @@ def fit_curvature(
             given = "distributed=" if group is not None else "resume="
             raise UnsupportedError(f'kind="hessian" runs in one process and in one go, without {given}; or use "ggn"')
         share_of(data, distributed, group)
-        return fit_hessian(
-            network,
-            layout,
-            data,
-            likelihood,
-            structure=structure,
-            dtype=dtype,
-            memory=memory,
-            allow_partial=allow_partial,
-            progress=progress,
-            rank=rank,
-            shared=shared,
-        )
+        with network.session():
+            return fit_hessian(
+                network,
+                layout,
+                data,
+                likelihood,
+                structure=structure,
+                dtype=dtype,
+                memory=memory,
+                allow_partial=allow_partial,
+                progress=progress,
+                rank=rank,
+                shared=shared,
+            )
     if group is not None and generator is None:
         generator = torch.Generator(network.device).manual_seed(group.rank)
     run = Run(
@@ -207,7 +209,7 @@ def fit_curvature(
     partial = allow_partial or share.total is not None  # a share is counted with all the others
     while True:
         source = batches(network, data, progress=progress, describe="curvature", allow_partial=partial, example=example)
-        with together(group):
+        with together(group), network.session():
             for number, inputs, target in share.cut(source):
                 if number >= run.batches:
                     run.add(number, inputs, target)

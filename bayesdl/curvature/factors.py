@@ -20,7 +20,8 @@ from bayesdl.curvature.factor import Factor, dense_factor
 from bayesdl.curvature.layers import Use, empty_factor, factor_of
 from bayesdl.curvature.layout import MISSING, REPEATED, Layout
 from bayesdl.errors import ShapeError
-from bayesdl.network import Network, known_batch_size
+from bayesdl.network import Network
+from bayesdl.outputs import known_batch_size
 
 Cotangents = Callable[[Tensor], Tensor]
 

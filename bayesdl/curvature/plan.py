@@ -23,9 +23,11 @@ from bayesdl.curvature.factors import Tap, layer_factors, tapped_forward
 from bayesdl.curvature.layers import CHANNEL_WISE, block_of, joins_bias
 from bayesdl.curvature.layout import MISSING, REPEATED, Block, Layout
 from bayesdl.curvature.projections import composite_blocks, is_composite
+from bayesdl.curvature.sketch import Sketches
 from bayesdl.data import check_inputs, in_batch
 from bayesdl.errors import ArgumentError, BayesDLError, UnreachedParameterError, UnsupportedError, check_finite
 from bayesdl.network import Network
+from bayesdl.streaming import Change
 
 # what torch's functions raise on shapes that they cannot take
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
@@ -83,8 +85,8 @@ def plan(network: Network, example: Any, bias: str = "joint") -> Layout:
             break
         checked = [block for block in checked if block.name not in wrong]
     covered = {name for block in checked for name in block.parameters}
-    values = network.parameters
-    dense = [_dense(name, values[name]) for name in network.names if name not in covered]
+    held = network.held
+    dense = [_dense(name, held[name]) for name in network.names if name not in covered]
     bare = _bare(network)
     copied = [_copied(block, proof) if block.name in bare else block for block in dense]
     if copied != dense and proof.holds([*checked, *copied]):  # all at once, too
@@ -103,11 +105,11 @@ def _check_same(one: Tensor, other: Tensor, kind: torch.dtype, message: str) -> 
 
 def _layout(network: Network, blocks: list[Block], taps: list[Tap], outputs: torch.Size) -> Layout:
     order = {name: i for i, name in enumerate(network.names)}
-    values = network.parameters
+    held = network.held
     return Layout(
         tuple(sorted(blocks, key=lambda block: min(order[name] for name in block.parameters))),
         network.names,
-        tuple(tuple(values[name].shape) for name in network.names),
+        tuple(tuple(held[name].shape) for name in network.names),
         sum(tap.output.numel() for tap in taps) // 2,
         outputs[-1],
         outputs[:-1].numel() if len(outputs) > 1 else 0,
@@ -122,7 +124,7 @@ def _rows(network: Network, example: Any, count: int) -> Any:
 
 def _candidates(network: Network, bias: str) -> list[Block]:
     """Blocks of the layers that own selected parameters and share them with no layer of another kind."""
-    names = {id(p): name for name, p in network.parameters.items()}
+    names = {id(p): name for name, p in network.held.items()}
     users: dict[_Owned, list[tuple[str, nn.Module]]] = defaultdict(list)
     uses: dict[str, set[_Owned]] = defaultdict(set)
     for path, module in network.module().named_modules():
@@ -181,13 +183,26 @@ class _Truth(NamedTuple):
 
     Attributes:
         vectors: cotangents, one for each example.
-        gradients: every selected parameter's gradients `(2, ...)`.
+        gradients: every selected parameter's gradients `(2, ...)`, or their sketches.
         kind: the coarsest dtype that the network computes in.
+        sketches: of a sharded network, whose gradients would not fit; None for the gradients themselves.
     """
 
     vectors: Tensor
     gradients: dict[str, Tensor]
     kind: torch.dtype
+    sketches: Sketches | None
+
+    def pair(self, block: Block, factor: Factor, example: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """J^T v of an example by the factor and by automatic differentiation."""
+        ours = _row(factor, example)
+        if self.sketches is None:
+            return ours.to(dtype, copy=True), block.pack(
+                {name: self.gradients[name][example].to(dtype) for name in block.parameters}
+            )
+        values = block.unpack(ours)
+        mine = [self.sketches.of(name, values[name]).to(dtype) for name in block.parameters]
+        return torch.stack(mine), torch.stack([self.gradients[name][example].to(dtype) for name in block.parameters])
 
 
 @dataclass(frozen=True)
@@ -231,7 +246,7 @@ def _bare(network: Network) -> set[str]:
     """Selected parameters that no layer of torch holds, whose kernels take their shapes on trust."""
     module = network.module()
     kernels = {id(p) for part in module.modules() if _is_torchs(part) for p in part._parameters.values()}
-    return {name for name, p in network.parameters.items() if id(p) not in kernels}
+    return {name for name, p in network.held.items() if id(p) not in kernels}
 
 
 def _is_torchs(part: nn.Module) -> bool:
@@ -250,9 +265,19 @@ def _copied(block: Block, proof: _Proof) -> Block:
 
 def _true_gradients(network: Network, pair: Any) -> _Truth:
     """Two random cotangents `(2, 2, ..., C)`, one an example, and every selected parameter's gradients `(2, ...)`."""
-    leaves = {name: p.detach().clone().requires_grad_() for name, p in network.parameters.items()}
+    sketches: Sketches | None = None
+    through: dict[str, Change] = {}
+    if network.sharded:
+        held = network.held
+        sketches = Sketches(held)
+        leaves, through = sketches.probes()
+    else:
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in network.parameters.items()}
     with recorded_dtypes() as kinds:
-        output = network.forward(network.module(), pair, leaves)
+        output = network.forward(network.module(), pair, through or leaves)
+    device = network.device.type
+    if network.sharded and torch.is_autocast_enabled(device):  # what is kept for the backward pass does not show it
+        kinds.add(torch.get_autocast_dtype(device))
     with in_batch(0):
         check_finite(output.detach(), "the network's outputs")
     noise = torch.randn(2, *output.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -268,11 +293,11 @@ def _true_gradients(network: Network, pair: Any) -> _Truth:
         )
     pairs = zip(leaves, *rounds, strict=True)
     gradients = {name: torch.cat([a, b]) for name, a, b in pairs if a is not None and b is not None}
-    return _Truth(vectors, gradients, coarsest([*kinds, output.dtype, network.dtype or torch.float32]))
+    return _Truth(vectors, gradients, coarsest([*kinds, output.dtype, network.dtype or torch.float32]), sketches)
 
 
 def _disagreeing(network: Network, layout: Layout, pair: Any, truth: _Truth) -> set[str]:
-    vectors, gradients, kind = truth
+    vectors, kind = truth.vectors, truth.kind
     work = torch.promote_types(network.dtype or torch.float32, torch.float32)
     _, factors = layer_factors(network, layout, pair, lambda f: vectors, work)
     wrong = set()
@@ -280,8 +305,7 @@ def _disagreeing(network: Network, layout: Layout, pair: Any, truth: _Truth) -> 
         scale, error = torch.zeros(2, dtype=work)
         silent = False
         for k in range(2):  # one after another: a last layer of many classes is large
-            ours = _row(factor, k).to(work, copy=True)
-            true = block.pack({name: gradients[name][k].to(work) for name in block.parameters})
+            ours, true = truth.pair(block, factor, k, work)
             extremes = [extreme.abs().cpu() for part in (ours, true) for extreme in part.aminmax()]
             scale = torch.stack([scale, *extremes]).max()
             # an example without a gradient (all its units are dead) proves nothing about an unusual batch axis

@@ -15,7 +15,8 @@ from bayesdl.last_layer.features import linear_layer
 from bayesdl.last_layer.parameterisation import Covariance, Full, Precision, Shared
 from bayesdl.likelihoods import Bernoulli, Categorical, Gaussian, Heteroscedastic, Likelihood, NormalGamma
 from bayesdl.model import BayesianModel
-from bayesdl.network import Network, extract_output, outputs_last
+from bayesdl.network import Network
+from bayesdl.outputs import extract_output, outputs_last
 from bayesdl.posteriors import GaussianPosterior, LastLayerPosterior, PointPosterior, Posterior, ScaledPosterior
 from bayesdl.posteriors.discriminant import Discriminant
 from bayesdl.posteriors.last_layer import ConjugateWeights, GaussianWeights

@@ -123,10 +123,9 @@ def find_layers(
 def fingerprint(module: nn.Module, layers: Iterable[AdaptedLayer]) -> str:
     """SHA-256 over names and values of A and B of the given layers."""
     digest = hashlib.sha256()
-    parameters = dict(module.named_parameters(remove_duplicate=False))
     for layer in layers:
-        for name in layer.weights:
-            value = parameters[name].detach()
+        for name, part in zip(layer.weights, (layer.down(module), layer.up(module)), strict=True):
+            value = weight(part)
             digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|{layer.scaling}\n".encode())
             digest.update(value.contiguous().reshape(-1).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

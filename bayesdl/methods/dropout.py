@@ -27,6 +27,7 @@ class MCDropout(Method):
     rate: float | None = None
 
     name: ClassVar[str] = "dropout"
+    streams: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         if self.num_samples < 1:

@@ -59,7 +59,7 @@ class _Names:
         self.own = network.tensors
         # a submodule of the user's own may be called "module", as the one inside a data-parallel wrapper is
         self.wrapped = not any(name.startswith("module.") for name in self.own)
-        first = {id(value): name for name, value in reversed(self.own.items())}
+        first = {id(value): name for name, value in reversed(list(self.own.items()))}
         template = network.template
         every = [*template.named_parameters(remove_duplicate=False), *template.named_buffers(remove_duplicate=False)]
         self.names = {name: first[id(value)] for name, value in every}  # tied tensors have several

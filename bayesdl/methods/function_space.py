@@ -58,6 +58,7 @@ class SubsetGP(Method):
 
     name: ClassVar[str] = "gp"
     trains: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         data = task.need_data(self.name)
@@ -87,6 +88,7 @@ class _Projected(Method):
     memory: int | None
 
     trains: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     bound: ClassVar[bool] = False
 
     @property

@@ -77,6 +77,7 @@ class Laplace(Method):
 
     name: ClassVar[str] = "laplace"
     trains: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
 
@@ -86,6 +87,7 @@ class Laplace(Method):
         prior = task.prior.diagonal if isinstance(task.prior, PosteriorPrior) else task.gaussian_prior()
         with together(resolve_group(task.distributed)):
             example = first_inputs(data, task.network.batch)
+        with together(resolve_group(task.distributed)), task.network.session():
             layout = plan(task.network, example, self.bias)
         fit = fit_curvature(
             task.network,

@@ -15,6 +15,7 @@ class MAP(Method):
     """No uncertainty about the weights. Data is used only to choose an open Gaussian noise."""
 
     name: ClassVar[str] = "map"
+    streams: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         posterior = PointPosterior()

@@ -25,6 +25,7 @@ class Temperature(Method):
     temperature: float | None = None
 
     name: ClassVar[str] = "temperature"
+    streams: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         if task.likelihood.task not in ("classification", "multilabel"):

@@ -68,6 +68,7 @@ class TFB(Method):
     select: Selector | None = None
 
     name: ClassVar[str] = "tfb"
+    streams: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         from bayesdl.lora.scale import SearchSettings, search_scale

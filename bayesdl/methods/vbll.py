@@ -30,6 +30,7 @@ from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.network import first_inputs
 from bayesdl.posteriors.last_layer import ConjugateWeights, LastLayerPosterior
 from bayesdl.select import Selector
+from bayesdl.streaming import GATHER
 
 MODES = ("frozen", "full")
 RULES = ("evidence", "loo", "training")
@@ -87,12 +88,15 @@ class VBLL(Method):
 
     name: ClassVar[str] = "vbll"
     trains: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         self._check()
         data = task.need_data(self.name)
         layer = self._layer(task, data)
         if self.mode == "full":
+            if task.network.sharded:
+                raise UnsupportedError(f'mode="full" trains the model, whose weights are sharded; {GATHER}')
             from bayesdl.last_layer.training import train
 
             return train(self, task, layer, data)

@@ -20,6 +20,7 @@ from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, standard_normal
 from bayesdl.posteriors.belief import Belief, LinearBelief, Map
 from bayesdl.posteriors.discriminant import Discriminant
+from bayesdl.streaming import whole
 
 
 @final
@@ -89,9 +90,10 @@ class GaussianWeights(LinearBelief):
 
     @classmethod
     def of(cls, mean: Tensor, covariance: Covariance, scale: Tensor, bias: bool, *, bound: float | None = None) -> Self:
-        """A detached copy: training on the head leaves it as it is."""
-        held = {name: value.detach().clone() for name, value in covariance.state_dict().items()}
-        return cls(mean.detach().clone(), _rebuilt(covariance, held), scale.detach().clone(), bias, bound)
+        """A detached copy, whole where the head is sharded: training on the head leaves it as it is."""
+        held = {name: whole(value.detach()).clone() for name, value in covariance.state_dict().items()}
+        covariance = _rebuilt(covariance, held)
+        return cls(whole(mean.detach()).clone(), covariance, whole(scale.detach()).clone(), bias, bound)
 
     def latent(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         phi = phi.to(self.mean.dtype)

@@ -14,7 +14,8 @@ from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Cotangents, identity_cotangents, layer_factors
 from bayesdl.curvature.head import Head, head_of, is_one_layer
 from bayesdl.curvature.structure import Structure
-from bayesdl.network import Network, known_batch_size
+from bayesdl.network import Network
+from bayesdl.outputs import known_batch_size
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from bayesdl.clone import structural_clone, unwrap
 from bayesdl.errors import ArgumentError, NonFiniteError, StaleModelError, UnsupportedError
 from bayesdl.samplers.base import Sampler
-from bayesdl.sharded import gathered
+from bayesdl.sharded import made_by_fsdp
 
 DTYPES = ("float32", "float64", "bfloat16-delta")
 BUFFERS = ("keep", "refresh", "shared")
@@ -47,7 +47,7 @@ class Sampled:
         if not isinstance(net, nn.Module):
             raise ArgumentError(f"a torch.nn.Module is expected, got {type(net).__name__}")
         self._net = unwrap(net)
-        if gathered(self._net) is not self._net:
+        if made_by_fsdp(self._net):
             raise UnsupportedError("the network's parameters are sharded over processes (FSDP2), and a chain reads "
                                    "whole ones: sample a plain or a DistributedDataParallel network")  # fmt: skip
         everything: dict[str, Tensor] = dict(_plain(self._net).named_parameters())
