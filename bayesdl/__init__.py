@@ -103,6 +103,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evidence_training",
+    "gathered",
     "load",
     "replace",
     "wrap",
@@ -147,6 +148,7 @@ if TYPE_CHECKING:
         StudentTPrior,
     )
     from bayesdl.samplers.chain import Chain
+    from bayesdl.sharded import gathered
 
 
 def __getattr__(name: str) -> Any:
