@@ -61,8 +61,9 @@ def estimate(
         model: trained network; never written to.
         data: loader of batches; an iterator that can be read once is enough for structures that take one pass.
         likelihood: name or object.
-        structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary
-            from layer patterns to these, e.g. `{"head": "full", "*": "kron"}`; see `bayesdl.curvature.mixed.Mixed`.
+        structure: "full", "diag", "kron", "kron-lowrank" (of large factors the leading eigenpairs), "ekfac" (two passes
+            over the data) or "lowrank" (three); or a dictionary from layer patterns to these, e.g. `{"head": "full",
+            "*": "kron"}`; see `bayesdl.curvature.mixed.Mixed`.
         kind: "ggn" (exact), "mc" (Fisher from sampled targets), "empirical" (from the true targets) or "hessian" (of
             -sum log p(y | f(theta)); "full", "diag" or "lowrank"). At weights that are no minimum a Hessian has
             negative eigenvalues: queries refuse a shift that leaves scale * H + diag(shift) not positive definite.
@@ -78,10 +79,10 @@ def estimate(
         memory: bytes that one chunk of examples may take.
         allow_partial: accept a loader that skips part of its data set (drop_last).
         progress: whether to show progress bars.
-        rank: of structure "lowrank"; default 32.
-        shared: for "kron" and "ekfac", how a weight that meets several positions of an example (convolutions,
-            sequences) is treated: "expand" (every position a datum) or "reduce" (inputs averaged, cotangents summed
-            over positions first); see `bayesdl.curvature.kron.Kron`.
+        rank: of structure "lowrank" or "kron-lowrank"; default 32.
+        shared: for "kron", "kron-lowrank" and "ekfac", how a weight that meets several positions of an example
+            (convolutions, sequences) is treated: "expand" (every position a datum) or "reduce" (inputs averaged,
+            cotangents summed over positions first); see `bayesdl.curvature.kron.Kron`.
         distributed: True, or a process group of torch: every process calls this with its own share of the data, and
             all of them get the curvature of the whole (one reduction a pass). Never on its own, because a call on one
             process alone would wait for the others for ever: by default a loader that visibly holds a share (a

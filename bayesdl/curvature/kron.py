@@ -163,8 +163,9 @@ def _check_sizes(layout: Layout, dtype: torch.dtype) -> None:
         if size > MAX_BYTES:
             raise UnsupportedError(
                 f"the Kronecker factors of layer {b.name!r} ({b.rows} outputs, {b.columns} inputs) take "
-                f'{size / 1e9:.1f} GB (limit {MAX_BYTES / 1e9:.1f}); use structure="diag" for this layer, for example '
-                f'structure={{{b.name!r}: "diag", "*": "kron"}}, or select other parameters'
+                f"{size / 1e9:.1f} GB (limit {MAX_BYTES / 1e9:.1f}); keep their leading eigenpairs "
+                '(structure="kron-lowrank", or bdl.Laplace(kron_rank=32)), use structure="diag" for this layer, for '
+                f'example structure={{{b.name!r}: "diag", "*": "kron"}}, or select other parameters'
             )
 
 

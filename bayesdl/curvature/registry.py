@@ -11,6 +11,7 @@ from bayesdl.curvature.dual import Dual
 from bayesdl.curvature.ekfac import EKFAC
 from bayesdl.curvature.full import Full
 from bayesdl.curvature.kron import SHARED, Kron
+from bayesdl.curvature.kron_lowrank import KronLowRank
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.lowrank import LowRank
 from bayesdl.curvature.mixed import Mixed
@@ -21,6 +22,7 @@ STRUCTURES: dict[str, type[Uniform]] = {
     "full": Full,
     "diag": Diag,
     "kron": Kron,
+    "kron-lowrank": KronLowRank,
     "ekfac": EKFAC,
     "lowrank": LowRank,
     "dual": Dual,
@@ -41,8 +43,10 @@ def check_recipe(recipe: Recipe, rank: int | None = None) -> None:
         names = recipe.values() if isinstance(recipe, Mapping) else [recipe]
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ArgumentError(f"rank={rank!r}; expected a positive integer")
-        if "lowrank" not in names:
-            raise ArgumentError(f'rank={rank} was given with structure={recipe!r}; it belongs to structure="lowrank"')
+        if not {"lowrank", "kron-lowrank"} & set(names):
+            raise ArgumentError(
+                f'rank={rank} was given with structure={recipe!r}; it belongs to structure="lowrank" or "kron-lowrank"'
+            )
     if isinstance(recipe, Mapping):
         if not recipe or not all(isinstance(pattern, str) for pattern in recipe):
             raise ArgumentError(
@@ -71,7 +75,7 @@ def check_shared(recipe: Recipe, shared: str) -> None:
     if shared not in SHARED:
         raise UnknownNameError(f"shared={shared!r} is not known; choose one of {SHARED}")
     names = list(recipe.values()) if isinstance(recipe, Mapping) else [recipe]
-    if shared != SHARED[0] and not {"kron", "ekfac"} & set(names):
+    if shared != SHARED[0] and not {"kron", "kron-lowrank", "ekfac"} & set(names):
         raise ArgumentError(
             f'shared={shared!r} was given with structure={recipe!r}; it belongs to structure="kron" or "ekfac"'
         )

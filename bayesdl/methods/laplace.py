@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, final
@@ -36,8 +37,8 @@ class Laplace(Method):
     Args:
         select: Bayesian parameters: "all", "last_layer" (or "last"), "requires_grad", "lora", names, a pattern, a
             predicate, or single elements (`bdl.select.largest_magnitude` and its kin).
-        structure: "full", "diag", "kron", "ekfac" (two passes over the data) or "lowrank" (three); or a dictionary from
-            layer patterns to these, e.g. `{"head": "full", "*": "kron"}`.
+        structure: "full", "diag", "kron", "kron-lowrank", "ekfac" (two passes over the data) or "lowrank" (three); or a
+            dictionary from layer patterns to these, e.g. `{"head": "full", "*": "kron"}`.
         kind: "ggn", "mc" (Fisher from sampled targets), "empirical" or "hessian" (exact, of the log-likelihood;
             structures "full", "diag", "lowrank"). Where the Hessian has negative eigenvalues, as at weights that are no
             minimum, give a prior whose precision outweighs them: the evidence has no maximum there, and every query
@@ -51,9 +52,11 @@ class Laplace(Method):
         dtype: of the curvature; default at least float32.
         memory: bytes that one chunk of examples may take while fitting.
         allow_partial: accept a loader that skips part of its data (drop_last).
-        rank: of structure "lowrank"; default 32.
-        shared: for "kron" and "ekfac", how positions of convolutions and sequences are treated: "expand" or "reduce";
-            see `bayesdl.curvature.kron.Kron`.
+        rank: of structure "lowrank" or "kron-lowrank"; default 32.
+        kron_rank: "kron" becomes "kron-lowrank" of this rank: so many eigenpairs are kept of factors that are too large
+            to hold, such as those of wide layers and vocabularies.
+        shared: for "kron", "kron-lowrank" and "ekfac", how positions of convolutions and sequences are treated:
+            "expand" or "reduce"; see `bayesdl.curvature.kron.Kron`.
         resume: a file that keeps the state of the fit, from which an interrupted one goes on; the loader must keep its
             order.
         every: batches after which that file is written anew.
@@ -72,6 +75,7 @@ class Laplace(Method):
     rank: int | None = None
     shared: str = "expand"
     classes: int | None = None
+    kron_rank: int | None = None
     resume: str | Path | None = None
     every: int = 100
 
@@ -94,14 +98,14 @@ class Laplace(Method):
             layout,
             data,
             task.likelihood,
-            structure=self.structure,
+            structure=self.recipe,
             kind=self.kind,
             samples=self.samples,
             generator=task.generator,
             dtype=self.dtype,
             memory=self.memory,
             allow_partial=self.allow_partial,
-            rank=self.rank,
+            rank=self.rank if self.kron_rank is None else self.kron_rank,
             shared=self.shared,
             classes=self.classes,
             progress=task.progress,
@@ -124,10 +128,27 @@ class Laplace(Method):
             likelihood = likelihood.with_noise(posterior.noise)
         return Fitted(posterior, likelihood, findings)
 
+    @property
+    def recipe(self) -> Recipe:
+        """`structure`, with "kron-lowrank" in the place of "kron" where it has a rank."""
+        if self.kron_rank is None:
+            return self.structure
+        if isinstance(self.structure, Mapping):
+            return {pattern: _ranked(name) for pattern, name in self.structure.items()}
+        return _ranked(self.structure)
+
     def check(self) -> None:
         """Raise where an argument has a value that is not accepted."""
         check_recipe(self.structure, self.rank)
-        check_shared(self.structure, self.shared)
+        if self.kron_rank is not None:
+            names = list(self.structure.values()) if isinstance(self.structure, Mapping) else [self.structure]
+            if "kron" not in names or self.rank is not None:
+                raise ArgumentError(
+                    f"kron_rank={self.kron_rank} was given with structure={self.structure!r} and rank={self.rank}; it "
+                    'belongs to structure="kron", whose only rank it is'
+                )
+            check_recipe(self.recipe, self.kron_rank)
+        check_shared(self.recipe, self.shared)
         if self.kind not in KINDS:
             raise UnknownNameError(f"kind {self.kind!r} is not known; choose one of {KINDS}")
         if self.predictive not in ("linearized", "samples"):
@@ -172,6 +193,10 @@ class Laplace(Method):
         # raise here, not at the first prediction, if the prior does not fit the structure
         posterior.structure.logdet(posterior.scale, posterior.shift)
         return posterior
+
+
+def _ranked(name: str) -> str:
+    return "kron-lowrank" if name == "kron" else name
 
 
 def _by_block(layout: Layout, precision: Tensor) -> Tensor:

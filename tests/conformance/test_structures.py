@@ -28,7 +28,7 @@ from tests.cases import BY_NAME, OUTPUTS, targets
 NETWORKS = ("position_embedding", "batch_norm_2d", "conv2d_groups", "bare_parameters")
 SCALE = 0.7
 # diagonal in rotated coordinates, where one prior precision per parameter is not
-ROTATED = ("kron", "ekfac")
+ROTATED = ("kron", "kron-lowrank", "ekfac")
 
 
 @cache

@@ -1,7 +1,10 @@
-"""Laplace over low-rank factors through the common curvature core, against the dense GGN; ensembles of adapters."""
+"""Laplace over low-rank factors against the dense GGN; ensembles and chains of adapters alone."""
 
 from __future__ import annotations
 
+import copy
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import bayesdl as bdl
 from bayesdl.errors import SelectionError
 from bayesdl.network import Network
 from tests import oracles
-from tests.lora.networks import adapted, batch, train
+from tests.lora.networks import HIDDEN, adapted, batch, train
 from tests.untouched import untouched
 
 pytest.importorskip("peft")
@@ -26,9 +29,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 PRIOR = bdl.GaussianPrior(precision=5.0)
 
 
-def dense(model: Any, data: dict[str, Tensor]) -> Tensor:
-    """Sum over examples of J' Lambda J in A and B, by autograd, float64."""
-    network = Network(model, select="lora", batch="huggingface")
+def jacobian(model: Any, data: dict[str, Tensor], select: str = "lora") -> tuple[Tensor, Tensor]:
+    """J `(B, C, P)` in the selected weights by autograd, and the outputs `(B, C)`."""
+    network = Network(model, select=select, batch="huggingface")
     inputs = {key: value for key, value in data.items() if key != "labels"}
     names = list(network.parameters)
 
@@ -37,7 +40,12 @@ def dense(model: Any, data: dict[str, Tensor]) -> Tensor:
 
     pieces = torch.autograd.functional.jacobian(outputs, tuple(p.detach() for p in network.parameters.values()))
     jac = torch.cat([piece.reshape(*piece.shape[:2], -1) for piece in pieces], -1)
-    logits = network(inputs)
+    return jac, network(inputs)
+
+
+def dense(model: Any, data: dict[str, Tensor], select: str = "lora") -> Tensor:
+    """Sum over examples of J' Lambda J, float64."""
+    jac, logits = jacobian(model, data, select)
     return oracles.ggn(jac, oracles.lambda_formula("categorical", logits))
 
 
@@ -79,25 +87,83 @@ def test_kron_is_exact_where_it_must_be_and_does_not_see_batches() -> None:
     torch.testing.assert_close(whole.to_dense(), pieces.to_dense(), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "lowrank"])
-def test_posteriors_of_an_adapter(structure: str) -> None:
-    model = adapted("llama", 2)
+def test_a_rank_for_the_large_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = adapted("bert", 1, r=2).double(), batch(1, 3, labels=True, padded=False)
+
+    def fit(**options: Any) -> Tensor:
+        arguments: dict[str, Any] = {"select": "lora", "batch": "huggingface", "progress": False, **options}
+        return bdl.curvature.estimate(model, [data], "categorical", **arguments).to_dense()
+
+    whole = fit(structure="kron")
+    # full rank is kron; three tokens and their nine cotangents span few directions of 32: a rank of 12 loses nothing
+    torch.testing.assert_close(fit(structure="kron-lowrank", rank=HIDDEN), whole)
+    monkeypatch.setattr("bayesdl.curvature.kron_lowrank.OVERSAMPLING", 0)
+    torch.testing.assert_close(fit(structure="kron-lowrank", rank=12), whole, rtol=1e-8, atol=1e-10)
+    cut = fit(structure="kron-lowrank", rank=2)
+    assert float(torch.linalg.eigvalsh(whole - cut).min()) > -1e-9
+    assert float((whole - cut).norm()) > 1e-3 * float(whole.norm())
+
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "kron": {"structure": "kron"},
+    "diag": {"structure": "diag"},
+    "lowrank": {"structure": "lowrank", "rank": 6},
+    "kron_rank": {"structure": "kron", "kron_rank": 3},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_posteriors_of_an_adapter(structure: str, kind: str) -> None:
+    model = adapted(kind, 1).double()
     data = [batch(6, seed=seed, labels=True) for seed in range(3)]
+    method = bdl.Laplace(select="lora", **STRUCTURES[structure])
+    options: dict[str, Any] = {"likelihood": "categorical", "batch": "huggingface", "progress": False}
+    with untouched(model):
+        bayes = bdl.wrap(model, method, data, prior=PRIOR, **options)
+        tuned = bayes.tune("evidence")
+    assert all("lora_" in name for name in bayes.network.names)
+    tolerance = 1e-5 if kind == "llama" else 1e-8  # Llama's norms run in float32
+    weights = torch.cat([value.flatten() for value in bayes.network.parameters.values()]).detach()
+    jac, logits = jacobian(model, batch(5))
+    for found in (bayes, tuned):
+        posterior: Any = found.posterior
+        level = float(posterior.precision)
+        precision = posterior.structure.to_dense() + level * torch.eye(len(weights)).double()
+        pred = found(batch(5))
+        wanted = oracles.linearized_covariance(jac, precision)
+        torch.testing.assert_close(pred.latent.covariance, wanted, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(pred.latent.mean, logits, rtol=tolerance, atol=tolerance)
+        logs = sum(
+            float(
+                Network(model, batch="huggingface")({k: v for k, v in d.items() if k != "labels"})
+                .log_softmax(-1)[torch.arange(6), d["labels"]]
+                .sum()
+            )
+            for d in data
+        )
+        evidence = logs - 0.5 * level * weights @ weights
+        evidence = evidence - 0.5 * (torch.logdet(precision) - len(weights) * math.log(level))
+        torch.testing.assert_close(found.log_evidence(), evidence, rtol=tolerance, atol=tolerance)
+    assert float(tuned.log_evidence()) >= float(bayes.log_evidence())
+
+
+@pytest.mark.parametrize("select", ["lora:last-1", "lora+head"])
+def test_parts_of_an_adapter(select: str) -> None:
+    model, data = adapted("llama", 2), batch(3, 4, labels=True)
+    model.requires_grad_(False)
+    method = bdl.Laplace(select=select, structure="diag")
     with untouched(model):
         bayes = bdl.wrap(
-            model,
-            bdl.Laplace(select="lora", structure=structure),
-            data,
-            likelihood="categorical",
-            prior=PRIOR,
-            batch="huggingface",
-            progress=False,
+            model, method, [data], likelihood="categorical", prior=PRIOR, batch="huggingface", progress=False
         )
-        tuned = bayes.tune("evidence")
-    assert float(tuned.log_evidence()) >= float(bayes.log_evidence()) - 1e-3
-    pred = bayes(batch(5))
-    assert pred.mean.shape == (5, 3) and bool((pred.latent.variance > 0).all())
-    assert all("lora_" in name for name in bayes.network.names)
+    wanted = dense(model, data, select).diagonal()
+    found: Any = bayes.posterior
+    torch.testing.assert_close(found.structure.to_dense().diagonal(), wanted, rtol=1e-3, atol=1e-5)
+    blocks = [name.split(".layers.")[1][0] for name in bayes.network.names if ".layers." in name]
+    assert set(blocks) == ({"1"} if select == "lora:last-1" else {"0", "1"})
+    assert any("modules_to_save" in name for name in bayes.network.names) == (select == "lora+head")
+    assert bayes(batch(5)).mean.shape == (5, 3)
 
 
 def test_selections() -> None:
@@ -122,3 +188,34 @@ def test_ensembles_of_adapters() -> None:
         pred = bayes(inputs)
     for draw, member in zip(pred.latent.samples, members, strict=True):
         torch.testing.assert_close(draw, member.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_chains_of_an_adapter_keep_its_tensors_alone(kind: str, tmp_path: Path) -> None:
+    model, data = adapted(kind, 2), [batch(6, seed=seed, labels=True) for seed in range(3)]
+    model.requires_grad_(False)
+    method = bdl.SGMCMC("sghmc", select="lora", num_samples=4, burn_in=6, store=tmp_path / "chain")
+    with untouched(model):
+        bayes = bdl.wrap(
+            model, method, data, likelihood="categorical", prior=PRIOR, batch="huggingface", progress=False
+        )
+        pred = bayes(batch(5))
+    posterior = bayes.posterior
+    assert isinstance(posterior, bdl.posteriors.SamplePosterior)
+    names = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert set(posterior.snapshots) == names
+    size = sum(p.numel() for name, p in model.named_parameters() if name in names)
+    files = [path.stat().st_size for path in (tmp_path / "chain").rglob("sample-*.safetensors")]
+    assert len(files) == 4 and max(files) < 4 * size + 4000  # bytes of the adapter alone, and a header
+    # each draw is the plain model with its adapter replaced
+    for number, wanted in enumerate(pred.latent.samples):
+        plain = copy.deepcopy(model).eval()
+        for name, parameter in plain.named_parameters():
+            if name in names:
+                parameter.data.copy_(posterior.snapshots[name][number])
+        with torch.no_grad():
+            torch.testing.assert_close(plain(**batch(5)).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert float(pred.epistemic.min()) > 0
+    bayes.save(tmp_path / "b.safetensors")
+    again = bdl.load(tmp_path / "b.safetensors", model, batch="huggingface")
+    assert torch.equal(again(batch(5)).mean, pred.mean)
