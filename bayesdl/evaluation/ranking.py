@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ShapeError
-from bayesdl.evaluation import validation, weighting
+from bayesdl.evaluation import sorted_sets, validation, weighting
 from bayesdl.evaluation.binning import tie_groups
 
 
@@ -87,14 +87,15 @@ def fpr_at_recall(scores: Any, positive: Any, *, recall: float = 0.95, weights: 
 
 
 def _auroc(scores: Tensor, positive: Tensor, count: int) -> float:
-    """`auroc` of `count` positives (N,) bool without weights, in integers, at little more than the cost of the sort."""
-    ordered, order = scores.sort()
-    ends = torch.cat([(ordered[1:] != ordered[:-1]).nonzero()[:, 0], order.new_tensor([len(order) - 1])])
-    above = positive[order].cumsum(0)[ends]
-    below = ends + 1 - above
-    # A positive beats the negatives before its tie group and half of those in it.
-    pairs = int(above[0] * below[0] + (above.diff() * (below[1:] + below[:-1])).sum())
-    return pairs / 2 / (count * (len(scores) - count))
+    """`auroc` of `count` positives (N,) bool without weights, in integers: each set is sorted for itself."""
+    few, many = sorted_sets.ascending(scores[positive]), sorted_sets.ascending(scores[~positive])
+    swapped = len(few) > len(many)
+    few, many = (many, few) if swapped else (few, many)
+    below, upto = sorted_sets.places(few, many)
+    # A number beats those below it and half of those equal to it.
+    pairs = int(below.sum() + upto.sum())
+    whole = 2 * count * (len(scores) - count)
+    return (whole - pairs if swapped else pairs) / whole
 
 
 def _checked(name: str, scores: Any, positive: Any, weights: Any, read: Any, plain: Any = None) -> float | Tensor:

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bayesdl.evaluation import validation, weighting
+from bayesdl.evaluation import sorted_sets, validation, weighting
 from bayesdl.evaluation.binning import tie_groups
 from bayesdl.evaluation.ranking import shifted
 
@@ -133,7 +133,35 @@ def risk_coverage(confidence: Any, loss: Any, *, weights: Any = None) -> RiskCov
 
 
 def _plain_aurc(confidence: Tensor, loss: Tensor) -> float:
-    """`aurc` without weights, at little more than the cost of the sort: running means, put right inside tie groups."""
+    """`aurc` without weights."""
+    wrong = loss == 1
+    if bool((wrong | (loss == 0)).all()):
+        return _aurc_of_errors(confidence, wrong)
+    return _aurc_of_losses(confidence, loss)
+
+
+def _aurc_of_errors(confidence: Tensor, wrong: Tensor) -> float:
+    """`aurc` of 0/1 losses: an error at place r is among the first i for every i >= r, which adds H_N - H_{r-1}.
+
+    Ties: r is any place of the tie group with equal chance. Of all examples these numbers sum to N, so that the rarer
+    of errors and hits tells.
+    """
+    order = -confidence if confidence.is_floating_point() else -validation.wide(confidence)
+    few, many = sorted_sets.ascending(order[wrong]), sorted_sets.ascending(order[~wrong])
+    swapped = len(few) > len(many)
+    few, many = (many, few) if swapped else (few, many)
+    if not len(few):
+        return float(swapped)
+    (below, upto), (own_below, own_upto) = sorted_sets.places(few, many), sorted_sets.places(few, few)
+    start = below + own_below
+    total = sorted_sets.mean_harmonic(start, upto + own_upto - start).neg_()
+    total += sorted_sets.harmonic(torch.tensor(len(confidence), device=total.device))
+    mean = float(total.sum()) / len(confidence)
+    return 1 - mean if swapped else mean
+
+
+def _aurc_of_losses(confidence: Tensor, loss: Tensor) -> float:
+    """`aurc` of any losses, at little more than the cost of the sort: running means, put right inside tie groups."""
     ordered, order = (-confidence if confidence.is_floating_point() else -validation.wide(confidence)).sort()
     # Gathered as they are and widened afterwards, which moves a quarter of the memory or less.
     summed = validation.wide(loss[order]).cumsum(0)
