@@ -58,7 +58,7 @@ _PUBLIC = {
 }
 _MODULES = (
     *("curvature", "decisions", "demo", "errors", "evaluation", "functional", "last_layer", "likelihoods"),
-    *("lora", "methods", "posteriors", "samplers", "select"),
+    *("lora", "methods", "posteriors", "samplers", "select", "variational"),
 )
 
 __all__ = [
