@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import bayesdl as bdl
 from bayesdl.errors import StaleModelError, UnsupportedError
 from bayesdl.network import Network
-from tests.together import COUNT, close, examples, in_batches, network, padded, same_everywhere
+from tests.together import COUNT, close, examples, in_batches, network, padded, same_everywhere, sharded
 
 
 def _placements(net: nn.Module) -> dict[str, Any]:
@@ -89,8 +89,9 @@ def wrappers_in_either_nesting(rank: int, size: int) -> None:
         torch.compile(DistributedDataParallel(inner)),
         nn.DataParallel(inner),
     ):
-        found = bdl.curvature.estimate(form, padded(x, y, rank, size), "categorical", distributed=True, **options)
-        close(found.to_dense(), alone)
+        for share in (padded(x, y, rank, size), sharded(x, y, rank, size)):  # the latter uneven
+            found = bdl.curvature.estimate(form, share, "categorical", distributed=True, **options)
+            close(found.to_dense(), alone)
         uneven = in_batches(x, y)[rank :: size + 1] if rank else in_batches(x, y)
         bdl.curvature.estimate(form, uneven, "categorical", **options)  # each on its own: nobody waits
 

@@ -262,7 +262,13 @@ class Problem:
             # batched, second derivatives of large networks are no faster, and those of convolutions far slower
             large = self.layout.numel + len(f) * self.layout.activations >= WORTH_LOOPING
             groups = directions.split(1 if large else GROUP)
-            return torch.cat([self._flat(backward(slope, nodes, some, keep=True), len(some)) for some in groups])
+            try:
+                return torch.cat([self._flat(backward(slope, nodes, some, keep=True), len(some)) for some in groups])
+            except NotImplementedError as error:
+                raise UnsupportedError(
+                    f'an operation of this network has no second derivative ({error}); use kind="ggn" instead of '
+                    '"hessian"'
+                ) from error
 
         return Local(f.detach(), y, product)
 
