@@ -20,7 +20,7 @@ from bayesdl.samplers.collecting import RULES, Rule
 from bayesdl.samplers.cyclical import Cyclical
 from bayesdl.samplers.log_prior import log_prior
 from bayesdl.samplers.memory import MemorySamples
-from bayesdl.samplers.noticing import notice_stochastic_passes, notice_unrestored
+from bayesdl.samplers.noticing import miscounted, notice_stochastic_passes, notice_unrestored
 from bayesdl.samplers.options import at_least, check_states, one_of, writes
 from bayesdl.samplers.packing import has_state, load_state, state_of
 from bayesdl.samplers.pooling import pooled
@@ -215,7 +215,9 @@ class Chain:
         from bayesdl.samplers.diagnostics import summary
 
         outputs = None if self._extras.probe is None or not self.kept else self.probes()
-        return summary(self.kept, outputs, None if likelihood is None else resolve(likelihood), targets)
+        found = summary(self.kept, outputs, None if likelihood is None else resolve(likelihood), targets)
+        odd = [] if self._mover is None else miscounted(self._loader, self._mover.num_data)
+        return Diagnosis((*found.findings, *odd))
 
     def checkpoint(self) -> None:
         """Write the resume file now, between two steps; `step` does so with every sample.

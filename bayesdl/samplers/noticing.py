@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sized
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from bayesdl.diagnose import Finding
 from bayesdl.samplers.packing import has_state
 
 
@@ -39,6 +41,18 @@ def notice_stochastic_passes(net: nn.Module) -> None:
             StochasticForwardWarning,
             stacklevel=7,
         )
+
+
+def miscounted(loader: Any, num_data: int) -> list[Finding]:
+    """A finding where a sampler counts another number of examples than the loader's data set holds."""
+    held = getattr(getattr(loader, "loader", loader), "dataset", None)
+    if not isinstance(held, Sized) or len(held) == num_data:
+        return []
+    text = (
+        f"the sampler takes num_data={num_data} and the loader's data set holds {len(held)} examples: the likelihood "
+        f"of each counts {num_data / len(held):.3g} times, the prior once"
+    )
+    return [Finding("warning", text, "num_data=len(dataset), unless targets are ignored, or many belong to an example")]
 
 
 def notice_unrestored(loader: Any) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
 
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, NotFittedError
-from bayesdl.samplers import SGHMC, SGLD, StochasticForwardWarning, pooled
+from bayesdl.samplers import SGHMC, SGLD, Batches, StochasticForwardWarning, pooled
 from tests.processes import run as run_processes
 from tests.samplers.loops import N, assert_equal, backward, batch, network, run_sgld, sgld, source_of, state
 from tests.untouched import untouched
@@ -179,6 +180,44 @@ def test_repr_says_what_is_sampled() -> None:
     for part in ("0 samples", "burn_in=3", "thin=2", "T_eff=0.5", "prior sd 0.2", f"h={0.05 / N:.6g}"):
         assert part in text
     assert math.isfinite(len(text))
+
+
+def test_another_number_of_data_than_the_loader_holds_is_said() -> None:
+    net, data = network(), TensorDataset(torch.randn(N, 4), torch.zeros(N, dtype=torch.long))
+    loader = DataLoader(data, batch_size=8, shuffle=True, generator=source_of(0))
+    for count, held in ((N, loader), (N, Batches(loader)), (4 * N, loader), (4 * N, Batches(loader)), (4 * N, None)):
+        chain = bdl.Chain(net, sampler=sgld(net, num_data=count), loader=held)
+        said = [f.text for f in chain.summary().findings if "num_data" in f.text]
+        if count == N or held is None:
+            assert not said
+        else:
+            assert said == [f"the sampler takes num_data={4 * N} and the loader's data set holds {N} examples: the "
+                            "likelihood of each counts 4 times, the prior once"]  # fmt: skip
+
+
+def _one_chain(rank: int, size: int) -> None:
+    """Ranks that see a half of each batch make the chain of one process that sees all of it, up to rounding."""
+    net, twin = network(), network()
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    options: dict[str, Any] = {"momentum": 0.7, "temperature": 0.5}
+    ours, alone = (SGHMC(n.named_parameters(), 0.05, N, generator=source_of(0), **options) for n in (net, twin))
+    chain = bdl.Chain(wrapped, sampler=ours)
+    for k in range(6):
+        x, y = batch(k)
+        wrapped.zero_grad()
+        nn.functional.cross_entropy(wrapped(x[rank::size]), y[rank::size]).backward()
+        ours.step()
+        chain.step()
+        backward(twin, k)
+        alone.step()
+    for name, value in state(twin).items():
+        assert torch.allclose(state(net)[name], value, atol=1e-6), name
+    assert not torch.allclose(state(net)["0.weight"], state(network())["0.weight"], atol=1e-2)
+
+
+@pytest.mark.dist
+def test_a_data_parallel_chain_is_that_of_one_process() -> None:
+    run_processes(_one_chain, 2)
 
 
 def _data_parallel(rank: int, size: int) -> None:

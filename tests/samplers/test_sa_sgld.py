@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -167,6 +168,29 @@ def test_the_optimiser_makes_these_steps(momentum: float) -> None:
             assert record.weight == pytest.approx(psi * lr)
         time += record.weight
         assert torch.allclose(theta.detach(), x)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_zero_temperature_is_descent_by_the_running_norm(momentum: float) -> None:
+    """theta' = theta - psi lr ghat with psi of the running mean of |ghat|^2; with momentum psi^2 lr and c = 0.9^psi."""
+    start, n, lr, s2 = torch.linspace(-1, 1, 6, dtype=torch.float64), 20, 0.8, 0.5
+    theta = nn.Parameter(start.clone())
+    sampler = SASGLD([theta], lr, n, momentum=momentum, alpha=3.0, omega=2.0, prior_precision=1.5, temperature=0.0)
+    sampler.register_pre_update_hook(lambda s: None)
+    x, m, zeta, last = start.clone(), torch.zeros(6, dtype=torch.float64), None, None
+    for _ in range(8):
+        step_on_gaussian(sampler, theta, s2)
+        force = (x / s2 + 1.5 * x) / n
+        monitor = float(force.square().sum()) / 2.0
+        fresh = monitor / 3.0 if zeta is None else zeta
+        zeta = math.exp(-3.0 * lr) * fresh + (1 - math.exp(-3.0 * lr)) * monitor / 3.0
+        psi = 0.1 * (zeta**0.25 + 10.0) / (zeta**0.25 + 0.1)
+        if momentum:
+            m = m * (1.0 if last is None else psi / last) - psi**2 * lr * force
+            x, m, last = x + 0.5 * (1 + momentum**psi) * m, momentum**psi * m, psi
+        else:
+            x = x - psi * lr * force
+        assert torch.allclose(theta.detach(), x, rtol=1e-12)
 
 
 def test_steps_without_a_chain_are_said_to_be_unweighted() -> None:
