@@ -26,6 +26,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a parameter is of a class of its own over integers, as those of 4-bit and 8-bit back ends are."""
+    return nn.Parameter in type(tensor).__mro__[1:] and not tensor.is_floating_point()
+
+
 def structural_clone(
     module: nn.Module,
     parameter: Callable[[Tensor], Tensor],
@@ -38,6 +43,8 @@ def structural_clone(
         parameter: called once on each distinct parameter; the result takes its place (ties are kept).
         buffer: the same for buffers, and for tensors that are plain attributes.
 
+    Quantised weights are shared as they are: what undoes the quantisation hangs on the very object.
+
     Modules compiled by `torch.compile` or `.compile()` are replaced by the plain module, because hooks never
     fire in a compiled call. Bound methods, closures, partials and containers in instance attributes (a patched
     `forward`, hooks) are rebuilt around the clone.
@@ -47,8 +54,8 @@ def structural_clone(
     functions: dict[int, FunctionType] = {}
 
     def convert(tensor: Tensor | None, function: Callable[[Tensor], Tensor]) -> Tensor | None:
-        if tensor is None:
-            return None
+        if tensor is None or is_quantised(tensor):
+            return tensor
         if id(tensor) not in tensors:
             tensors[id(tensor)] = function(tensor)
         return tensors[id(tensor)]

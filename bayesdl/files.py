@@ -41,7 +41,7 @@ def save(model: BayesianModel, path: str | Path) -> None:
         "likelihood_config": model.likelihood.config(),
         "select": model.network.select,
         "names": list(model.network.names),
-        "fingerprint": model.network.fingerprint(),
+        "fingerprint": model.network.fingerprint(type(model.posterior).concerns(model.posterior.config())),
         "torch": str(torch.__version__),
     }
     write_described(Path(path), header, model.posterior.tensors() or {"empty": torch.zeros(1)})
@@ -70,12 +70,14 @@ def load(
 
     header, tensors = _read(Path(path))
     network = Network(model, batch=batch)
-    if header["fingerprint"] != network.fingerprint():
-        if str(header["posterior"]) in POSTERIORS:
-            POSTERIORS[str(header["posterior"])].check_network(network, header["config"])
+    kind = POSTERIORS.get(str(header["posterior"]))
+    fingerprint = network.fingerprint(None if kind is None else kind.concerns(header["config"]))
+    if header["fingerprint"] != fingerprint:
+        if kind is not None:
+            kind.check_network(network, header["config"])
         raise FileFormatError(
             f"{path} was saved for a network with other weights (fingerprint {str(header['fingerprint'])[:12]}, "
-            f"this network {network.fingerprint()[:12]}); load the weights that were wrapped"
+            f"this network {fingerprint[:12]}); load the weights that were wrapped"
         )
     if likelihood is None and str(header["likelihood"]) not in LIKELIHOODS:
         raise FileFormatError(

@@ -262,11 +262,18 @@ class BayesianModel(nn.Module):
         self.network.check_values()
         return self._gaussian("as_prior").as_prior(self.network)
 
-    def save(self, path: str | Path) -> None:
-        """Write everything but the base network to a safetensors file, atomically. See `bdl.load`."""
-        from bayesdl.files import save
+    def save(self, path: str | Path, *, draws: bool = False) -> None:
+        """Write everything but the base network to a safetensors file, atomically. See `bdl.load`.
 
-        save(self, path)
+        Args:
+            path: the file.
+            draws: for `bdl.TFB`, whose draws are made again from their seed: store them too (r numbers for each input
+                of a layer and each draw).
+        """
+        from bayesdl.files import save
+        from bayesdl.posteriors.lora import adapter_posterior
+
+        save(self.replaced(posterior=adapter_posterior(self).with_draws()) if draws else self, path)
 
     def diagnose(self, data: Iterable[Any] | None = None, *, progress: bool = False) -> Diagnosis:
         """What was chosen, and what looks wrong, each with what to do about it.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesdl.batch import BatchAdapter, HuggingFace, as_call, flatten_tensors, resolve_adapter, to_device
-from bayesdl.clone import structural_clone, unwrap
+from bayesdl.clone import is_quantised, structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
 from bayesdl.explicit import explicit
 from bayesdl.freshness import digest, spread
@@ -159,7 +159,17 @@ class Network:
         return other
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
-        """A network whose tensors went through `function` (device and dtype moves)."""
+        """A network whose tensors went through `function` (device and dtype moves).
+
+        Raises:
+            UnsupportedError: quantised weights were to change their device.
+        """
+        for name, tensor in self._template.named_parameters():
+            if is_quantised(tensor) and function(torch.empty(0, device=tensor.device)).device != tensor.device:
+                raise UnsupportedError(
+                    f"{name!r} is quantised ({type(tensor).__name__}) and stays where it is: move the model before it "
+                    "is wrapped"
+                )
 
         def parameter(tensor: Tensor) -> Tensor:
             return nn.Parameter(function(tensor.detach()), requires_grad=False)
@@ -253,10 +263,15 @@ class Network:
                 "weights. Wrap the model again, or train a copy"
             )
 
-    def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, dtypes and values of every parameter and buffer of the base model."""
+    def fingerprint(self, concerns: Callable[[str], bool] | None = None) -> str:
+        """SHA-256 over names, shapes, dtypes and values of every parameter and buffer of the base model.
+
+        Args:
+            concerns: which names count; default all. Sharded models count all, which every process then reads together.
+        """
         if self._streamed is None:
-            return digest(self.tensors)
+            tensors = self.tensors
+            return digest(tensors if concerns is None else {k: v for k, v in tensors.items() if concerns(k)})
         if self._streamed.digest is None:
             self._streamed.digest = digest(self.tensors)
         return self._streamed.digest

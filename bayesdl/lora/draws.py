@@ -8,7 +8,7 @@ et al. 2024, "Training-free Bayesianization for low-rank adapters"), and unique,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -61,9 +61,16 @@ class Draws:
     Args:
         module: holds the layers; read once.
         layers: those with noise.
+        stored: a seed and its first draws Z `(n, r, in)` by layer key, which stand in for those of the generator.
     """
 
-    def __init__(self, module: nn.Module, layers: Iterable[AdaptedLayer]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Iterable[AdaptedLayer],
+        stored: tuple[int, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self._stored = stored
         self.roots = {layer.key: roots(weight(layer.up(module))) for layer in layers}
         self._kept: tuple[int, dict[tuple[str, bool, torch.dtype, torch.device], Tensor]] = (0, {})
 
@@ -79,13 +86,20 @@ class Draws:
         have = 0 if held is None else len(held)
         if held is None or have < stop:
             wide = torch.float64 if like.dtype is torch.float64 else torch.float32
-            more = torch.stack([base_noise(seed, layer, n) for n in range(have, stop)]).to(like.device, wide)
+            more = torch.stack([self._base(seed, layer, n) for n in range(have, stop)]).to(like.device, wide)
             if whitened:
                 more = self.roots[layer.key].inner.to(more) @ more
             more = more.to(like.dtype)
             held = more if held is None else torch.cat([held, more])
             kept[1][place] = held
         return held[start:stop]
+
+    def _base(self, seed: int, layer: AdaptedLayer, index: int) -> Tensor:
+        if self._stored is not None and self._stored[0] == seed:
+            found = self._stored[1].get(layer.key)
+            if found is not None and index < len(found):
+                return found[index].float().cpu()
+        return base_noise(seed, layer, index)
 
     def outer(self, layer: AdaptedLayer, like: Tensor) -> Tensor:
         """P, `(out, r)`, dtype and device of `like`."""

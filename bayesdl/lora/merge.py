@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,8 @@ def merge_sample(model: BayesianModel, index: int = 0, *, merge: bool = True) ->
     DoRA normalises columns; draws keep the mean's norm, so the magnitudes of the result are scaled to make up for it.
 
     Raises:
-        UnsupportedError: another posterior, or nothing that peft could merge.
+        UnsupportedError: another posterior, nothing that peft could merge, or a quantised base, whose rounding would
+            swallow the draw.
         ArgumentError: a negative index.
     """
     from bayesdl.posteriors.lora import adapter_posterior
@@ -35,7 +37,9 @@ def merge_sample(model: BayesianModel, index: int = 0, *, merge: bool = True) ->
     if index < 0:
         raise ArgumentError(f"index={index}; expected a draw's number, from zero")
     model.network.check_values()
-    draws = posterior.cache.draws(model.network, posterior.layers)
+    if merge:
+        _check_base(model.network.template, posterior.layers)
+    draws = posterior.draws(model.network)
     result: Any = copy.deepcopy(model.network.template)
     with torch.no_grad():
         for layer in posterior.layers:
@@ -54,6 +58,17 @@ def merge_sample(model: BayesianModel, index: int = 0, *, merge: bool = True) ->
             f"{type(result).__name__} is no PeftModel, which alone can be merged; use merge_sample(..., merge=False)"
         )
     return result.merge_and_unload()
+
+
+def _check_base(module: nn.Module, layers: Iterable[AdaptedLayer]) -> None:
+    for layer in layers:
+        base: Any = module.get_submodule(layer.name)
+        for held in base.get_base_layer().parameters():
+            if not held.is_floating_point():
+                raise UnsupportedError(
+                    f"the weights of {layer.name!r} are quantised ({type(held).__name__}), and merging would round the "
+                    "draw away; use merge_sample(..., merge=False), which keeps the adapter"
+                )
 
 
 def _norm(module: nn.Module, layer: AdaptedLayer) -> Any:

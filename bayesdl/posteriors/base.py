@@ -77,6 +77,12 @@ class Posterior(ABC):
         """Raise where this kind can say in what a file's network differs; called where fingerprints do."""
         del network, config
 
+    @classmethod
+    def concerns(cls, config: Mapping[str, Any]) -> Callable[[str], bool] | None:
+        """Which tensors of the network, by name, a file of this kind depends on; None: on all of them."""
+        del config
+        return None
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply `function` to every tensor (moves between devices and dtypes)."""
         return self.restore({name: function(value) for name, value in self.tensors().items()}, self.config())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from bayesdl.errors import ArgumentError, SelectionError, StaleAdapterError, UnsupportedError
 from bayesdl.latent import Latent, SampleLatent
 from bayesdl.lora.adapters import AdaptedLayer, fingerprint
-from bayesdl.lora.draws import Draws
+from bayesdl.lora.draws import Draws, base_noise
 from bayesdl.lora.hooks import Injection
 from bayesdl.lora.prefix import Prefix, agrees, find_prefix
 from bayesdl.lora.report import SearchReport
@@ -58,10 +59,15 @@ class _Cache:
         self._draws: tuple[Network, Draws] | None = None
         self.sharing: tuple[Network, Prefix | None] | None = None
 
-    def draws(self, network: Network, layers: tuple[AdaptedLayer, ...]) -> Draws:
+    def draws(
+        self,
+        network: Network,
+        layers: tuple[AdaptedLayer, ...],
+        stored: tuple[int, Mapping[str, Tensor]] | None = None,
+    ) -> Draws:
         with self._lock:
             if self._draws is None or self._draws[0] is not network:
-                self._draws = (network, Draws(network.template, layers))
+                self._draws = (network, Draws(network.template, layers, stored))
             return self._draws[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Cache:
@@ -83,6 +89,8 @@ class AdapterPosterior(Posterior):
         running: how draws are run.
         report: how sigma was chosen.
         search: what a repeated search takes over, JSON-ready.
+        stored: the first draws of this seed, Z `(n, r, in)` by layer key, where a file holds them; otherwise they are
+            made again from the seed.
     """
 
     sigma: float
@@ -94,6 +102,7 @@ class AdapterPosterior(Posterior):
     running: Running = field(default_factory=Running)
     report: SearchReport | None = None
     search: Mapping[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
     cache: _Cache = field(default_factory=_Cache, repr=False)
 
     kind: ClassVar[str] = "adapters"
@@ -138,7 +147,11 @@ class AdapterPosterior(Posterior):
 
     def injection(self, network: Network, seed: int, form: str = "auto") -> Injection:
         """The noise of this posterior, for passes through a network's clone."""
-        return Injection(self.layers, self.cache.draws(network, self.layers), self.sigma, seed, form)
+        return Injection(self.layers, self.draws(network), self.sigma, seed, form)
+
+    def draws(self, network: Network) -> Draws:
+        """Noise of all layers of a network, made once."""
+        return self.cache.draws(network, self.layers, (self.seed, self.stored) if self.stored else None)
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         seed = self.reseeded(generator)
@@ -154,7 +167,15 @@ class AdapterPosterior(Posterior):
 
     def with_seed(self, seed: int) -> AdapterPosterior:
         """Other draws at the same scale."""
-        return dataclasses.replace(self, seed=seed)
+        return self if seed == self.seed else dataclasses.replace(self, seed=seed, stored={})
+
+    def with_draws(self) -> AdapterPosterior:
+        """The same with the draws of its predictions as tensors of its own, whatever later versions make of a seed."""
+        made = {
+            layer.key: torch.stack([base_noise(self.seed, layer, n) for n in range(self.num_samples)])
+            for layer in self.layers
+        }
+        return dataclasses.replace(self, stored=made | dict(self.stored))
 
     @property
     def forward_passes(self) -> float:
@@ -170,7 +191,8 @@ class AdapterPosterior(Posterior):
         return tuple(layer.weights[0] for layer in self.layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"spectrum.{key}": value for key, value in self.spectra.items()}
+        spectra = {f"spectrum.{key}": value for key, value in self.spectra.items()}
+        return spectra | {f"noise.{key}": value for key, value in self.stored.items()}
 
     def config(self) -> dict[str, Any]:
         return {
@@ -186,14 +208,17 @@ class AdapterPosterior(Posterior):
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
-        prefix = "spectrum."
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
         return cls(
             sigma=float(config["sigma"]),
             seed=int(config["seed"]),
             layers=tuple(map(AdaptedLayer.from_json, config["layers"])),
             num_samples=int(config["num_samples"]),
             fingerprint=str(config["fingerprint"]),
-            spectra={name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)},
+            spectra=under("spectrum."),
+            stored=under("noise."),
             running=Running(**config["running"]),
             report=None if config["report"] is None else SearchReport.from_json(config["report"]),
             search=dict(config["search"]),
@@ -215,6 +240,18 @@ class AdapterPosterior(Posterior):
                 "the adapter's weights are not those that the posterior was made for (trained on, or another "
                 "adapter?); wrap the model again"
             )
+
+    @classmethod
+    def concerns(cls, config: Mapping[str, Any]) -> Callable[[str], bool]:
+        """All but the tensors of other adapters, which may come and go."""
+        mine = {str(layer["adapter"]) for layer in config["layers"]}
+
+        def function(name: str) -> bool:
+            parts = name.split(".")
+            owners = [b for a, b in pairwise(parts) if a.startswith("lora_") or a == "modules_to_save"]
+            return not owners or bool(mine & set(owners))
+
+        return function
 
     def _run(self, network: Network, call: Any, span: Span, sharing: Sharing | None, form: str = "auto") -> Tensor:
         seed, start, stop = span
