@@ -200,7 +200,7 @@ def methods(setting: Setting, sizes: Sizes) -> Iterator[tuple[str, Any]]:
     yield "Laplace, last layer", bdl.wrap(setting.net, last, seen, validation=held, **options)
     yield "Laplace, last layer, training data alone", bdl.wrap(setting.net, last, seen, **options)
     yield "vbll, post hoc", bdl.wrap(setting.net, "vbll", seen, validation=held, **options)
-    features, labels = features_of(setting)
+    features, labels = features_of(setting, seen), setting.train[1]
     generative = bdl.last_layer.Generative(
         setting.width, CLASSES, num_data=len(labels), covariance="full", tensor_output=True
     )
@@ -216,11 +216,21 @@ def methods(setting: Setting, sizes: Sizes) -> Iterator[tuple[str, Any]]:
     yield from setting.more()
 
 
-def features_of(setting: Setting) -> Pair:
-    """What the last layer is given on the training images."""
+def features_of(setting: Setting, data: list[Any]) -> Tensor:
+    """What the last layer is given."""
     reader = FeatureReader(Network(setting.net), setting.head, inputs=True)
-    parts = [z for z, _, _ in reader.over(loader(setting.train), progress=False)]
-    return torch.cat(parts).float(), setting.train[1]
+    return torch.cat([z for z, _, _ in reader.over(data, progress=False, targets=False)]).float()
+
+
+def feature_scores(setting: Setting) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every score of features on every set; the features are read once, and the last layer stands for the network."""
+    head, labels = setting.net.get_submodule(setting.head), setting.train[1]
+    sets = {TEST: setting.test[0], **setting.outside}
+    known = features_of(setting, loader(setting.train))
+    read = {place: [(features_of(setting, [(part,) for part in x.split(500)]),)] for place, x in sets.items()}
+    for kind in KINDS:
+        density = FeatureDensity(kind=kind).fit(head, loader((known, labels)), progress=False)
+        yield kind, {place: density.scores(batches) for place, batches in read.items()}
 
 
 def scored(setting: Setting, model: Any) -> tuple[Scored, Predictions]:
@@ -290,11 +300,14 @@ def check(scores: dict[str, Tensor], place: str) -> float:
     return max(abs(float(found[name]) - float(theirs)) for name, theirs in pairs)
 
 
-def run(setting: Setting, sizes: Sizes) -> dict[str, Any]:
-    """All methods and all feature scores of one setting."""
-    figures: dict[str, Any] = {"images": {TEST: len(setting.test[0])}, "near": setting.near, "methods": {}}
+def run(setting: Setting, sizes: Sizes, figures: dict[str, Any], keep: Callable[[], None]) -> None:
+    """All feature scores and all methods of one setting into `figures`, kept after each: the last ones take longest."""
+    figures |= {"images": {TEST: len(setting.test[0])}, "near": setting.near, "features": {}, "methods": {}}
     figures["images"] |= {place: len(x) for place, x in setting.outside.items()}
     start = time.perf_counter()
+    for kind, values in feature_scores(setting):
+        figures["features"][kind] = separation(setting, values, sizes)
+        report(setting, kind, {kind: figures["features"][kind]}, start)
     for name, model in methods(setting, sizes):
         scores, test = scored(setting, model)
         if "difference to scikit-learn" not in figures:
@@ -306,14 +319,7 @@ def run(setting: Setting, sizes: Sizes) -> dict[str, Any]:
             "scores": {score: separation(setting, values, sizes) for score, values in scores.items()}
         }
         report(setting, name, figures["methods"][name]["scores"], start)
-    figures["features"] = {}
-    for kind in KINDS:
-        density = FeatureDensity(kind=kind).fit(setting.net, loader(setting.train), progress=False)
-        sets = {TEST: setting.test[0], **setting.outside}
-        values = {place: density.scores([(part,) for part in x.split(500)]) for place, x in sets.items()}
-        figures["features"][kind] = separation(setting, values, sizes)
-        report(setting, kind, {kind: figures["features"][kind]}, start)
-    return figures
+        keep()
 
 
 def report(setting: Setting, name: str, scores: dict[str, dict[str, list[float]]], start: float) -> None:
@@ -341,6 +347,12 @@ def pair(values: dict[str, list[float]]) -> str:
     return " / ".join(f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in groups)
 
 
+def kept(figures: dict[str, Any], path: Path | None) -> None:
+    """Write what there is so far."""
+    if path is not None:
+        path.write_text(compact(figures) + "\n")
+
+
 def main() -> None:
     """Run the settings, print tables and JSON."""
     options_parser = parser(__doc__.splitlines()[0])
@@ -359,10 +371,9 @@ def main() -> None:
     for name, make in SETTINGS.items():
         if options.only in (None, name):
             setting = make(options, sizes)
-            figures["settings"][setting.name] = run(setting, sizes)
-            print(table(figures["settings"][setting.name]), flush=True)
-            if options.json is not None:  # kept after every setting: the last one takes longest
-                options.json.write_text(compact(figures) + "\n")
+            found = figures["settings"][setting.name] = {}
+            run(setting, sizes, found, lambda: kept(figures, options.json))
+            print(table(found), flush=True)
     finish(figures, options)
 
 

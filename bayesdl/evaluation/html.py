@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from itertools import groupby
@@ -52,27 +53,41 @@ def page(report: Report) -> str:
     """The whole page as text."""
     count = len(report.rows)
     title = f"Comparison of {count} method{'s' if count != 1 else ''}"
-    body = [
-        _header(report, title),
-        _verdict(report),
+    parts = [
         *(_table(report, *table) for table in _TABLES),
         *_figures(report),
         _all_columns(report),
         _notes(report),
+    ]
+    body = [
+        _header(report, title),
+        _verdict(report),
+        _contents("".join(parts)),
+        *parts,
         f"<footer>{_text(render.footer(report))}</footer>",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{_text(title)}</title>\n<style>{style.style_sheet()}</style></head>\n<body><main>\n"
+        f"<title>{_text(title)}</title>\n<style>{style.style_sheet()}</style></head>\n"
+        '<body><a class="skip" href="#shows">Skip to what this shows</a><main>\n'
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    # A percent sign belongs to its number: no line ends between them.
+    return html.escape(str(value), quote=True).replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _contents(parts: str) -> str:
+    """Links to all sections, from their headings."""
+    links = "".join(
+        f'<li><a href="#{name}">{title}</a></li>' for name, title in re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', parts)
+    )
+    return f'<nav aria-label="Contents"><ul>{links}</ul></nav>' if links else ""
 
 
 def _header(report: Report, title: str) -> str:
@@ -162,7 +177,8 @@ def _caption(report: Report, columns: Sequence[Column]) -> str:
     if any(report.cells[row][c.key].expected is not None for row in report.rows for c in columns):
         parts.append(
             "Grey band under a calibration error: where perfectly calibrated forecasts of this size would lie; a dot "
-            "inside it is no evidence of miscalibration."
+            "inside it is no evidence of miscalibration. The printed error is inflated by chance, and its interval is "
+            "corrected for that, so that it may lie below the number."
         )
     return " ".join(parts)
 
@@ -187,7 +203,10 @@ def _cell(report: Report, row: str, column: Column, places: int, span: tuple[flo
     interval = render.interval_text(column, cell, places)
     range_ = f'<span class="range">{_text(interval)}</span>' if interval else ""
     bar = _bar(column, cell, span, report.rows.index(row))
-    return f"<td{' class=best' if cell.best else ''}>{value}{range_}{bar}</td>"
+    if not cell.best:
+        return f"<td>{value}{range_}{bar}</td>"
+    said = "level with the best" if cell.p is not None else "best"
+    return f'<td class="best">{value}<span class="said"> ({said})</span>{range_}{bar}</td>'
 
 
 def _range(column: Column, cells: Sequence[Cell]) -> tuple[float, float]:

@@ -68,6 +68,14 @@ section{background:var(--card);border:1px solid var(--line);border-radius:14px;p
 .scroll:focus-visible{outline:3px solid var(--accent);outline-offset:-3px}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:15px}
 caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+.said{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+.skip{position:absolute;left:12px;top:-60px;padding:8px 14px;background:var(--card);color:var(--accent);z-index:2}
+.skip:focus{top:12px}
+nav{margin:0 0 20px;font-size:14px}
+nav ul{display:flex;flex-wrap:wrap;gap:2px 18px;margin:0;padding:0;list-style:none}
+nav a{display:inline-block;padding:3px 0;color:var(--accent)}
+a:focus-visible,summary:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+h2{scroll-margin-top:16px}
 .under{color:var(--muted);font-size:13.5px;line-height:1.5;margin:12px 0 0;max-width:110ch}
 th,td{padding:10px 12px;text-align:right;vertical-align:top;white-space:nowrap;border-bottom:1px solid var(--line)}
 thead th{font-weight:600;vertical-align:bottom;font-size:14px}
@@ -118,7 +126,23 @@ dl div{grid-template-columns:1fr}
 .multiples{grid-template-columns:1fr}
 }
 @media (min-width:641px) and (max-width:900px){.multiples{grid-template-columns:1fr 1fr}}
-@media print{body{background:#fff}section{break-inside:avoid;border-color:#ccc}.scroll{overflow:visible}}
+@media print{
+nav,.skip,details{display:none}
+body{background:#fff;font-size:12px}
+main{max-width:none;padding:0}
+h1{font-size:22px}
+h2{font-size:15px}
+h2,h3{break-after:avoid}
+.verdict p:first-of-type{font-size:15px}
+section{padding:12px 14px;margin:0 0 10px;border-color:#ccc;break-inside:avoid}
+figure,tr{break-inside:avoid}
+table,thead th{font-size:11.5px}
+.range,.under,.plain,dl,figcaption,.lead,.eyebrow,thead .unit,thead .group,th[scope=row] small{font-size:10px}
+th,td{padding:4px 8px}
+th[scope=row]{min-width:110px;font-size:11.5px}
+.scroll{overflow:visible;margin:6px 0 0}
+.multiples{grid-template-columns:repeat(var(--cols),minmax(0,1fr));gap:10px 12px}
+}
 """
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdl.evaluation import bootstrap
+from bayesdl.evaluation import bootstrap, render
 from bayesdl.evaluation.bootstrap import Resamples
 from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of, place
 from bayesdl.evaluation.collect import TEST, Collected
@@ -287,9 +287,13 @@ class Table:
         adjusted: dict[str, float] = {}
         if enough_resamples(self.resampler.count, len(self.found.rows)):
             adjusted = tests(column, {row: samples[row] for row in ranked if row in samples}, best)
+        # Untested values are level where they print alike: nobody can see why one of two zeros should be the better.
+        places = render.decimals(column, list(cells.values()))
+        printed = {row: render.fixed(column, cells[row].value, places) for row in ranked}
         for row in ranked:
             p = adjusted.get(row)
-            marked = ranked[row] == ranked[best] or (p is not None and p > SIGNIFICANCE)
+            level = ranked[row] == ranked[best] or (not adjusted and printed[row] == printed[best])
+            marked = level or (p is not None and p > SIGNIFICANCE)
             self.cells[row][column.key] = replace(cells[row], best=marked, p=p)
 
 

@@ -343,3 +343,14 @@ def test_wrapped_regression_is_compared_end_to_end() -> None:
     assert rep["map"]["rmse"] == pytest.approx(float((fitted - data[0][1]).square().mean().sqrt()), rel=1e-5)
     # tanh features saturate away from the data while the weights stay uncertain: the variance of f is larger there
     assert rep["laplace"]["ood/far/auroc"] > 0.9 and rep["map"]["ood/far/auroc"] == 0.5
+
+
+def test_untested_values_that_print_alike_are_both_marked() -> None:
+    def timed(seconds: float) -> Predictions:
+        about = {"about": {"cost": {"fit_seconds": seconds, "forward_passes": 1.0}}}
+        return replace(numbers(40, scale=1.0), meta=about)
+
+    rep = compare({"a": timed(0.001), "b": timed(0.0012), "c": timed(2.0)}, bootstrap=0, progress=False)
+    column = next(key for key in rep.columns if key.startswith("fit"))
+    assert [rep.cell(row, column).best for row in "abc"] == [True, True, False]
+    assert not any(rep.cell(row, "nll").best and rep.cell(row, "nll").p is not None for row in "abc")

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,26 @@ def test_tables_and_figures_can_be_read_aloud(full: str) -> None:
     assert '<html lang="en">' in full and 'name="viewport"' in full
 
 
+def test_the_keyboard_reaches_everything_and_marks_are_said(full: str) -> None:
+    checker = checked(full)
+    links = [str(a["href"]) for tag, a in checker.tags if tag == "a"]
+    assert links[0] == "#shows" and full.index('class="skip"') < full.index("<main")
+    sections = re.findall(r'<h2 id="([^"]+)"', full)
+    assert [f"#{name}" for name in sections[1:]] == links[1:]
+    # Only what scrolls takes the focus without being a link, and it has a name.
+    regions = [a for _, a in checker.tags if "tabindex" in a]
+    assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-labelledby"] for a in regions)
+    # Colour and weight say which values are best; so do words, once for every mark.
+    marks = full.count('<td class="best">')
+    said = full.count('<span class="said"> (best)') + full.count('<span class="said"> (level with the best)')
+    assert marks == said > 0
+    levels = [int(tag[1]) for tag, _ in checker.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
+
+
 def test_the_page_says_what_it_shows_first(full: str) -> None:
-    assert (
-        full.index("What this shows") < full.index("<table") < full.index('class="plot"') < full.index("Notes and def")
-    )
+    assert full.index("What this shows") < full.index("<table") < full.index('class="plot"') < full.index('id="notes"')
     assert "predicts best by negative log-likelihood" in full
     assert "under perfect calibration at n = 150" in full
 
@@ -149,7 +166,7 @@ def test_regression_and_reports_from_json_make_pages() -> None:
     text = html.page(rep)
     checked(text)
     assert "probability integral transform" in text and "Do prediction intervals hold?" in text
-    assert "Intervals that claim to hold 90 % of the targets hold" in text
+    assert "Intervals that claim to hold 90\N{NO-BREAK SPACE}% of the targets hold" in text
     bare = html.page(report())
     checked(bare)
     assert 'class="plot"' not in bare and "not measured here" in bare and "T = 0.5" in bare
