@@ -32,12 +32,14 @@ class Batch:
         inputs: prepared by nobody yet.
         plain: outputs of the network itself, `(B, C)`.
         target: labels, given or its own, as the likelihood takes them.
+        rows: which of the loader's batch these are, ascending.
     """
 
     number: int
     inputs: Any
     plain: Tensor
     target: Tensor
+    rows: Tensor
 
     def every(self, stride: int, offset: int) -> Batch | None:
         """One example of `stride`, or None where the batch has none of them."""
@@ -45,7 +47,8 @@ class Batch:
         if not len(index):
             return None
         picked = index_batch(self.inputs, index)
-        return dataclasses.replace(self, inputs=picked, plain=self.plain[index], target=self.target[index])
+        plain, target, rows = self.plain[index], self.target[index], self.rows[index]
+        return dataclasses.replace(self, inputs=picked, plain=plain, target=target, rows=rows)
 
 
 @final
@@ -63,8 +66,10 @@ class Anchors:
     labels: str
     count: int
 
-    def pilot(self, stride: int) -> Anchors:
-        """Every `stride`-th example."""
+    def every(self, stride: int) -> Anchors:
+        """One example of `stride`."""
+        if stride == 1:
+            return self
         picked, seen = [], 0
         for batch in self.batches:
             part = batch.every(stride, -seen % stride)
@@ -108,7 +113,7 @@ def gather(
                 y = _answers(likelihood, plain) if own == "pseudo" else torch.as_tensor(target)
                 y = likelihood.check_targets(plain, y)
             keep = _to_cpu(inputs)
-            found.append(Batch(number, keep, plain.cpu(), y.cpu()))
+            found.append(Batch(number, keep, plain.cpu(), y.cpu(), torch.arange(len(plain))))
             seen += len(plain)
             if seen >= count:
                 break

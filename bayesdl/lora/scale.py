@@ -10,23 +10,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
-import torch
-
 from bayesdl.diagnose import Finding
 from bayesdl.errors import ArgumentError
 from bayesdl.likelihoods import Likelihood
 from bayesdl.lora.adapters import weight
-from bayesdl.lora.anchors import RELATIVE_FLOOR, Anchors, Batch, Metric, check_metric, gather, mean_loss
+from bayesdl.lora.anchors import Anchors, Metric, check_metric, gather
+from bayesdl.lora.losses import Losses
 from bayesdl.lora.report import Probe, SearchReport
-from bayesdl.lora.search import Found, largest_passing, least
+from bayesdl.lora.search import Found, Level, largest_passing, least
 from bayesdl.network import Network
 from bayesdl.posteriors.lora import AdapterPosterior, adapter_posterior
 
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
 
-PILOT = 16  # one anchor of so many guides the search
-FEWEST_ANCHORS = 128  # from which on it does
+PILOTS = (16, 4)  # one anchor of so many guides the search
+FEWEST_ANCHORS = 128  # from which on they do
 
 
 @final
@@ -53,38 +52,6 @@ class SearchSettings:
         return self.metric if isinstance(self.metric, str) else "custom"
 
 
-@final
-class _Losses:
-    """The loss of one set of anchors as a function of sigma, in forward passes counted by the way."""
-
-    def __init__(
-        self, network: Network, posterior: AdapterPosterior, family: Likelihood, metric: str | Metric, anchors: Anchors
-    ) -> None:
-        self.network, self.posterior, self.family, self.anchors = network, posterior, family, anchors
-        self.metric, self.forwards = metric, 0
-        self.plain = mean_loss(family, metric, anchors, self._own, "sigma 0")
-
-    def __call__(self, sigma: float) -> float:
-        if sigma == 0:
-            return self.plain
-        noisy, span = self.posterior.with_sigma(sigma), (self.posterior.seed, 0, self.posterior.num_samples)
-        self.forwards += self.anchors.count * self.posterior.num_samples
-
-        def outputs(batch: Batch) -> torch.Tensor:
-            return self.family.check_outputs(noisy.outputs(self.network, batch.inputs, span))
-
-        return mean_loss(self.family, self.metric, self.anchors, outputs, f"sigma {sigma:.4g}")
-
-    def change(self, sigma: float, two_sided: bool) -> float:
-        """How far the loss moves from that of the network itself."""
-        moved = self(sigma) - self.plain
-        value = abs(moved) if two_sided else max(0.0, moved)
-        return value / max(self.plain, RELATIVE_FLOOR) if self.metric == "nll-relative" else value
-
-    def _own(self, batch: Batch) -> torch.Tensor:
-        return batch.plain.to(self.network.device).unsqueeze(0)
-
-
 def search_scale(
     network: Network,
     posterior: AdapterPosterior,
@@ -95,24 +62,21 @@ def search_scale(
 ) -> tuple[AdapterPosterior, tuple[Finding, ...]]:
     """The largest scale whose change of the anchors' loss stays within the tolerance.
 
-    One anchor of 16 guides the search where there are 128 of them or more; what it returns was probed on all.
+    One anchor of 16, and then one of 4, guide the search where there are 128 or more; what it returns was probed
+    on all.
     """
     check_metric(settings.metric)
     started = time.perf_counter()
     drawn = dataclasses.replace(posterior, num_samples=settings.num_samples, search=settings.to_json())
     anchors = gather(network, likelihood, data, settings.anchors, settings.labels, progress)
-    whole = _Losses(network, drawn, likelihood, settings.metric, anchors)
-    pilot = None
-    if anchors.count >= FEWEST_ANCHORS:
-        pilot = _Losses(network, drawn, likelihood, settings.metric, anchors.pilot(PILOT))
-    found = largest_passing(
-        lambda sigma: whole.change(sigma, settings.two_sided),
-        settings.tolerance,
-        settings.sigma_range,
-        settings.resolution,
-        None if pilot is None else lambda sigma: pilot.change(sigma, settings.two_sided),
-    )
-    forwards = anchors.count + whole.forwards + (0 if pilot is None else pilot.forwards)
+    levels: list[Losses] = []
+    for stride in (*(PILOTS if anchors.count >= FEWEST_ANCHORS else ()), 1):
+        chosen = anchors.every(stride)
+        below = levels[-1] if levels else None
+        levels.append(Losses(network, drawn, likelihood, settings.metric, chosen, below))
+    *pilots, whole = (_level(losses, settings.two_sided) for losses in levels)
+    found = largest_passing(whole, settings.tolerance, settings.sigma_range, settings.resolution, pilots)
+    forwards = anchors.count + sum(losses.forwards for losses in levels)
     report = SearchReport(
         sigma=found.sigma,
         status=found.status,
@@ -130,6 +94,11 @@ def search_scale(
         relative=relative_noise(network, drawn, found.sigma),
     )
     return drawn.with_sigma(found.sigma, report), _findings(found, report, settings)
+
+
+def _level(losses: Losses, two_sided: bool) -> Level:
+    forecast = (lambda sigma: losses.forecast(sigma, two_sided)) if losses.foresees else None
+    return Level(lambda sigma: losses.change(sigma, two_sided), forecast)
 
 
 def tune_tolerance(
@@ -188,7 +157,7 @@ def tune_heldout_scale(
     bounds = sigma_range or tuple(posterior.search.get("sigma_range", SearchSettings().sigma_range))
     started = time.perf_counter()
     anchors = _labelled(model, data, progress)
-    curve = _Losses(model.network, posterior, model.likelihood, "nll", anchors)
+    curve = Losses(model.network, posterior, model.likelihood, "nll", anchors)
     seen = least(curve, (float(bounds[0]), float(bounds[1])), resolution)
     seen[posterior.sigma] = curve(posterior.sigma)
     best = min(seen, key=lambda sigma: (seen[sigma], sigma))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import final
@@ -14,37 +14,77 @@ from bayesdl.lora.report import Probe
 Curve = Callable[[float], float]
 
 GUARDS = (2.0, 4.0, 8.0)
-ROUGH = 0.3  # resolution of a pilot's search
+ROUGH = 0.25  # how near, in logarithms, a pilot settles
+TRIES = 8  # of a pilot to settle
+FINE = 0.02  # of the resolution, to which the crossing of a forecast is computed
 AIM = 0.45  # of the resolution, by which a probe aims past a crossing that it expects
 
 
 @final
-@dataclass
-class _Bracket:
-    """Probes of one change curve, each scale once."""
+@dataclass(frozen=True)
+class Level:
+    """The change on some of the anchors.
+
+    Attributes:
+        change: c(sigma) >= 0, a fixed function, at a cost.
+        forecast: what it may be elsewhere after the first call, for nothing; None: a curve through the last two values.
+    """
 
     change: Curve
+    forecast: Curve | None = None
+
+
+@final
+@dataclass
+class _Probes:
+    """Values of one level, each scale once, and what they let one expect elsewhere."""
+
+    level: Level
     tolerance: float
+    step: float
     seen: dict[float, float] = field(default_factory=dict)
 
     def passes(self, sigma: float) -> bool:
         if sigma not in self.seen:
-            self.seen[sigma] = self.change(sigma)
+            self.seen[sigma] = self.level.change(sigma)
         return self.seen[sigma] <= self.tolerance
 
     def crossing(self, low: float, high: float) -> float | None:
-        """Where a curve a sigma + b sigma^2 through two probes meets the tolerance; None if it falls there.
+        """Where the forecast meets the tolerance; None where it lies on one side of it at both ends."""
+        if self._expected(low) > self.tolerance or self._expected(high) <= self.tolerance:
+            return None
+        fine = math.log1p(FINE * self.step)
+        while math.log(high / low) > fine:
+            at = math.sqrt(low * high)
+            low, high = (low, at) if self._expected(at) > self.tolerance else (at, high)
+        return low
+
+    def beyond(self, at: float, low: float, high: float) -> float:
+        """Where the curve may cross next, upwards of a scale that passed, downwards of one that failed."""
+        if self.passes(at):
+            top = min((sigma for sigma in self.seen if sigma > at and not self.passes(sigma)), default=high)
+            crossing = self.crossing(at, top)
+            return top if crossing is None else crossing
+        bottom = max((sigma for sigma in self.seen if sigma < at and self.passes(sigma)), default=low)
+        crossing = self.crossing(bottom, at)
+        return bottom if crossing is None else crossing
+
+    def _expected(self, sigma: float) -> float:
+        if sigma in self.seen:
+            return self.seen[sigma]
+        return self._fitted(sigma) if self.level.forecast is None else self.level.forecast(sigma)
+
+    def _fitted(self, sigma: float) -> float:
+        """a sigma + b sigma^2 through the two nearest values; b sigma^2 through a single one.
 
         A finite set of draws has a mean, which makes the change linear in small sigma; their spread makes it quadratic.
         """
-        below, above = self.seen.get(low, 0.0) / low, self.seen.get(high, 0.0) / high
-        square = (above - below) / (high - low)
-        linear = below - square * low
-        inside = linear**2 + 4.0 * square * self.tolerance
-        if inside < 0 or linear + math.sqrt(inside) <= 0:
-            return None
-        at = 2.0 * self.tolerance / (linear + math.sqrt(inside))
-        return at
+        near = sorted(self.seen, key=lambda run: abs(math.log(run / sigma)))[:2]
+        slopes = [self.seen[run] / run for run in near]
+        if len(near) == 1:
+            return slopes[0] / near[0] * sigma**2
+        square = (slopes[1] - slopes[0]) / (near[1] - near[0])
+        return (slopes[0] + square * (sigma - near[0])) * sigma
 
 
 @final
@@ -64,25 +104,26 @@ class Found:
 
 
 def largest_passing(
-    change: Curve,
+    level: Level,
     tolerance: float,
     bounds: tuple[float, float],
     resolution: float,
-    pilot: Curve | None = None,
+    pilots: Sequence[Level] = (),
 ) -> Found:
     """The largest sigma found to pass, a failing one being within a factor 1 + resolution above it.
 
     Args:
-        change: c(sigma) >= 0, a fixed function; it passes where c <= tolerance.
+        level: the change on all anchors; it passes where c <= tolerance.
         tolerance: of it.
         bounds: the range of sigma.
         resolution: of the ratio of failing to passing scale.
-        pilot: a cheap curve near `change`, which says where to look; what is returned was probed on `change` itself.
+        pilots: cheap levels near it, the cheapest first, which say where to look. What is returned, and the failing
+            scale above it, were probed on `level` itself; forecasts too only say where to look.
 
     Returns:
         Status "cap" where the upper bound passes, "floor" (sigma 0) where the lower one fails, else "found".
-        A curve that is not monotone: the scales 1/2, 1/4 and 1/8 of the outcome are probed too (on the pilot where
-        there is one), and the search goes on below one that fails.
+        A curve that is not monotone: the scales 1/2, 1/4 and 1/8 of the outcome are probed too (on the cheapest pilot
+        where there is one), and the search goes on below one that fails.
 
     Raises:
         ArgumentError: an empty range, a negative tolerance or resolution.
@@ -93,97 +134,68 @@ def largest_passing(
             f"sigma_range={bounds}, tolerance={tolerance}, resolution={resolution}: expected 0 < low < high, a "
             "tolerance from zero and a positive resolution"
         )
-    probes = _Bracket(change, tolerance)
-    guide = None if pilot is None else _Bracket(pilot, tolerance)
-    sigma, status = _search(probes, guide, low, high, resolution)
+    probes, *guides = (_Probes(one, tolerance, resolution) for one in (level, *pilots))
+    start = math.sqrt(low * high)
+    for guide in guides:
+        start = _settled(guide, start, low, high)
+    bottom, top = _bracketed(probes, start, low, high)
+    if not probes.passes(bottom):
+        sigma, status = 0.0, "floor"
+    else:
+        sigma, status = (high, "cap") if bottom == top else (_close(probes, bottom, top), "found")
+        sigma, status = _guarded(probes, guides[0] if guides else probes, low, sigma, status)
     curve = tuple(Probe(s, probes.seen[s], probes.seen[s] <= tolerance) for s in sorted(probes.seen))
     return Found(sigma, status, probes.seen.get(sigma, 0.0), curve)
 
 
-def _search(probes: _Bracket, guide: _Bracket | None, low: float, high: float, step: float) -> tuple[float, str]:
-    if guide is None:
-        if probes.passes(high):
-            return _guarded(probes, None, low, high, step, "cap")
-        if not probes.passes(low):
-            return 0.0, "floor"
-        return _guarded(probes, None, low, _close(probes, low, high, step), step, "found")
-    if guide.passes(high):
-        bottom, top = high, high
-    elif not guide.passes(low):
-        bottom, top = low, low
-    else:
-        bottom = top = _about(guide, low, high)
-    # walk outwards from the pilot's answer, along its slope, until the true curve is bracketed
-    bottom, top = _bracketed(probes, guide, min(max(bottom, low), high), low, high, step)
-    if not probes.passes(bottom):
-        return 0.0, "floor"
-    if bottom == top:
-        return _guarded(probes, guide, low, high, step, "cap")
-    return _guarded(probes, guide, low, _close(probes, bottom, top, step), step, "found")
+def _settled(guide: _Probes, start: float, low: float, high: float) -> float:
+    """Where a pilot crosses, no better than it stands for the true curve: tried until what it expects stays there."""
+    at = start
+    for _ in range(TRIES):
+        ahead = guide.beyond(at, low, high)
+        if abs(math.log(ahead / at)) <= ROUGH:
+            return ahead
+        at = ahead
+    return at
 
 
-def _about(guide: _Bracket, low: float, high: float) -> float:
-    """Where a curve crosses, roughly: no better than it stands for the true one."""
-    bottom = _close(guide, low, high, ROUGH)
-    top = min(sigma for sigma, value in guide.seen.items() if sigma > bottom and value > guide.tolerance)
-    crossing = guide.crossing(bottom, top)
-    return crossing if crossing is not None and bottom < crossing < top else math.sqrt(bottom * top)
-
-
-def _bracketed(
-    probes: _Bracket, guide: _Bracket, guess: float, low: float, high: float, step: float
-) -> tuple[float, float]:
+def _bracketed(probes: _Probes, start: float, low: float, high: float) -> tuple[float, float]:
     """A passing and a failing scale; the upper bound twice where it passes, the lower one first where it fails."""
-    before: float | None = None
-    slope, reach = _slope(guide), AIM * math.log1p(step)
-    at, passing, failing = guess, 0.0, math.inf
+    at, reach = start, math.log1p(probes.step)
     while True:
         passed = probes.passes(at)
-        passing, failing = (at, failing) if passed else (passing, at)
-        if passing and failing < math.inf:
-            return passing, failing
+        passing = [sigma for sigma in probes.seen if probes.passes(sigma)]
+        failing = [sigma for sigma in probes.seen if not probes.passes(sigma)]
+        if passing and failing and max(passing) < min(failing):
+            return max(passing), min(failing)
+        if passing and failing:  # not monotone: the lowest crossing
+            return max((s for s in passing if s < min(failing)), default=low), min(failing)
         if (passed and at == high) or (not passed and at == low):
             return at, high
-        value = probes.seen[at]
-        known = value > 0 and probes.tolerance > 0
-        jump = abs(math.log(probes.tolerance / value)) / slope if known else math.log(2.0)
-        if before is not None:
-            crossing = probes.crossing(min(at, before), max(at, before))
-            jump = math.log(crossing / at) * (1 if passed else -1) if crossing is not None else jump
-            jump = max(jump, reach)
-        before = at
-        far = math.exp(jump + reach)  # beyond the crossing, so that both sides of it are known
-        at, reach = min(high, at * far) if passed else max(low, at / far), 2 * reach
+        # the first forecast may miss to either side; a later one misses little, and is to be known from both
+        jump, first = abs(math.log(probes.beyond(at, low, high) / at)), len(probes.seen) == 1
+        jump = reach if jump <= reach else jump if first else jump + AIM * math.log1p(probes.step)
+        reach *= 1.0 if first else 2.0
+        at = min(high, at * math.exp(jump)) if passed else max(low, at / math.exp(jump))
 
 
-def _slope(guide: _Bracket) -> float:
-    """Exponent of the pilot's curve where it crosses the tolerance; 2 where it does not say."""
-    around = sorted((s, c) for s, c in guide.seen.items() if c > 0)
-    pairs = [(a, b) for a, b in pairwise(around) if a[1] <= guide.tolerance < b[1]]
-    if not pairs:
-        return 2.0
-    (s0, c0), (s1, c1) = pairs[-1]
-    return min(max(math.log(c1 / c0) / math.log(s1 / s0), 0.5), 4.0)
-
-
-def _close(probes: _Bracket, low: float, high: float, step: float) -> float:
-    """The passing end of a bracket narrowed to a ratio 1 + step: bisection in logarithms, or better where it can be."""
-    end, halved = 1.0 + step, True
+def _close(probes: _Probes, low: float, high: float) -> float:
+    """The passing end of a bracket narrowed to the resolution, as forecast, by halves where that erred."""
+    end, trusted = 1.0 + probes.step, True
     while high / low > end * (1 + 1e-12):
-        width, at = math.log(high / low), math.sqrt(low * high)
-        crossing = probes.crossing(low, high) if halved else None
-        if crossing is not None and low < crossing < high and high / low > end * end:
+        at, expected = math.sqrt(low * high), None
+        crossing = probes.crossing(low, high) if trusted and high / low > end * end else None
+        if crossing is not None:
             at = low * end if crossing <= low * end else high / end if crossing >= high / end else crossing * end**-AIM
-        low, high = (at, high) if probes.passes(at) else (low, at)
-        halved = math.log(high / low) <= width / 2
+            expected = at <= crossing
+        passed = probes.passes(at)
+        low, high = (at, high) if passed else (low, at)
+        trusted = expected is None or passed is expected
     return low
 
 
-def _guarded(
-    probes: _Bracket, guide: _Bracket | None, low: float, sigma: float, step: float, status: str
-) -> tuple[float, str]:
+def _guarded(probes: _Probes, watch: _Probes, low: float, sigma: float, status: str) -> tuple[float, str]:
     """Look for failures below the outcome, where the curve is not monotone."""
-    watch = guide or probes
     while True:
         below = [sigma / by for by in GUARDS if sigma / by >= low]
         failed = [at for at in below if not watch.passes(at) and not probes.passes(at)]
@@ -191,7 +203,7 @@ def _guarded(
             return sigma, status
         if not probes.passes(low):
             return 0.0, "floor"
-        sigma, status = _close(probes, low, min(failed), step), "found"
+        sigma, status = _close(probes, low, min(failed)), "found"
 
 
 def least(loss: Curve, bounds: tuple[float, float], resolution: float) -> dict[float, float]:

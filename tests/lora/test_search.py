@@ -13,12 +13,19 @@ from torch import Tensor
 
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, NonFiniteError, UnknownNameError, UnsupportedError
-from bayesdl.lora.search import largest_passing, least
+from bayesdl.lora.anchors import gather
+from bayesdl.lora.losses import Losses
+from bayesdl.lora.search import Curve, Level, largest_passing, least
+from bayesdl.posteriors.lora import AdapterPosterior
 from tests.lora.networks import adapted, batch
 from tests.untouched import untouched
 
 pytest.importorskip("peft")
 BOUNDS = (1e-4, 1e-1)
+
+
+def pilots(curve: Curve | None, *more: Curve) -> list[Level]:
+    return [] if curve is None else [Level(curve), *map(Level, more)]
 
 
 @pytest.mark.parametrize("power", [1, 2, 3])
@@ -29,7 +36,7 @@ def test_the_largest_passing_scale(power: int, true: float, pilot: float | None)
         return 0.003 * (sigma / true) ** power
 
     guide = None if pilot is None else lambda sigma: pilot * curve(sigma)
-    found = largest_passing(curve, 0.003, BOUNDS, 0.02, guide)
+    found = largest_passing(Level(curve), 0.003, BOUNDS, 0.02, pilots(guide))
     assert found.status == "found" and found.monotone
     assert true / (1.02 * (1 + 1e-9)) <= found.sigma <= true  # never one that fails
     assert found.change == curve(found.sigma) <= 0.003
@@ -39,18 +46,57 @@ def test_the_largest_passing_scale(power: int, true: float, pilot: float | None)
     assert min(failing) / found.sigma <= 1.02 * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("true", [2e-4, 0.013, 0.09])
+@pytest.mark.parametrize("wrong", [0.5, 0.9, 1.0, 1.3, 4.0, math.inf])
+def test_a_forecast_costs_nothing_and_is_not_believed(true: float, wrong: float) -> None:
+    probed = []
+
+    def curve(sigma: float) -> float:
+        probed.append(sigma)
+        return 0.003 * (sigma / true) ** 1.7
+
+    level = Level(curve, lambda sigma: wrong * 0.003 * (sigma / true) ** 1.7)
+    found = largest_passing(level, 0.003, BOUNDS, 0.02)
+    assert true / (1.02 * (1 + 1e-9)) <= found.sigma <= true
+    assert sorted(probed) == [probe.sigma for probe in found.curve]  # each scale once
+    if wrong == 1.0:  # the start, the crossing, and its other side; then the guards
+        assert len(found.curve) <= 3 + 3
+
+
+@pytest.mark.parametrize("error", [0.85, 0.99, 1.01, 1.15])
+def test_pilots_leave_three_probes(error: float) -> None:
+    # forecasts as exact as those of a network are after two runs, and within 3% after one, whatever the pilots' error
+    calls = []
+
+    def curve(sigma: float) -> float:
+        return 0.003 * (sigma / 0.008) ** 1.7
+
+    def counted(sigma: float) -> float:
+        calls.append(sigma)
+        return curve(sigma)
+
+    def forecast(sigma: float) -> float:
+        return curve(sigma) * (1.0 if len(calls) > 1 else 1.03)
+
+    def guide(sigma: float) -> float:
+        return curve(sigma * error)
+
+    found = largest_passing(Level(counted, forecast), 0.003, BOUNDS, 0.02, pilots(guide, guide))
+    assert found.status == "found" and 0.008 / 1.0201 <= found.sigma <= 0.008 and len(calls) <= 3
+
+
 @pytest.mark.parametrize("pilot", [None, lambda sigma: 0.1, lambda sigma: sigma])
 def test_cap_and_floor(pilot: Callable[[float], float] | None) -> None:
-    cap = largest_passing(lambda sigma: 1e-3 * sigma, 0.003, BOUNDS, 0.02, pilot)
+    cap = largest_passing(Level(lambda sigma: 1e-3 * sigma), 0.003, BOUNDS, 0.02, pilots(pilot))
     assert (cap.sigma, cap.status) == (0.1, "cap")
-    floor = largest_passing(lambda sigma: 1.0, 0.003, BOUNDS, 0.02, pilot)
+    floor = largest_passing(Level(lambda sigma: 1.0), 0.003, BOUNDS, 0.02, pilots(pilot))
     assert (floor.sigma, floor.status) == (0.0, "floor")
-    flat = largest_passing(lambda sigma: 0.0, 0.0, BOUNDS, 0.02, pilot)
+    flat = largest_passing(Level(lambda sigma: 0.0), 0.0, BOUNDS, 0.02, pilots(pilot))
     assert flat.status == "cap"
 
 
 def test_steps_need_no_slope() -> None:
-    found = largest_passing(lambda sigma: float(sigma > 0.0123), 0.01, BOUNDS, 0.02)
+    found = largest_passing(Level(lambda sigma: float(sigma > 0.0123)), 0.01, BOUNDS, 0.02)
     assert 0.0123 / 1.02 <= found.sigma <= 0.0123
 
 
@@ -58,16 +104,16 @@ def test_the_guard_finds_the_lower_crossing() -> None:
     def bumped(sigma: float) -> float:  # fails in [0.004, 0.008], passes to 0.02, fails behind
         return 1.0 if 0.004 <= sigma <= 0.008 or sigma > 0.02 else 0.0
 
-    found = largest_passing(bumped, 0.5, BOUNDS, 0.02)
+    found = largest_passing(Level(bumped), 0.5, BOUNDS, 0.02)
     assert 0.004 / 1.02 <= found.sigma < 0.004 and not found.monotone
 
 
 def test_arguments() -> None:
     for bounds, tolerance, resolution in (((0.0, 1.0), 1.0, 0.1), ((1.0, 0.5), 1.0, 0.1), (BOUNDS, -1.0, 0.1)):
         with pytest.raises(ArgumentError, match="expected 0 < low < high"):
-            largest_passing(lambda s: s, tolerance, bounds, resolution)
+            largest_passing(Level(lambda s: s), tolerance, bounds, resolution)
     with pytest.raises(ArgumentError, match="resolution=0"):
-        largest_passing(lambda s: s, 1.0, BOUNDS, 0)
+        largest_passing(Level(lambda s: s), 1.0, BOUNDS, 0)
 
 
 def test_golden_section() -> None:
@@ -116,6 +162,37 @@ def test_the_reported_change_is_that_of_the_anchors(metric: str) -> None:
     assert not above[0].passed and above[0].sigma / report.sigma <= 1.0201
     assert report.relative[0][1] > 0 and report.seconds > 0 and report.passes > 4
     assert "sigma" in str(bayes.diagnose()) and "passed" in str(report)
+
+
+@pytest.mark.parametrize("metric", ["nll", "gibbs", "nll-relative"])
+def test_a_forecast_is_that_of_the_outputs(metric: str) -> None:
+    # the oracle is the run itself: between and around two scales that were run the outputs follow a parabola
+    model = adapted("llama", blocks=2)
+    bayes = searched(model, sigma=0.01)
+    posterior = bayes.posterior
+    assert isinstance(posterior, AdapterPosterior)
+    every = gather(bayes.network, bayes.likelihood, DATA, 160, "auto")
+    few, some = (Losses(bayes.network, posterior, bayes.likelihood, metric, every.every(n)) for n in (4, 4))
+    whole = Losses(bayes.network, posterior, bayes.likelihood, metric, every, below=few)
+    alone = Losses(bayes.network, posterior, bayes.likelihood, metric, every)
+    few.change(0.02, True), whole.change(0.03, True), alone.change(0.03, True), some.change(0.03, True)
+    assert some.change(0.02, True) == few.change(0.02, True)
+    forwards = whole.forwards
+    assert forwards == 160 * 4
+    helped, straight = whole.forecast(0.024, True), alone.forecast(0.024, True)
+    assert few.forecast(0.03, True) == pytest.approx(some.change(0.03, True), rel=1e-5)  # rows of the whole's run
+    assert whole.forecast(0.03, True) == pytest.approx(whole.change(0.03, True), rel=1e-5)
+    whole.change(0.02, True)
+    true = alone.change(0.024, True)
+    assert whole.forecast(0.024, True) == pytest.approx(true, rel=0.01)
+    assert abs(helped - true) < 0.75 * abs(straight - true)  # the few told the line's error
+
+
+def test_a_search_of_500_anchors_takes_40_passes_or_fewer() -> None:
+    data = [batch(50, seed=seed) for seed in range(10)]
+    model = adapted("bert", blocks=2)
+    report = bdl.lora.search_report(searched(model, data, num_samples=10, anchors=500))
+    assert report.status == "found" and len(report.curve) <= 3 and report.passes <= 40
 
 
 def test_the_search_repeats_itself() -> None:
