@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -47,11 +47,15 @@ def percent(axes: Axes, which: str) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}%"))
 
 
-def legend(axes: Axes, place: Literal["best", "upper left"] = "best") -> None:
-    """A small legend without a frame."""
-    axes.legend(
-        fontsize=FONT - 0.5, frameon=False, labelcolor=style.INK, loc=place, handlelength=1.8, borderaxespad=0.2
-    )
+def legend(axes: Axes, place: Literal["best", "upper left", "lower right"] = "best", *, below: int = 0) -> None:
+    """A small legend without a frame; at the right below `below` lines of text at the top, where there are some."""
+    look: dict[str, Any] = {"fontsize": FONT - 0.5, "frameon": False, "labelcolor": style.INK, "handlelength": 1.8}
+    if below:
+        # Lines of text are set 10 points apart.
+        top = 1 - 10 * (below + 0.6) / (72 * axes.get_window_extent().height / axes.figure.dpi)
+        axes.legend(loc="upper right", bbox_to_anchor=(1, top), borderaxespad=0.2, **look)
+    else:
+        axes.legend(loc=place, borderaxespad=0.2, **look)
 
 
 def axis_label(label: str, unit: str) -> str:
@@ -93,11 +97,14 @@ def bar_title(axes: Axes, name: str, place: float) -> None:
     )  # fmt: skip
 
 
-def cut_towers(axes: Axes, bars: Mapping[str, np.ndarray], edges: np.ndarray) -> None:
-    """Where one bin towers over all others, cut it off and print its height, so that the others can be seen."""
+def cut_towers(axes: Axes, bars: Mapping[str, np.ndarray], edges: np.ndarray) -> int:
+    """Where one bin towers over all others, cut it off and print its height, so that the others can be seen.
+
+    Returns how many lines of text that took.
+    """
     limit = 1.5 * max(float(np.sort(shares)[-2]) for shares in bars.values())
     if limit <= 0 or max(float(shares.max()) for shares in bars.values()) < 1.5 * limit:
-        return
+        return 0
     axes.set_ylim(0, limit)
     towers = [
         (name, int(shares.argmax()), float(shares.max())) for name, shares in bars.items() if shares.max() > limit
@@ -109,6 +116,7 @@ def cut_towers(axes: Axes, bars: Mapping[str, np.ndarray], edges: np.ndarray) ->
             xytext=(6 if left else -6, -7 - 10 * line), textcoords="offset points", fontsize=FONT - 0.5,
             color=style.MUTED, ha="left" if left else "right",
         )  # fmt: skip
+    return len(towers)
 
 
 def plain(name: str) -> str:

@@ -16,6 +16,7 @@ from bayesdl.errors import UnknownNameError, UnsupportedError
 from bayesdl.evaluation import drawing, style
 from bayesdl.evaluation.classification import reliability_of
 from bayesdl.evaluation.ood import ood_score
+from bayesdl.evaluation.ranking import separated
 from bayesdl.evaluation.regression import pit
 
 if TYPE_CHECKING:
@@ -146,9 +147,44 @@ class Plots:
         axes.set(xlabel=f"{wanted.replace('_', ' ')} (higher: more unusual)", ylabel="share of examples")
         axes.set(xlim=edges[[0, -1]], ylim=(0, None))
         drawing.percent(axes, "y")
+        lines = drawing.cut_towers(axes, bars, edges)
         if legend:
-            drawing.legend(axes)
-        drawing.cut_towers(axes, bars, edges)
+            drawing.legend(axes, below=lines)
+        return axes
+
+    def roc(self, dataset: str | None = None, *, score: str | None = None, ax: Axes | None = None) -> Axes:
+        """ROC curves of every method for an out-of-distribution set (default: the first); the legend holds the areas.
+
+        Up: share of the unfamiliar examples flagged. Right: share of the test examples flagged with them.
+
+        Raises:
+            UnsupportedError: the report has no out-of-distribution set, or was read from JSON.
+            UnknownNameError: no such set.
+        """
+        self._one(self._report.rows[0], (), "ROC curve")
+        names = [key[4:] for key in self._report.details["sizes"] if key.startswith("ood/")]
+        if not names:
+            raise UnsupportedError("the report has no out-of-distribution set; give compare(..., ood={name: loader})")
+        chosen = names[0] if dataset is None else dataset.removeprefix("ood/")
+        if chosen not in names:
+            raise UnknownNameError(f"no out-of-distribution set {dataset!r}; the report has {', '.join(names)}")
+        wanted = score or str(self._report.details["score"])
+        axes = drawing.dressed(ax, _WIDE)
+        axes.plot([0, 1], [0, 1], color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        for name in self._report.rows:
+            sets = self._report.predictions[name]
+            if f"ood/{chosen}" not in sets:
+                continue
+            table, _ = separated(ood_score(sets["test"], wanted), ood_score(sets[f"ood/{chosen}"], wanted))
+            right, up = (
+                np.concatenate([[0.0], drawing.array(c[0] / c[0, -1])]) for c in (table.negative, table.positive)
+            )
+            points, look = drawing.thin(len(right)), self._look(name)
+            label = f"{drawing.plain(name)} {100 * float(table.auroc()):.1f}%"
+            axes.plot(right[points], up[points], color=look[0], linestyle=look[2], linewidth=1.5, label=label)
+        axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="test examples flagged", ylabel=f"{drawing.plain(chosen)} flagged")
+        drawing.percent(axes, "xy")
+        drawing.legend(axes, "lower right")
         return axes
 
     def shift(self, metric: str = "nll", *, name: str | None = None, ax: Axes | None = None) -> Axes:

@@ -127,11 +127,12 @@ dl div{grid-template-columns:1fr}
 }
 @media (min-width:641px) and (max-width:900px){.multiples{grid-template-columns:1fr 1fr}}
 @media print{
-nav,.skip,details{display:none}
+nav,.skip,section:has(details){display:none}
 body{background:#fff;font-size:12px}
 main{max-width:none;padding:0}
 h1{font-size:22px}
 h2{font-size:15px}
+h3{font-size:11.5px}
 h2,h3{break-after:avoid}
 .verdict p:first-of-type{font-size:15px}
 section{padding:12px 14px;margin:0 0 10px;border-color:#ccc;break-inside:avoid}
@@ -139,7 +140,7 @@ figure,tr{break-inside:avoid}
 table,thead th{font-size:11.5px}
 .range,.under,.plain,dl,figcaption,.lead,.eyebrow,thead .unit,thead .group,th[scope=row] small{font-size:10px}
 th,td{padding:4px 8px}
-th[scope=row]{min-width:110px;font-size:11.5px}
+th[scope=row]{min-width:118px;font-size:11.5px;overflow-wrap:break-word}
 .scroll{overflow:visible;margin:6px 0 0}
 .multiples{grid-template-columns:repeat(var(--cols),minmax(0,1fr));gap:10px 12px}
 }

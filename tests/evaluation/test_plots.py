@@ -75,6 +75,33 @@ def test_histograms_are_shares() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["test", "far"]
 
 
+def test_roc_curves_enclose_the_areas_of_the_report() -> None:
+    rep = classification()
+    axes = rep.plot.roc()
+    for line, row in zip(axes.lines[1:], rep.rows, strict=True):
+        right, up = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+        assert (right[0], up[0], right[-1], up[-1]) == (0.0, 0.0, 1.0, 1.0)
+        assert (np.diff(right) >= 0).all() and (np.diff(up) >= 0).all()
+        # 230 examples make fewer points than a curve may have, so nothing is thinned.
+        assert np.trapezoid(up, right) == pytest.approx(rep[row]["ood/far/auroc"])
+        assert f"{100 * rep[row]['ood/far/auroc']:.1f}%" in str(line.get_label())
+    with pytest.raises(UnknownNameError, match="no out-of-distribution set"):
+        rep.plot.roc("near")
+    with pytest.raises(UnsupportedError, match="no out-of-distribution set"):
+        regression().plot.roc()
+
+
+def test_a_legend_keeps_clear_of_what_is_printed_at_the_top() -> None:
+    rep = classification()
+    axes = rep.plot.ood_histogram("plain")
+    figure = axes.figure
+    figure.canvas.draw()
+    drawing.legend(axes, below=2)
+    figure.canvas.draw()
+    top = axes.get_legend().get_window_extent().y1
+    assert axes.get_window_extent().y1 - top >= 2 * 10 / 72 * figure.dpi
+
+
 def test_shift_runs_from_the_test_data_to_the_worst() -> None:
     rep = classification()
     axes = rep.plot.shift("nll")
