@@ -2,7 +2,8 @@
 
 The model is that of Baumann et al. 2024, "Post-hoc probabilistic vision-language models": embeddings are Gaussian, and
 a score is t cos(x, y). Here the cosine is linearised along the sphere (its gradient is orthogonal to both embeddings),
-so that noise along an embedding, which normalisation removes, adds nothing; the bilinear term of both noises is kept.
+so that noise along an embedding, which normalisation removes, adds nothing. Of second order two terms are kept, which
+count where noise of many directions adds up: the product of both noises, and noise across an embedding lengthening it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def cosine_moments(
 
     With E = |mean|^2 + tr(Cov) and c = mean_x . mean_y / sqrt(E_x E_y):
     g_x = (mean_y / sqrt(E_y) - c mean_x / sqrt(E_x)) / sqrt(E_x), g_y likewise, and
-    Var = g_x' Cov_x g_x + g_y' Cov_y g_y + tr(Cov_x Cov_y) / (E_x E_y).
+    Var = g_x' Cov_x g_x + g_y' Cov_y g_y + tr(Cov_x Cov_y) / (E_x E_y)
+    + c^2 / 2 (tr(C_x^2) / E_x^2 + tr(C_y^2) / E_y^2), C = (I - u u') Cov (I - u u') with u the mean's direction.
 
     Args:
         mean_x: `(B, p)`.
@@ -64,10 +66,13 @@ def cosine_moments(
     spread_x = towards_y * var_x.unsqueeze(1) if var_x.dim() == 2 else towards_y @ var_x
     own = towards_x * var_y if var_y.dim() == 2 else torch.einsum("bcp,cpq->bcq", towards_x, var_y)
     alone = (own * towards_x).sum(-1) + _product(var_x, var_y) / (length_x.square() @ length_y.square().mT)
+    alone = alone + 0.5 * cosine.square() * (_across(mean_y, var_y) / length_y**4).mT
+    stretch = 0.5 * _across(mean_x, var_x) / length_x**4  # common to all classes
     mean = scale * cosine + bias
     if not joint:
-        return mean, scale**2 * ((spread_x * towards_y).sum(-1) + alone)
-    return mean, scale**2 * (spread_x @ towards_y.mT + torch.diag_embed(alone))
+        return mean, scale**2 * ((spread_x * towards_y).sum(-1) + alone + stretch * cosine.square())
+    common = stretch.unsqueeze(2) * cosine.unsqueeze(2) * cosine.unsqueeze(1)
+    return mean, scale**2 * (spread_x @ towards_y.mT + torch.diag_embed(alone) + common)
 
 
 @final
@@ -91,8 +96,9 @@ class Embeddings:
 def score_moments(x: Embeddings, y: Embeddings, scale: float, bias: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """`cosine_moments` where all classes come from one random projection, in a few matrix products.
 
-    Noises of different classes are then correlated, and so are the bilinear terms: with K_jk the covariance of y_j and
-    y_k, Cov_jk = g_xj' Cov_x g_xk + g_yj' K_jk g_yk + tr(Cov_x K_jk) / (E_x sqrt(E_j E_k)).
+    Noises of different classes are then correlated, and so are the terms of second order: with K_jk the covariance of
+    y_j and y_k and L_jk that across their means, Cov_jk = g_xj' Cov_x g_xk + g_yj' K_jk g_yk
+    + tr(Cov_x K_jk) / (E_x sqrt(E_j E_k)) + c_j c_k / 2 (tr(C_x^2) / E_x^2 + tr(L_jk L_jk') / (E_j E_k)).
 
     Returns:
         Means and variances `(B, C)`, and covariances `(B, C, C)` where `y.shared` is given.
@@ -107,11 +113,14 @@ def score_moments(x: Embeddings, y: Embeddings, scale: float, bias: float) -> tu
     lengths = length_x.square()
     turned, own = unit_x @ y.basis, unit_y @ y.basis  # in those of y
     noise = x.variance @ (x.basis.mT @ y.basis).square() / lengths  # of x, as far as the eigenvectors of y see it
+    stretch = 0.5 * _across(x.mean @ x.basis, x.variance) / lengths.square()
     if y.shared is None:
         first = x.variance @ theirs.square().mT - 2 * cosine * along + cosine.square() * inside
         second = turned.square() @ y.variance.mT - 2 * cosine * (turned @ (y.variance * own).mT)
         second = second + cosine.square() * (y.variance * own.square()).sum(1)
         spread = first / lengths + (second + noise @ y.variance.mT) / length_y.square().mT
+        other = 0.5 * _across(y.mean @ y.basis, y.variance) / length_y**4
+        spread = spread + cosine.square() * (stretch + other.mT)
         return mean, scale**2 * spread.clamp(min=0), None
     count = len(y.mean)
     products = cosine.unsqueeze(2) * cosine.unsqueeze(1)
@@ -122,7 +131,11 @@ def score_moments(x: Embeddings, y: Embeddings, scale: float, bias: float) -> tu
     twice = torch.einsum("mjk,jm,km->jk", y.shared, own, own)
     inner = ((turned.square() + noise) @ flat).unflatten(1, (count, count))
     inner = inner - _both(cosine.unsqueeze(1) * once) + products * twice
-    covariance = scale**2 * (joint / lengths.unsqueeze(2) + inner / (length_y @ length_y.mT))
+    others = length_y @ length_y.mT
+    squares = y.shared.square().sum(0) - _both(torch.einsum("mjk,jm->jk", y.shared.square(), _units(own).square()))
+    angles = torch.einsum("mjk,jm,km->jk", y.shared, _units(own), _units(own))
+    second = stretch.unsqueeze(2) + 0.5 * (squares + angles.square()).clamp(min=0) / others.square()
+    covariance = scale**2 * (joint / lengths.unsqueeze(2) + inner / others + products * second)
     return mean, covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0), 0.5 * (covariance + covariance.mT)
 
 
@@ -137,6 +150,18 @@ def _length(mean: Tensor, variance: Tensor) -> Tensor:
     if not bool((found > 0).all()):
         raise ArgumentError("an embedding has length zero; its cosine is not defined")
     return found.unsqueeze(-1)
+
+
+def _units(mean: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def _across(mean: Tensor, variance: Tensor) -> Tensor:
+    """tr(C^2) `(n, 1)` of the covariances across the means: tr(Cov^2) - 2 u' Cov^2 u + (u' Cov u)^2."""
+    unit = _units(mean)
+    turned = variance * unit if variance.dim() == 2 else (variance @ unit.unsqueeze(2)).squeeze(2)
+    total = variance.square().flatten(1).sum(1) - 2 * turned.square().sum(1) + (turned * unit).sum(1).square()
+    return total.clamp(min=0).unsqueeze(1)
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:

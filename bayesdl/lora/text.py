@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -135,9 +136,10 @@ def score(
 
     Args:
         model: a causal model fitted by `bdl.TFB`.
-        batch: sequences `(B, T)` under "input_ids", with their mask.
+        batch: sequences `(B, T)` under "input_ids", with their mask. Padding on the left counts for no position, as in
+            `generate` ("position_ids" are added where the model takes them).
         num_samples: S; default that of the posterior.
-        prompt_length: so many tokens at the front are given, and do not count.
+        prompt_length: so many columns at the front are given, and do not count.
         generator: source of the draws' seed.
 
     Raises:
@@ -152,6 +154,7 @@ def score(
     ids = torch.as_tensor(inputs["input_ids"]).to(model.device)
     given = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if given is None else torch.as_tensor(given).to(model.device)
+    inputs = _placed(inputs, mask, model.network.template)
     counted = (mask[:, 1:] * mask[:, :-1]).bool() & (torch.arange(1, ids.shape[1], device=ids.device) >= prompt_length)
     span = (posterior.reseeded(generator), 0, num_samples or posterior.num_samples)
     with torch.no_grad():
@@ -166,6 +169,16 @@ def score(
         entropy = -(mean.exp() * mean).sum(-1)
         conditional = -(logs.exp() * logs).sum(-1).mean(0)
     return SequenceScores(tokens, counted, entropy, (entropy - conditional).clamp(min=0))
+
+
+def _placed(inputs: Mapping[str, Any], mask: Tensor, module: Any) -> Mapping[str, Any]:
+    """The inputs with the positions of attended tokens, where padding on the left would shift them."""
+    if bool((mask[:, 0] != 0).all()) or inputs.get("position_ids") is not None:
+        return inputs
+    below = module.get_base_model() if hasattr(module, "get_base_model") else module
+    if "position_ids" not in inspect.signature(below.forward).parameters:
+        return inputs
+    return {**inputs, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
 def _padded(parts: list[Tensor], filler: int) -> Tensor:

@@ -103,10 +103,11 @@ def test_saved_adapters_are_the_usual_files(tmp_path: Any) -> None:
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
 
 
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("last", [1, 2])
-def test_a_shared_prefix_changes_nothing(kind: str, last: int) -> None:
-    model, inputs = adapted(kind), batch()
+def test_a_shared_prefix_changes_nothing(kind: str, last: int, variant: dict[str, Any]) -> None:
+    model, inputs = adapted(kind, **variant), batch()
     with untouched(model):
         bayes = wrapped(model, layers=f"last-{last}", share_prefix=True)
         shared = outputs(bayes, inputs)
@@ -167,7 +168,7 @@ def test_half_precision_adds_behind_b() -> None:
         plain = layer.up(half)(layer.down(half)(x)).double()
         noise = results[0] - quiet
         errors[form] = float((results[1] - plain - noise).norm() / noise.norm())
-    assert errors["P"] < 0.05 and errors["A"] > 3 * errors["P"]
+    assert errors["P"] < 0.02 and errors["A"] > 0.1
 
 
 def test_draws_are_fixed_functions_and_those_of_a_prediction() -> None:

@@ -48,6 +48,10 @@ def test_adapter_names() -> None:
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
     refused(model, SelectionError, "'second' is not active", adapter="second")
     assert len(wrapped(model).posterior.layers) == 2  # type: ignore[union-attr]
+    for part in model.modules():
+        if hasattr(part, "_active_adapter"):
+            part._active_adapter = []
+    refused(model, SelectionError, r"no adapter is active; the model has \['default', 'second'\]")
 
 
 def test_merged_and_disabled_adapters() -> None:
@@ -78,6 +82,56 @@ def test_layers_that_bypass_a_and_b() -> None:
     assert [layer.name for layer in bayes.posterior.layers] == [  # type: ignore[union-attr]
         "base_model.model.model.layers.0.self_attn.q_proj"
     ]
+
+
+class Experts(nn.Module):
+    """Several matrices in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,eij->bj", x, self.weight)
+
+
+class Mixture(nn.Module):
+    """A convolution, attention in one piece, and experts, before a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.experts, self.head = Experts(), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).flatten(2).mT
+        return self.head(self.experts(self.attention(x, x, x)[0].mean(1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"target_modules": ["conv", "head"]}, r"conv.*\(Conv2d\)"),
+        ({"target_modules": ["attention", "head"]}, r"attention.*\(MultiheadAttention\)"),
+        ({"target_modules": ["head"], "target_parameters": ["experts.weight"]}, r"\(ParamWrapper\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*target_parameters")
+def test_layers_of_other_kinds(options: dict[str, Any], name: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Mixture(), LoraConfig(r=2, **options))
+    train(model)
+    x = torch.randn(4, 1, 5, 5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UnsupportedError, match=name):
+        bdl.wrap(model, bdl.TFB(sigma=0.1), likelihood="categorical")
+    # peft's attention registers its parameters anew whenever modules are listed: values are what can be compared
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    bayes = bdl.wrap(model, bdl.TFB(sigma=0.1, layers="head"), likelihood="categorical")
+    assert float(bayes(x).epistemic.min()) > 0
 
 
 def test_variants() -> None:
@@ -130,6 +184,27 @@ def test_rows_that_are_no_longer_aligned() -> None:
         bayes(x)
     alone = bdl.wrap(model, bdl.TFB(sigma=0.1, tile=False), likelihood="categorical", progress=False)
     assert alone(x).mean.shape == (4, 3)
+
+
+def test_batches_that_change_inside() -> None:
+    class Pooled(nn.Module):
+        """Two inputs make one output."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).unflatten(0, (-1, 2)).mean(1)
+
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Pooled(), LoraConfig(r=2, target_modules=["layer"]))
+    train(model)
+    bayes = bdl.wrap(model, bdl.TFB(sigma=0.1, num_samples=3), likelihood="categorical", progress=False)
+    x = torch.randn(4, 4)
+    with untouched(model), pytest.raises(ShapeError, match=r"shape \(6, 3\) for 12 rows: the batch changes inside"):
+        bayes(x)
 
 
 def test_layers_that_are_never_called() -> None:

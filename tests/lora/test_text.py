@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,21 +50,55 @@ def test_tiled_generation_is_sequential(kind: str, way: str) -> None:
     assert torch.equal(plain.generate(**inputs, **options), tiled[1])
 
 
-def test_the_cache_changes_nothing() -> None:
-    model, inputs = adapted("llama", 2, causal=True), prompts()
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("way", SEARCH)
+def test_the_cache_changes_nothing(kind: str, way: str) -> None:
+    model, inputs = adapted(kind, 2, causal=True), prompts()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, **SEARCH[way]}
     bayes = wrapped(model)
     kept, recomputed = (bdl.lora.generate(bayes, inputs, use_cache=cache, **options) for cache in (True, False))
     assert torch.equal(kept, recomputed)
 
 
-def test_prompts_padded_on_the_left_are_single_prompts() -> None:
-    model, inputs = adapted("llama", 2, causal=True), prompts()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_prompts_padded_on_the_left_are_single_prompts(kind: str) -> None:
+    model, inputs = adapted(kind, 2, causal=True), prompts()
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     bayes = wrapped(model)
     together = bdl.lora.generate(bayes, inputs, **options)
     single = {key: value[1:2, 2:] for key, value in inputs.items()}
     assert torch.equal(bdl.lora.generate(bayes, single, **options)[:, 0, 3:], together[:, 1, 5:])
+    # and so are their scores, whether positions are learnt (GPT-2) or relative
+    padded, alone = bdl.lora.score(bayes, inputs), bdl.lora.score(bayes, single)
+    for name in ("sequences", "log_prob", "spread", "mean_epistemic"):
+        together, one = getattr(padded, name), getattr(alone, name)
+        torch.testing.assert_close(together[..., 1], one[..., 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", SEARCH)
+def test_texts_that_end_early_are_padded(way: str) -> None:
+    model, inputs = adapted("llama", 2, causal=True), prompts()
+    free = bdl.lora.generate(wrapped(model, sigma=0.5), inputs, max_new_tokens=8, min_new_tokens=8, **SEARCH[way])
+    end = int(free[0, 0, 7])  # the third token that draw 0 writes for the first prompt
+    options = {"max_new_tokens": 8, "eos_token_id": end, "pad_token_id": 0, **SEARCH[way]}
+    tiled = bdl.lora.generate(wrapped(model, sigma=0.5), inputs, **options)
+    assert torch.equal(tiled, bdl.lora.generate(wrapped(model, sigma=0.5, tile=False), inputs, **options))
+    if way == "greedy":
+        assert tiled[0, 0, 7] == end and not bool(tiled[0, 0, 8:].any())
+        assert bool(tiled[1:, :, 8:].any())  # others write on
+
+
+def test_what_was_written_is_scored() -> None:
+    # the log probability of a greedy text under its own draw, token by token, is the largest at every position
+    model, inputs = adapted("llama", 2, causal=True), batch(2, 4, padded=False)
+    bayes = wrapped(model)
+    written = bdl.lora.generate(bayes, inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    for index, function in enumerate(bayes.draw(4)):
+        whole = {"input_ids": written[index], "attention_mask": torch.ones_like(written[index])}
+        scores = bdl.lora.score(bayes, whole, prompt_length=4)
+        best = function(whole).detach().log_softmax(-1)[:, 3:-1].amax(-1)
+        torch.testing.assert_close(scores.tokens[index, :, 3:], best, rtol=1e-4, atol=1e-5)
+        assert scores.mask.sum(1).tolist() == [5, 5]
 
 
 def test_one_draw_for_every_row() -> None:
@@ -117,6 +152,14 @@ def test_a_merged_draw_is_the_hooked_one(kind: str, variant: dict[str, Any]) -> 
             torch.testing.assert_close(merged(**inputs).logits, wanted[index], rtol=2e-5, atol=1e-5)
             torch.testing.assert_close(kept(**inputs).logits, wanted[index], rtol=2e-5, atol=1e-5)
         assert not any("lora" in name for name in merged.state_dict()) and type(kept) is type(model)
+    # nothing but rounding lies between them
+    exact, double = adapted(kind, 2, **variant).double(), wrapped(adapted(kind, 2, **variant).double())
+    plain = copy.deepcopy(exact).eval()
+    with torch.no_grad():
+        merged = bdl.lora.merge_sample(double, 1)
+        wanted, tolerance = double(inputs).latent.samples[1], 1e-6 if kind == "llama" else 1e-11
+        torch.testing.assert_close(merged(**inputs).logits, wanted, rtol=tolerance, atol=tolerance)
+        assert float((plain(**inputs).logits - wanted).abs().max()) > 1e-3
     with pytest.raises(ArgumentError, match="index=-1"):
         bdl.lora.merge_sample(bayes, -1)
 

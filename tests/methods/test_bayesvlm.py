@@ -111,7 +111,7 @@ def test_precisions_maximise_the_evidence(pseudo: float | None) -> None:
     torch.testing.assert_close(posterior.evidence, best - posterior.scale * torch.tensor(losses).double())
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.2])
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.4])
 def test_moments_are_those_of_drawn_projections(noise: float) -> None:
     # 20,000 draws of both projections: standard errors of a standard deviation of 0.5 %, of a covariance of 0.7 % of
     # the product of its standard deviations; the linearisation itself is within 3 %
