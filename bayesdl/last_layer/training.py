@@ -73,7 +73,7 @@ def train(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> Fitted:
 def _head(method: VBLL, task: Task, layer: str, data: Iterable[Any]) -> LinearHead:
     linear = linear_layer(task.network, layer)
     task.likelihood.check_outputs(linear.weight.new_zeros(1, linear.out_features))
-    prior = task.gaussian_prior()
+    prior = task.gaussian_prior(layer)
     options: dict[str, Any] = {
         "num_data": _count(task, data),
         "covariance": method.covariance,

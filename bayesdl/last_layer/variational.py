@@ -35,7 +35,7 @@ def classify(method: VBLL, task: Task, layer: str, data: Iterable[Any], likeliho
     """Maximise the bound of `bayesdl.last_layer.ascent` from the network's own weights."""
     linear = linear_layer(task.network, layer)
     outputs, bias = linear.out_features, linear.bias is not None
-    prior = task.gaussian_prior()
+    prior = task.gaussian_prior(layer)
     binary = isinstance(likelihood, Bernoulli)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -132,7 +132,7 @@ def model_noise(
     """
     linear = linear_layer(task.network, layer)
     outputs = linear.out_features
-    prior = task.gaussian_prior()
+    prior = task.gaussian_prior(layer)
     seen = observations(task.network, layer, likelihood, outputs, data, progress=task.progress)
     with gathered(seen, method.cache_bytes) as (phi, y), torch.enable_grad():
         with torch.device(phi.device):

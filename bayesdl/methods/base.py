@@ -55,16 +55,32 @@ class Task:
             raise ArgumentError(f'method "{method}" needs data: bdl.wrap(model, "{method}", loader, ...) with {what}')
         return self.data
 
-    def gaussian_prior(self) -> GaussianPrior | None:
-        """The prior as a Gaussian, or None; named precisions become one per parameter."""
+    def gaussian_prior(self, layer: str | None = None) -> GaussianPrior | None:
+        """The prior as a Gaussian, or None; named precisions become one per parameter.
+
+        Args:
+            layer: of a method that is about this layer alone; named precisions then become that of its weight.
+
+        Raises:
+            ArgumentError: another kind of prior, or no precision for a parameter.
+        """
         if self.prior is None:
             return None
         if isinstance(self.prior, GaussianPrior):
+            if isinstance(self.prior.precision, Mapping) and layer is not None:
+                name = f"{layer}.weight" if layer else "weight"
+                if name not in self.prior.precision:
+                    raise ArgumentError(
+                        f"the prior names a precision for {sorted(self.prior.precision)} and none for {name!r}, the "
+                        "weight of the last layer"
+                    )
+                return replace(self.prior, precision=self.prior.precision[name])
             if isinstance(self.prior.precision, Mapping):
                 return replace(self.prior, precision=self.prior.vector(self.network.parameters))
             return self.prior
         raise ArgumentError(
-            f"prior is {type(self.prior).__name__}; this method needs a bdl.GaussianPrior (its posterior is Gaussian)"
+            f"prior is {type(self.prior).__name__}; this method needs a bdl.GaussianPrior (its posterior is Gaussian), "
+            'such as bdl.functional.match(..., family="gaussian") finds; samplers and NUTS take any prior'
         )
 
 

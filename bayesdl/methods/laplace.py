@@ -23,10 +23,17 @@ from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.methods.base import Fitted, Method, Task
 from bayesdl.network import first_inputs
 from bayesdl.posteriors import GaussianPosterior
-from bayesdl.priors import GaussianPrior
+from bayesdl.priors import GaussianPrior, Prior
 from bayesdl.priors.posterior import PosteriorPrior
 from bayesdl.select import Selector
 from bayesdl.tuning.evidence import maximise
+
+APART = Finding(
+    "info",
+    "weights and biases have blocks of their own, as the prior has other precisions for them",
+    'bias="separate" says the same',
+    "bias",
+)
 
 
 @final
@@ -43,7 +50,8 @@ class Laplace(Method):
             structures "full", "diag", "lowrank"). Where the Hessian has negative eigenvalues, as at weights that are no
             minimum, give a prior whose precision outweighs them: the evidence has no maximum there, and every query
             refuses a precision that is not positive definite.
-        bias: "joint" (weight and bias of a layer share one block) or "separate".
+        bias: "joint" (weight and bias of a layer share one block) or "separate"; Kronecker factors are separate too
+            under a prior that names other precisions for biases than for weights.
         predictive: "linearized" (closed-form covariance of the outputs) or "samples" (weights drawn, network run).
         temperature: T of the posterior p^(1/T), which multiplies its covariance by T; 1 is Bayes.
         samples: draws of y per example for kind "mc".
@@ -93,6 +101,8 @@ class Laplace(Method):
             example = first_inputs(data, task.network.batch)
         with together(resolve_group(task.distributed)), task.network.session():
             layout = plan(task.network, example, self.bias)
+            apart = self._apart(layout, task.prior)
+            layout = plan(task.network, example, "separate") if apart else layout
         fit = fit_curvature(
             task.network,
             layout,
@@ -114,7 +124,18 @@ class Laplace(Method):
             every=self.every,
             example=example,
         )
-        return self.finish(fit, task, prior)
+        fitted = self.finish(fit, task, prior)
+        return replace(fitted, findings=(*fitted.findings, APART)) if apart else fitted
+
+    def _apart(self, layout: Layout, prior: Prior | None) -> bool:
+        """Whether a named prior has other precisions for biases than for weights, and Kronecker factors share them."""
+        if not isinstance(prior, GaussianPrior) or not isinstance(prior.precision, Mapping):
+            return False
+        recipes = self.structure.values() if isinstance(self.structure, Mapping) else (self.structure,)
+        if not {"kron", "ekfac"} & set(recipes):
+            return False
+        named = prior.precision
+        return any(len({named.get(name) for name in block.parameters}) > 1 for block in layout.blocks)
 
     def finish(self, fit: Fit, task: Task, prior: GaussianPrior | None) -> Fitted:
         """The posterior of a fit, with what the user left open at the maximum of the evidence."""

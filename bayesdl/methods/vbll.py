@@ -67,6 +67,8 @@ class VBLL(Method):
         cache_bytes: features beyond this live in a temporary file.
         noise_prior: (a, b) of the gamma prior over 1 / s^2 for noise="gamma"; None is the reference prior (frozen).
         select: not used; a last layer is chosen by `layer`.
+
+    A prior with precisions by name, as `bdl.functional.match` finds it, gives that of the layer's weight.
     """
 
     mode: str = "frozen"
@@ -139,7 +141,7 @@ class VBLL(Method):
         moments: list[Statistics] = []
         with gathered(_tap(pairs, moments), self.cache_bytes) as (phi, y):
             unseen, found = self._left_out(task, layer, data, phi, y)
-            regression, findings = self._hyperparameters(moments[0], task, phi, y, unseen)
+            regression, findings = self._hyperparameters(moments[0], task, layer, phi, y, unseen)
             findings += found or (() if task.held_out else _overfitted(regression, phi, y))
         likelihood, regression = self._likelihood(task, regression)
         return Fitted(LastLayerPosterior(layer, ConjugateWeights(regression)), likelihood, findings)
@@ -170,11 +172,17 @@ class VBLL(Method):
         return (features, targets), found
 
     def _hyperparameters(
-        self, total: Statistics, task: Task, phi: Tensor, y: Tensor, unseen: tuple[Tensor, Tensor] | None
+        self,
+        total: Statistics,
+        task: Task,
+        layer: str,
+        phi: Tensor,
+        y: Tensor,
+        unseen: tuple[Tensor, Tensor] | None,
     ) -> tuple[ConjugateRegression, tuple[Finding, ...]]:
         start = ConjugateRegression.decompose(total, intercept=self.intercept)
         outputs, like = start.num_outputs, start.values
-        prior = task.gaussian_prior()
+        prior = task.gaussian_prior(layer)
         precision = None if prior is None else precision_of(prior, outputs, like)
         variance = None
         if isinstance(task.likelihood, Gaussian) and task.likelihood.noise is not None:
