@@ -32,7 +32,8 @@ def deprecated(*, since: str, removed_in: str, instead: str) -> Callable[[Thing]
     def decorate(thing: Thing) -> Thing:
         text = f"{thing.__qualname__} is deprecated since {since} and goes away in {removed_in}; use {instead}"
         if isinstance(thing, type):
-            original = thing.__init__
+            made: Any = thing
+            original = made.__init__
 
             @functools.wraps(original)
             def initialise(self: Any, *args: Any, **options: Any) -> None:
@@ -40,8 +41,8 @@ def deprecated(*, since: str, removed_in: str, instead: str) -> Callable[[Thing]
                     warnings.warn(text, FutureWarning, stacklevel=2)
                 original(self, *args, **options)
 
-            thing.__init__ = initialise  # type: ignore[misc]
-            return thing
+            made.__init__ = initialise
+            return made
 
         @functools.wraps(thing)
         def call(*args: Any, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from bayesdl.tensorfile import DAMAGE, read_described, write_described
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
 
+EMPTY = "empty"  # stands where there is no tensor: the format wants one
 HEADER = {
     *("format", "method", "cost", "findings", "posterior", "config"),
     *("likelihood", "likelihood_config", "select", "names", "fingerprint"),
@@ -44,7 +45,7 @@ def save(model: BayesianModel, path: str | Path) -> None:
         "fingerprint": model.network.fingerprint(type(model.posterior).concerns(model.posterior.config())),
         "torch": str(torch.__version__),
     }
-    write_described(Path(path), header, model.posterior.tensors() or {"empty": torch.zeros(1)})
+    write_described(Path(path), header, model.posterior.tensors() or {EMPTY: torch.zeros(1)})
 
 
 def load(
@@ -91,11 +92,20 @@ def load(
         with torch.inference_mode(False):
             moved = {name: value.to(network.device) for name, value in tensors.items()}
             posterior = POSTERIORS[str(header["posterior"])].restore(moved, header["config"])
+            posterior.check(network)
+            _check_whole(posterior.tensors(), moved)
         findings = tuple(Finding(*map(str, row)) for row in header["findings"])
         cost = tuple((str(name), float(value)) for name, value in header["cost"])
     except DAMAGE as error:
         raise FileFormatError(f"{path} is damaged: {error!r} while rebuilding the model") from error
     return BayesianModel(network, posterior, likelihood, record=Record(str(header["method"]), cost, findings))
+
+
+def _check_whole(kept: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise `FileFormatError` where the file holds a tensor that the posterior did not take."""
+    extra = sorted(set(found) - set(kept) - {EMPTY})
+    if extra:
+        raise FileFormatError(f"tensor {extra[0]!r} belongs to nothing")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -83,6 +83,10 @@ class Posterior(ABC):
         del config
         return None
 
+    def check(self, network: Network) -> None:
+        """Raise unless what was restored from a file is whole and fits the network; any error will do."""
+        del network
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply `function` to every tensor (moves between devices and dtypes)."""
         return self.restore({name: function(value) for name, value in self.tensors().items()}, self.config())

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.errors import SelectionError
+from bayesdl.errors import FileFormatError, SelectionError, check_finite
 from bayesdl.last_layer.exact import ConjugateRegression
 from bayesdl.last_layer.features import features
 from bayesdl.last_layer.parameterisation import Covariance, make
@@ -139,6 +139,7 @@ class GaussianWeights(LinearBelief):
         return cls(mean, whole, tensors["scale"], bool(config["bias"]), None if bound is None else float(bound))
 
 
+PROBES = 7  # rows of features on which a restored belief is tried: a number that no size of its own is likely to be
 BELIEFS: dict[str, type[Belief]] = {belief.name: belief for belief in (ConjugateWeights, GaussianWeights, Discriminant)}
 
 
@@ -206,6 +207,24 @@ class LastLayerPosterior(Posterior):
         # the network may have been moved to half precision, where the trunk is not kept
         own = network.tensors
         return {name: value.to(own[name].dtype) for name, value in self.trunk.items()}
+
+    def check(self, network: Network) -> None:
+        """Raise unless the belief answers for one row of features of the layer's width, and the trunk fits."""
+        layer = network.template.get_submodule(self.layer_of(network))
+        width = getattr(layer, "in_features", None)
+        if not isinstance(width, int):
+            raise FileFormatError(f"layer {self.layer!r} of this network has no features")
+        dtype = network.dtype or torch.float32
+        mean, variance = self.belief.latent(torch.zeros(PROBES, width, dtype=dtype, device=network.device))
+        if mean.shape != variance.shape or mean.dim() != 2 or len(mean) != PROBES:
+            raise FileFormatError(f"the last layer gives {tuple(mean.shape)} means, {tuple(variance.shape)} variances")
+        check_finite(mean, "the last layer's mean")
+        if not bool((variance >= 0).all()):
+            raise FileFormatError("the last layer has a variance that is negative or no number")
+        for name, value in self.trunk.items():
+            own = network.tensors[name]
+            if own.shape != value.shape or own.is_floating_point() != value.is_floating_point():
+                raise FileFormatError(f"{name!r} is {tuple(value.shape)}; in the network it is {tuple(own.shape)}")
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.belief.tensors(), **{f"trunk.{name}": value for name, value in self.trunk.items()}}

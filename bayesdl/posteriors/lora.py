@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.errors import ArgumentError, SelectionError, StaleAdapterError, UnsupportedError
+from bayesdl.errors import ArgumentError, FileFormatError, SelectionError, StaleAdapterError, UnsupportedError
 from bayesdl.latent import Latent, SampleLatent
 from bayesdl.lora.adapters import AdaptedLayer, fingerprint
 from bayesdl.lora.draws import Draws, base_noise
@@ -189,6 +189,15 @@ class AdapterPosterior(Posterior):
     def names(self) -> tuple[str, ...]:
         """Parameters that are random: A of every layer."""
         return tuple(layer.weights[0] for layer in self.layers)
+
+    def check(self, network: Network) -> None:
+        """Raise unless every layer is an adapter of the network's, with as many singular values as its B has."""
+        roots = self.cache.draws(network, self.layers).roots
+        expected = {key: value.spectrum.shape for key, value in roots.items()}
+        if not expected or expected != {key: value.shape for key, value in self.spectra.items()}:
+            raise FileFormatError("the singular values are not those of the network's adapters")
+        if not 0 <= self.seed < 1 << 63:
+            raise FileFormatError(f"seed {self.seed}; expected a whole number of 63 bits")
 
     def tensors(self) -> dict[str, Tensor]:
         spectra = {f"spectrum.{key}": value for key, value in self.spectra.items()}

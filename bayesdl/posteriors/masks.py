@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bayesdl.errors import ArgumentError
+from bayesdl.errors import ArgumentError, FileFormatError
 from bayesdl.latent import Latent, SampleLatent
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior
@@ -68,6 +68,15 @@ class MaskPosterior(Posterior):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:
         return cls(tuple(config["layers"]), int(config["num_samples"]), config["rate"])
+
+    def check(self, network: Network) -> None:
+        """Raise `FileFormatError` where a layer is no dropout of the network's, or a number is no number."""
+        modules = dict(network.template.named_modules())
+        odd = [name for name in self.layers if not isinstance(modules.get(name), DROPOUTS)]
+        if odd or not self.layers:
+            raise FileFormatError(f"{odd or 'nothing'} is no dropout layer of this network")
+        if not 1 <= self.num_samples < 1 << 31 or not (self.rate is None or 0.0 <= self.rate < 1.0):
+            raise FileFormatError(f"{self.num_samples} masks of rate {self.rate}")
 
     def _seeds(self, n: int, generator: torch.Generator | None) -> list[int]:
         if n < 1:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bayesdl.batch import Call
+from bayesdl.curvature.intact import check_layout, check_structure
 from bayesdl.curvature.kron import Kron
 from bayesdl.curvature.layout import Layout
-from bayesdl.errors import ArgumentError, ShapeError, check_finite
+from bayesdl.errors import ArgumentError, FileFormatError, ShapeError, check_finite
 from bayesdl.latent import GaussianLatent, Latent
 from bayesdl.lora.cosine import Embeddings, score_moments
 from bayesdl.lora.towers import Towers
@@ -105,6 +106,15 @@ class ProjectionPosterior(Posterior):
 
     def config(self) -> dict[str, Any]:
         return {"layout": self.curvature.layout.to_json(), "scale": self.scale}
+
+    def check(self, network: Network) -> None:
+        """Raise unless there are two towers and their factors have their sizes."""
+        check_layout(self.curvature.layout, network)
+        check_structure(self.curvature)
+        _towers(network)
+        sound = self.precision.shape == self.evidence.shape == (2,) and bool((self.precision > 0).all())
+        if not sound or not 0 < self.scale < float("inf"):
+            raise FileFormatError(f"precisions {self.precision.tolist()} and scale {self.scale} of two projections")
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Self:

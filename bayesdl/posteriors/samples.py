@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from bayesdl.errors import ArgumentError, NotFittedError, ShapeError, check_finite
+from bayesdl.errors import ArgumentError, FileFormatError, NotFittedError, ShapeError, check_finite
 from bayesdl.latent import Latent, SampleLatent
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, frozen
@@ -111,6 +111,19 @@ class SamplePosterior(Posterior):
     @property
     def over_weights(self) -> bool:
         return True
+
+    def check(self, network: Network) -> None:
+        """Raise `FileFormatError` where a snapshot is of another network, or a weight is no weight."""
+        for name, value in self.snapshots.items():
+            own = network.tensors.get(name)
+            if own is None or own.shape != value.shape[1:] or own.is_floating_point() != value.is_floating_point():
+                shape = "absent" if own is None else tuple(own.shape)
+                raise FileFormatError(f"snapshot {name!r} is {tuple(value.shape)[1:]}; in the network it is {shape}")
+        weights = self.weights
+        if weights.dim() != 1 or not weights.is_floating_point() or not bool((weights >= 0).all() and weights.any()):
+            raise FileFormatError("the weights of the samples are no vector of positive numbers")
+        if self.chains is not None and self.chains.is_floating_point():
+            raise FileFormatError(f"chain ids are of {self.chains.dtype}; expected integers")
 
     def tensors(self) -> dict[str, Tensor]:
         chains = {} if self.chains is None else {"chains": self.chains}

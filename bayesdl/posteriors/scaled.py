@@ -55,6 +55,9 @@ class ScaledPosterior(Posterior):
 
         return [cooled(function) for function in self.base.draw(network, n, generator)]
 
+    def check(self, network: Network) -> None:
+        self.base.check(network)
+
     @property
     def forward_passes(self) -> float:
         return self.base.forward_passes

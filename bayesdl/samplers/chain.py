@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayesdl.batch import BatchAdapter
 from bayesdl.diagnose import Diagnosis
-from bayesdl.errors import ArgumentError, UnsupportedError
+from bayesdl.errors import ArgumentError, BayesDLError, FileFormatError, UnsupportedError
 from bayesdl.likelihoods import Likelihood, resolve
 from bayesdl.posteriors import SamplePosterior
 from bayesdl.samplers.assembling import PROBE
@@ -31,6 +31,7 @@ from bayesdl.samplers.retention import Retention
 from bayesdl.samplers.sampled import BUFFERS, DTYPES, Sampled
 from bayesdl.samplers.storing import StoredSamples
 from bayesdl.samplers.structured import Structured
+from bayesdl.tensorfile import DAMAGE
 
 
 @final
@@ -250,16 +251,24 @@ class Chain:
         tree = self._samples.resume(self._tensors, self._settings)
         if tree is None:
             return False
+        try:
+            self._restore(tree)
+        except BayesDLError:
+            raise
+        except DAMAGE as error:
+            raise FileFormatError(f"{self._samples.path} is damaged: {error!r} while its chain was resumed") from error
+        self._tensors.begin(self._tensors.base)  # the parameters' versions as they are now
+        self._begun = True
+        notice_unrestored(self._loader)
+        return True
+
+    def _restore(self, tree: Mapping[str, Any]) -> None:
         self._tensors.load(tree["parameters"], tree["buffers"])
         for name, thing in self._states().items():
             if name not in tree["states"]:
                 raise ArgumentError(f"the store holds no state of {name!r}, which was added since the chain began")
             load_state(thing, tree["states"][name])
         self._rule.load(tree["rule"])
-        self._tensors.begin(self._tensors.base)  # the parameters' versions as they are now
-        self._begun = True
-        notice_unrestored(self._loader)
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints of somebody else's, beside those of network and sampler: counters, and samples in memory."""

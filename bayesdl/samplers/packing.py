@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import FileFormatError
+from bayesdl.tensorfile import DAMAGE
 
 _TENSOR, _PAIRS, _TUPLE = "tensor", "pairs", "tuple"  # the one key of a dictionary that stands for something else
 
@@ -24,17 +25,15 @@ def pack(tree: Any, path: str = "state") -> tuple[Any, dict[str, Tensor]]:
 
 
 def unpack(found: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Inverse of `pack`: dictionaries keep the types of their keys, tuples stay tuples."""
-    if isinstance(found, list):
-        return [unpack(item, tensors) for item in found]
-    if not isinstance(found, dict):
-        return found
-    ((kind, value),) = found.items()
-    if kind == _TENSOR:
-        return tensors[value]
-    if kind == _TUPLE:
-        return tuple(unpack(item, tensors) for item in value)
-    return {key: unpack(item, tensors) for key, item in value}
+    """Inverse of `pack`: dictionaries keep the types of their keys, tuples stay tuples.
+
+    Raises:
+        FileFormatError: no such tree.
+    """
+    try:
+        return _unpacked(found, tensors)
+    except DAMAGE as error:
+        raise FileFormatError(f"a stored state is damaged: {error!r}") from error
 
 
 def state_of(thing: Any) -> Any:
@@ -53,6 +52,21 @@ def load_state(thing: Any, state: Any) -> None:
 def has_state(thing: Any) -> bool:
     """Whether `state_of` and `load_state` take it."""
     return isinstance(thing, torch.Generator) or (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"))
+
+
+def _unpacked(found: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(found, list):
+        return [_unpacked(item, tensors) for item in found]
+    if not isinstance(found, dict):
+        return found
+    ((kind, value),) = found.items()
+    if kind == _TENSOR:
+        return tensors[value]
+    if kind == _TUPLE:
+        return tuple(_unpacked(item, tensors) for item in value)
+    if kind != _PAIRS:
+        raise FileFormatError(f"{kind!r} is neither a tensor nor a container")
+    return {key: _unpacked(item, tensors) for key, item in value}
 
 
 def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:

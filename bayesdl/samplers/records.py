@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self, final
 
 from bayesdl.errors import FileFormatError
+
+_FILE, _DIGEST = re.compile(r"sample-\d{6,}\.safetensors"), re.compile(r"[0-9a-f]{64}")
 
 
 @final
@@ -55,8 +59,33 @@ class SampleRecord:
         """Inverse of `to_json`. Raises `FileFormatError` for anything else."""
         names = {field.name for field in fields(cls)}
         if not isinstance(found, dict) or set(found) != names:
-            raise FileFormatError(f"{found!r} is no line of a chain's index; expected the entries {sorted(names)}")
+            brief = str(found)[:200]
+            raise FileFormatError(f"{brief} is no line of a chain's index; expected the entries {sorted(names)}")
+        for name, value in found.items():
+            if not _KINDS.get(name, _is_number_or_none)(value):
+                raise FileFormatError(f"{name} of a line of a chain's index is {str(value)[:100]!r}")
         return cls(**{**found, "drops": tuple(found["drops"])})
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_number_or_none(value: Any) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 62
+    return value is None or isinstance(value, float)
+
+
+# what the entries of a line may be; a file's name is one of this folder's, never a path
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("id", "chain", "step"), _is_count),
+    "cycle": lambda value: value is None or _is_count(value),
+    "weight": lambda value: value is not None and _is_number_or_none(value) and 0 <= value < math.inf,
+    "file": lambda value: value is None or (isinstance(value, str) and _FILE.fullmatch(value) is not None),
+    "digest": lambda value: value is None or (isinstance(value, str) and _DIGEST.fullmatch(value) is not None),
+    "drops": lambda value: isinstance(value, list) and all(_is_count(number) for number in value),
+}
 
 
 def relative_weights(records: Sequence[SampleRecord]) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayesdl.errors import FileFormatError
 from bayesdl.posteriors import SamplePosterior
-from bayesdl.samplers.assembling import assembled, decoded
+from bayesdl.samplers.assembling import PROBE, assembled, decoded
 from bayesdl.samplers.records import SampleRecord
 from bayesdl.samplers.sampled import Sampled
 from bayesdl.tensorfile import DIGEST, KEY, read_described
@@ -42,6 +42,8 @@ class SampleStore:
         self.header, self.base = read_described(self.path / BASE)
         if self.header.get("kind") != "chain":
             raise FileFormatError(f"{self.path / BASE} is no base of a chain")
+        if not _is_base(self.header):
+            raise FileFormatError(f"{self.path / BASE} is damaged: its header does not describe a chain")
 
     @property
     def chain(self) -> int:
@@ -62,7 +64,23 @@ class SampleStore:
         Raises:
             FileFormatError: the file is damaged, another than the index says, or was dropped since.
         """
-        return decoded(read_sample(self.path, record), self.base)
+        try:
+            values = decoded(read_sample(self.path, record), self.base)
+        except RuntimeError as error:  # a difference to a base of another shape
+            raise FileFormatError(f"{self.path / str(record.file)} is damaged: {error}") from error
+        self._check(record, values)
+        return values
+
+    def _check(self, record: SampleRecord, values: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(shape) for name, (shape, _) in self.header["sampled"].items()}
+        buffers = {name: tuple(value.shape) for name, value in self.base.items() if name not in shapes}
+        found = {name: tuple(value.shape) for name, value in values.items() if name != PROBE}
+        odd = [name for name, shape in found.items() if {**buffers, **shapes}.get(name) != shape]
+        odd += sorted(set(shapes) - set(found))
+        if odd or not all(values[name].is_floating_point() for name in shapes):
+            raise FileFormatError(
+                f"{self.path / str(record.file)} is no sample of this chain: see {odd or 'its dtypes'}"
+            )
 
     def posterior(self, net: nn.Module) -> SamplePosterior:
         """The samples kept, for the network they are of, where it is.
@@ -109,9 +127,12 @@ def read_index(path: Path) -> tuple[list[SampleRecord], list[int]]:
     *lines, _ = content.split(b"\n")
     for number, line in enumerate(lines):
         try:
-            records.append(SampleRecord.from_json(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            record = SampleRecord.from_json(json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{path}: line {number + 1} is damaged: {error}") from error
+        if record.id != number or any(dropped >= number for dropped in record.drops):
+            raise FileFormatError(f"{path}: line {number + 1} is damaged: it is of sample {record.id}")
+        records.append(record)
         ends.append((ends[-1] if ends else 0) + len(line) + 1)
     return records, ends
 
@@ -144,6 +165,19 @@ def read_sample(folder: Path, record: SampleRecord) -> dict[str, Tensor]:
             f"{path} is not the sample that the index speaks of: digest {found[:12]}, expected {record.digest[:12]}"
         )
     return tensors
+
+
+def _is_base(header: Mapping[str, Any]) -> bool:
+    sampled, chain = header.get("sampled"), header.get("chain")
+    if not isinstance(sampled, dict) or not isinstance(header.get("others"), str):
+        return False
+    if isinstance(chain, bool) or not isinstance(chain, int) or not 0 <= chain < 1 << 62:
+        return False
+    pairs = [value for value in sampled.values() if isinstance(value, list) and len(value) == 2]
+    return len(pairs) == len(sampled) and all(
+        isinstance(shape, list) and all(isinstance(n, int) for n in shape) and isinstance(dtype, str)
+        for shape, dtype in pairs
+    )
 
 
 def _brief(value: Any) -> str:

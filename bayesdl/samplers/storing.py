@@ -120,15 +120,19 @@ class StoredSamples:
             self._clear()
             return None
         header, tensors = read_described(self.path / RESUME)
-        self._open(sampled, settings, int(header["records"]))
-        if header["tree"] is None:
+        count, packed = header.get("records"), header.get("tree")
+        if type(count) is not int or count < 0 or "tree" not in header:
+            raise FileFormatError(f"{self.path / RESUME} is damaged: it does not say how many samples it counts")
+        self._open(sampled, settings, count)
+        if packed is None:
             if self._writes:
                 (self.path / INDEX).unlink(missing_ok=True)
                 (self.path / RESUME).unlink()
                 self._clear()
             return None
+        tree = unpack(packed, tensors)  # before anything is cut
         self._cut()
-        return unpack(header["tree"], tensors)
+        return tree
 
     def state(self) -> dict[str, Any]:
         """How many samples there are, for the checkpoints of somebody else's."""
