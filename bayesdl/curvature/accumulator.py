@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bayesdl.batch import BatchAdapter, resolve_adapter
+from bayesdl.curvature.intact import check_layout
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
@@ -16,10 +17,11 @@ from bayesdl.curvature.registry import Recipe, check_recipe, check_shared
 from bayesdl.curvature.run import Run, read_run
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import check_batch, in_batch
-from bayesdl.errors import ArgumentError, NotFittedError
+from bayesdl.errors import ArgumentError, FileFormatError, NotFittedError
 from bayesdl.likelihoods import Likelihood, resolve
 from bayesdl.network import Network
 from bayesdl.select import Selector, describe
+from bayesdl.tensorfile import DAMAGE
 
 
 @final
@@ -165,8 +167,13 @@ class Accumulator:
             return False
         header, _ = read_run(path)
         with torch.inference_mode(False):
-            names = [str(name) for name in header["layout"]["names"]]
-            run = self._on(self._network(names), Layout.from_json(header["layout"]))
+            try:
+                layout = Layout.from_json(header["layout"])
+                network = self._network([str(name) for name in layout.names])
+                check_layout(layout, network)
+            except DAMAGE as error:
+                raise FileFormatError(f"{path} is damaged, or of another network: {error!r}") from error
+            run = self._on(network, layout)
             run.resume(path, **self._settings())
         self._run = run
         return True

@@ -99,6 +99,7 @@ def check_structure(kept: Structure) -> None:
     if isinstance(kept, Mixed):
         for part in kept.parts:
             check_structure(part)
+        _check_dtypes({f"{i}": value for i, part in enumerate(kept.parts) for value in part.per_block()[:1]})
     elif isinstance(kept, LowRank):
         _check_dtypes(tensors)
         _check_shapes({"basis": kept.basis}, {"basis": (kept.layout.numel, kept.basis.shape[-1])})

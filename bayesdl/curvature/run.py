@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bayesdl.curvature.intact import check_structure
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.passes import Fit, Tally, check_curvature, check_same_data
 from bayesdl.curvature.registry import Recipe, check_recipe, check_shared, first, following, num_passes
@@ -18,7 +19,7 @@ from bayesdl.distributed import Group
 from bayesdl.errors import ArgumentError, FileFormatError
 from bayesdl.likelihoods import Likelihood
 from bayesdl.network import Network
-from bayesdl.tensorfile import read_described, write_described
+from bayesdl.tensorfile import DAMAGE, read_described, write_described
 
 VERSION = 1
 
@@ -155,6 +156,8 @@ class Run:
             return False
         header, tensors = read_run(path)
         mine = {"layout": self.layout.to_json(), **self._settings(), **settings}
+        if not isinstance(header.get("settings"), dict) or "layout" not in header:
+            raise FileFormatError(f"{path} is damaged: it does not say what it is a fit of")
         theirs = {"layout": header["layout"], **header["settings"]}
         for key, value in json.loads(json.dumps(mine)).items():
             if theirs.get(key) != value:
@@ -163,7 +166,10 @@ class Run:
                     f"{path} belongs to a fit with another {key}{what}; delete the file to start anew, or give the "
                     "settings and the network that it was begun with"
                 )
-        self._restore(header, {name: value.to(self.network.device) for name, value in tensors.items()})
+        try:
+            self._restore(header, {name: value.to(self.network.device) for name, value in tensors.items()})
+        except DAMAGE as error:
+            raise FileFormatError(f"{path} is damaged: {error!r}") from error
         return True
 
     def _restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -176,12 +182,24 @@ class Run:
 
         def kept(prefix: str) -> Structure:
             own = {n[len(prefix) + 1 :]: v for n, v in tensors.items() if n.startswith(prefix + ".")}
-            return empty.with_tensors(own)
+            found = empty.with_tensors(own)
+            check_structure(found)
+            expected = {name: value.dtype for name, value in empty.tensors().items()}
+            if {name: value.dtype for name, value in found.tensors().items()} != expected:
+                raise FileFormatError("the sums are of another dtype")
+            return found
 
+        for name in ("number", "batches", "parts", "count", "examples"):
+            if type(header[name]) is not int or not 0 <= header[name] < 1 << 62:
+                raise FileFormatError(f"{name} is {str(header[name])[:80]}; expected a whole number from zero")
         tally = self._fresh(kept("curvature"))
         tally.parts = tuple(kept(f"part.{c}") for c in range(int(header["parts"])))
         tally.count, tally.examples = int(header["count"]), int(header["examples"])
         tally.scores, tally.squared = tensors["scores"], tensors.get("squared")
+        for sums, shape in ((tally.scores, (2,)), (tally.squared, None)):
+            wrong = sums is not None and (sums.dtype is not torch.float64 or sums.dim() != 1)
+            if wrong or (sums is not None and shape not in (None, tuple(sums.shape))):
+                raise FileFormatError("the sums of the log-likelihood or of the squared errors are damaged")
         self.number, self.batches, self._tally = int(header["number"]), int(header["batches"]), tally
         if header["before"] is not None:
             count, score = header["before"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from bayesdl.errors import FileFormatError
+from bayesdl.tensorfile import DAMAGE
 
+GROWTH, SLACK = 64, 1 << 26  # how much larger than the file its arrays may be: times, and bytes beyond
 FORECASTS = ("logits", "log_probs", "probs", "samples")
 
 
@@ -39,13 +43,34 @@ def read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileFormatError: it is none, or holds pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except FileNotFoundError:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            size = sum(member.file_size for member in members)
+            if size > SLACK + GROWTH * os.path.getsize(path):
+                raise FileFormatError(
+                    f"{path}: holds {size / 1e9:.1f} GB in a file of {os.path.getsize(path) / 1e9:.3f} GB; write it "
+                    "uncompressed (numpy.savez) if it is yours"
+                )
+            return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
+    except (FileNotFoundError, FileFormatError):
         raise
-    except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        # A lone .npy comes back as an array, which is no context manager.
+    except (*DAMAGE, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
         raise FileFormatError(f"{path}: not a readable .npz archive of plain arrays ({error})") from error
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """One array; what its header claims is compared with what is there before memory is taken."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = reader(file)
+    if dtype.hasobject:
+        raise FileFormatError(f"{member.filename} holds pickled objects; save plain arrays")
+    claimed = math.prod(shape) * dtype.itemsize
+    if not 0 <= claimed <= member.file_size:
+        raise FileFormatError(f"{member.filename} claims {claimed} bytes and has {member.file_size}")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def which_forecast(arrays: Mapping[str, Any]) -> str:

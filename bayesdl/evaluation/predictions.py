@@ -22,6 +22,7 @@ from bayesdl.evaluation.draws import Draws, checked_samples
 from bayesdl.evaluation.members import class_fields, log_of, moment_fields, raw_scores
 from bayesdl.evaluation.regression import Mixture, interval_of
 from bayesdl.predictive import Predictive
+from bayesdl.tensorfile import DAMAGE
 
 Task = Literal["classification", "multilabel", "regression", "count"]
 FORMAT = "bayesdl-predictions-1"
@@ -326,10 +327,13 @@ class Predictions:
             unknown = sorted(set(arrays) - set(fields.EXAMPLE_AXIS))
             if unknown:
                 raise FileFormatError(f"{path}: unknown keys {', '.join(unknown)}")
-            return cls(task=header["task"], name=header["name"], meta=header["meta"], **arrays)
+            name, meta = header["name"], header["meta"]
+            if not isinstance(name, str) or not isinstance(meta, dict):
+                raise FileFormatError(f"{path}: its name or its notes are damaged")
+            return cls(task=header["task"], name=name, meta=meta, **arrays)
         except FileFormatError:
             raise
-        except (BayesDLError, TypeError, KeyError, ValueError) as error:
+        except (BayesDLError, *DAMAGE) as error:
             raise FileFormatError(f"{path}: {error}") from error
 
     # -- inside ------------------------------------------------------------------------------------------------------

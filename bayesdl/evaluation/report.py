@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayesdl.errors import FileFormatError, UnknownNameError, UnsupportedError, require
+from bayesdl.errors import UnknownNameError, UnsupportedError, require
 from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of
+from bayesdl.evaluation.report_file import FORMAT, VERSION, parse
 
 if TYPE_CHECKING:
     import pandas
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
     from bayesdl.evaluation.plots import Plots
     from bayesdl.evaluation.predictions import Predictions
-
-_FORMAT = "bayesdl-report"
-_VERSION = 1
 
 
 class Row(dict[str, float]):
@@ -203,8 +201,8 @@ class Report:
     def to_json(self, *, indent: int | None = 2) -> str:
         """Everything but raw predictions and resamples; strict JSON, infinities as text."""
         content = {
-            "format": _FORMAT,
-            "version": _VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "rows": list(self.rows),
             "columns": [asdict(column) for column in self.specs],
             "cells": {row: {key: _plain(asdict(c)) for key, c in cells.items()} for row, cells in self.cells.items()},
@@ -217,30 +215,10 @@ class Report:
         """Read what `to_json` wrote; the result equals the report that was written.
 
         Raises:
-            FileFormatError: not a report, or a newer format version.
+            FileFormatError: not a report, a newer format version, or a damaged one.
         """
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"not a report: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise FileFormatError(f'not a report: expected an object with "format": "{_FORMAT}"')
-        if content.get("version") != _VERSION:
-            raise FileFormatError(f"report version {content.get('version')!r}; this release reads {_VERSION}")
-        try:
-            return cls(
-                rows=tuple(content["rows"]),
-                specs=tuple(Column(**column) for column in content["columns"]),
-                cells={
-                    row: {
-                        key: Cell(**{k: _number(v) if k != "note" else v for k, v in c.items()}) for key, c in r.items()
-                    }
-                    for row, r in content["cells"].items()
-                },
-                details=content["details"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileFormatError(f"a damaged report: {error}") from error
+        rows, specs, cells, details = parse(text)
+        return cls(rows=rows, specs=specs, cells=cells, details=details)
 
     def save_predictions(self, directory: str | os.PathLike[str]) -> dict[str, dict[str, Path]]:
         """Write the raw predictions as `<directory>/<row>/<data set>.npz`; returns the paths by row and data set.
@@ -287,10 +265,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
 
 
 def _file_name(name: str) -> str:

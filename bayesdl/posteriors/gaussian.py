@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,24 +13,22 @@ from torch import Tensor
 from bayesdl.batch import batch_size, flatten_tensors, index_batch
 from bayesdl.curvature.backward import muted
 from bayesdl.curvature.chunking import chunk_size
-from bayesdl.curvature.cotangents import KINDS
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
-from bayesdl.curvature.intact import check_layout, check_structure
 from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.registry import empty
 from bayesdl.curvature.structure import Structure, weighted_curvature
-from bayesdl.errors import ArgumentError, FileFormatError, UnsupportedError, check_finite
+from bayesdl.errors import ArgumentError, UnsupportedError, check_finite
 from bayesdl.latent import GaussianLatent, Latent, SampleLatent
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, check_positions, frozen, standard_normal
+from bayesdl.posteriors.checks import check_gaussian
 from bayesdl.posteriors.linear import Jacobians, restored
 from bayesdl.priors.posterior import PosteriorPrior
 
 # beyond this many outputs only marginal variances are computed, unless asked for
 JOINT_OUTPUTS = 128
 DEFAULT_SAMPLES = 32
-PREDICTIVES = ("linearized", "samples")
 
 
 @final
@@ -328,25 +325,7 @@ class GaussianPosterior(Posterior):
         )
 
     def check(self, network: Network) -> None:
-        """Raise `FileFormatError` unless all parts have the sizes that the network's selection demands."""
-        check_layout(self.layout, network)
-        for kept in (*(self.parts or (self.curvature,)), *(() if self.earlier is None else (self.earlier,))):
-            check_structure(kept)
-        self.layout.shifts(self.precision, self.precision)
-        sound = {
-            "temperature": 0 < self.temperature < math.inf,
-            "num_data": self.num_data >= 1,
-            "log_likelihood": math.isfinite(self.log_likelihood),
-            "fisher": self.fisher in KINDS,
-            "predictive": self.predictive in PREDICTIVES,
-            "memory": self.memory is None or (type(self.memory) is int and self.memory > 0),
-            "prior_mean": self.prior_mean.numel() in (1, self.layout.numel),
-            "noise": self.noise is None or (self.noise.dim() < 2 and bool((self.noise > 0).all())),
-            "squared_error": self.squared_error is None or self.squared_error.dim() == 1,
-        }
-        for name, fine in sound.items():
-            if not fine:
-                raise FileFormatError(f"{name} of the posterior is {str(getattr(self, name))[:80]}")
+        check_gaussian(self, network)
 
     def as_prior(self, network: Network) -> PosteriorPrior:
         """This posterior as the prior of another fit, around the network's weights."""

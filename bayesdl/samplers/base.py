@@ -31,6 +31,7 @@ from bayesdl.samplers.arguments import (
 from bayesdl.samplers.forces import Block, force_of, global_norm
 from bayesdl.samplers.noise import NoiseStream
 from bayesdl.samplers.record import StepRecord
+from bayesdl.samplers.restoring import check_state
 
 _log = logging.getLogger(__name__)
 _PER_SAMPLER = ("temperature", "num_data", "prior", "generator")
@@ -225,8 +226,9 @@ class Sampler(Optimizer, ABC):
         given = {key: own.get(key) for key in expected} if isinstance(own, dict) else None
         if own is None or given != expected:
             raise FileFormatError(f"the state is of {given or 'another optimiser'}; expected one of {expected}")
-        super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
+        check_state(state_dict, self.param_groups, parameters)
+        super().load_state_dict(state_dict)
         for index, values in state_dict["state"].items():
             parameter = parameters[index]
             for key, value in values.items():  # torch has cast these to the parameter's dtype: take them as they were
