@@ -111,7 +111,9 @@ def check_structure(kept: Structure) -> None:
         _check_dtypes(tensors)
         _check_shapes(tensors, _rotated_shapes(kept))
     elif isinstance(kept, Dual):
-        _check_dtypes({name: value for name, value in tensors.items() if not name.endswith(COUNTS)})
+        for name, value in tensors.items():
+            if not name.endswith(COUNTS):  # a projection is kept in double precision beside factors in single
+                _check_dtypes({name: value})
         _check_dual(kept)
     else:
         first = next(iter(tensors.values())).dtype
