@@ -71,15 +71,7 @@ def load(
 
     header, tensors = _read(Path(path))
     network = Network(model, batch=batch)
-    kind = POSTERIORS.get(str(header["posterior"]))
-    fingerprint = network.fingerprint(None if kind is None else kind.concerns(header["config"]))
-    if header["fingerprint"] != fingerprint:
-        if kind is not None:
-            kind.check_network(network, header["config"])
-        raise FileFormatError(
-            f"{path} was saved for a network with other weights (fingerprint {str(header['fingerprint'])[:12]}, "
-            f"this network {fingerprint[:12]}); load the weights that were wrapped"
-        )
+    _check_fingerprint(path, network, header)
     if likelihood is None and str(header["likelihood"]) not in LIKELIHOODS:
         raise FileFormatError(
             f"{path} holds the likelihood {header['likelihood']!r}, which is not one of the library's: pass likelihood="
@@ -99,6 +91,25 @@ def load(
     except DAMAGE as error:
         raise FileFormatError(f"{path} is damaged: {error!r} while rebuilding the model") from error
     return BayesianModel(network, posterior, likelihood, record=Record(str(header["method"]), cost, findings))
+
+
+def _check_fingerprint(path: str | Path, network: Network, header: dict[str, Any]) -> None:
+    """Raise `FileFormatError` unless the file is of a network with these weights."""
+    kind = POSTERIORS.get(str(header["posterior"]))
+    try:
+        fingerprint = network.fingerprint(None if kind is None else kind.concerns(header["config"]))
+        if header["fingerprint"] == fingerprint:
+            return
+        if kind is not None:
+            kind.check_network(network, header["config"])
+    except FileFormatError:
+        raise
+    except DAMAGE as error:
+        raise FileFormatError(f"{path} is damaged: {error!r} while it was compared with the network") from error
+    raise FileFormatError(
+        f"{path} was saved for a network with other weights (fingerprint {str(header['fingerprint'])[:12]}, "
+        f"this network {fingerprint[:12]}); load the weights that were wrapped"
+    )
 
 
 def _check_whole(kept: dict[str, Tensor], found: dict[str, Tensor]) -> None:

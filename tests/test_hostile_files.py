@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import json
 import shutil
@@ -137,6 +138,22 @@ DESCRIBED: dict[str, Kind] = {
     "chain, resume": Kind(make_chain, "chain/resume.safetensors", resume_chain),
     "chain, base, resume": Kind(make_chain, "chain/base.safetensors", resume_chain),
 }
+
+
+def make_adapter(folder: Path) -> None:
+    bayes = bdl.wrap(ADAPTED, bdl.TFB(sigma=0.1), likelihood="categorical", batch="huggingface", progress=False)
+    bayes.save(folder / "b.safetensors")
+
+
+if importlib.util.find_spec("peft") is not None:
+    from tests.lora.networks import adapted
+
+    ADAPTED = adapted("bert", 1)
+    DESCRIBED["model, adapter"] = Kind(
+        make_adapter,
+        "b.safetensors",
+        lambda folder: bdl.load(folder / "b.safetensors", ADAPTED, batch="huggingface"),
+    )
 
 
 def predictions() -> Predictions:

@@ -59,7 +59,9 @@ def _column(entry: Mapping[str, Any]) -> Column:
 
 def _cell(entry: Mapping[str, Any]) -> Cell:
     """A cell; infinities and NaN come as text."""
-    found = {name: float(v) if isinstance(v, str) and name != "note" else v for name, v in entry.items()}
+    found: dict[str, Any] = {
+        name: float(v) if isinstance(v, str) and name != "note" else v for name, v in entry.items()
+    }
     for name, value in found.items():
         _need(_CELL[name](value), f"cell {name}")
     return Cell(**found)
