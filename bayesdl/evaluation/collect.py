@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bayesdl.errors import ArgumentError, LabelError, ShapeError
 from bayesdl.evaluation import cost as costs
+from bayesdl.evaluation import validation
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.predictive import Predictive
 
@@ -101,6 +102,13 @@ def collect(
     held = {row: sets.pop(CALIBRATION) for row, sets in predictions.items() if CALIBRATION in sets}
     whole = Collected(predictions, about, shifts, notes, held)
     return replace(whole, scores=_feature_scores(scores, whole, sources)) if scores else whole
+
+
+def grouped(found: Collected, group: Any) -> Collected:
+    """The same with cluster ids (N,) for the test examples of every row. Raises `ShapeError` for another length."""
+    ids = validation.tensor(group, "group")
+    rows = {row: {**sets, TEST: replace(sets[TEST], group=ids)} for row, sets in found.predictions.items()}
+    return replace(found, predictions=rows)
 
 
 def _feature_scores(

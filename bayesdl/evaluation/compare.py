@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from bayesdl.errors import ArgumentError, UnknownNameError
-from bayesdl.evaluation.collect import TEST, Collected, collect, one
+from bayesdl.evaluation.collect import TEST, Collected, collect, grouped, one
 from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
@@ -46,6 +46,7 @@ def compare(
     reference: str | None = None,
     calibration: Any = None,
     twins: bool | None = None,
+    group: Any = None,
     progress: bool = True,
 ) -> Report:
     """Compare methods on the same examples: proper scores, calibration, OOD detection, shift, cost, with error bars.
@@ -68,6 +69,8 @@ def compare(
         calibration: held-out loader, or {method: Predictions}, to which the twins' temperatures are fitted.
         twins: add a row `<name> + T` for each classification method but temperature scaling: its probabilities at a
             fitted temperature. None: where `calibration` is given. True without it: cross-fitted on the test set.
+        group: (N,) ids of what the test examples come from (image, document, subject): whole groups are resampled, as
+            examples of one group vary together.
         progress: show a progress bar.
 
     Returns:
@@ -94,12 +97,15 @@ def compare(
         reports = [
             compare(
                 seed, data, ood=ood, shift=shift, metrics=metrics, bootstrap=0, level=level, generator=generator,
-                cost=cost, score=score, scores=scores, calibration=calibration, twins=twins, progress=progress,
+                cost=cost, score=score, scores=scores, calibration=calibration, twins=twins, group=group,
+                progress=progress,
             )
             for seed in split_seeds(methods)
         ]  # fmt: skip
         return _with_reference(join_seeds(reports, level), reference)
     found = collect(methods, data, ood, shift, cost=cost, progress=progress, calibration=calibration, scores=scores)
+    if group is not None:
+        found = grouped(found, group)
     if (calibration is not None) if twins is None else twins:
         if found.task == "classification":
             found = with_twins(found, found.calibration)

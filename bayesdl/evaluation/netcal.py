@@ -1,9 +1,13 @@
-"""Recalibrators of netcal behind this library's interface: one class against the rest, inputs checked beforehand."""
+"""netcal behind this library's interface, inputs checked beforehand and nothing printed.
+
+Recalibrators of classes (one against the rest) and of deviations (Gaussian processes), and calibration of detectors.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdl.errors import LabelError, require
+from bayesdl.errors import ArgumentError, LabelError, require
+from bayesdl.evaluation import validation
 
 _CLASSES = {
     "platt": ("netcal.scaling", "LogisticCalibration"),
@@ -45,6 +50,68 @@ def fit_columns(method: str, probs: Tensor, labels: Tensor) -> tuple[Callable[[T
     return tuple(columns)
 
 
+def fit_deviations(
+    mean: Tensor, deviation: Tensor, y: Tensor, *, epochs: int, generator: torch.Generator | None
+) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
+    """One map (mean, deviation) (N,) -> deviation (N,) for each output, by netcal's GP-Normal (Kueppers et al. 2022).
+
+    A Gaussian process over means and deviations gives the factor of each deviation. Raises `MissingDependencyError`.
+    """
+    require("gpytorch")
+    kind = require("netcal.regression").GPNormal
+    seed = int(torch.randint(1 << 31, (), generator=generator or torch.Generator().manual_seed(0)))
+    maps = []
+    for d in range(mean.shape[1]):
+        process = kind(n_inducing_points=min(12, len(mean)), n_epochs=epochs)
+        parts = (mean[:, d].cpu().numpy(), deviation[:, d].cpu().numpy()), y[:, d].cpu().numpy()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + d)
+            _quiet(process.fit, *parts)
+        maps.append(_deviation(process, seed + d))
+    return tuple(maps)
+
+
+def _deviation(process: Any, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def transform(mean: Tensor, deviation: Tensor) -> Tensor:
+        # The process is sampled: the same forecasts get the same deviations.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            moved = _quiet(process.transform, (mean.cpu().numpy(), deviation.cpu().numpy()))
+        return torch.as_tensor(moved).to(deviation).reshape(deviation.shape)
+
+    return transform
+
+
+def detection_ece(matched: Any, confidence: Any, boxes: Any = None, *, bins: int = 20) -> float:
+    """Calibration error of a detector: confidence against precision, by confidence and box (netcal's D-ECE).
+
+    Kueppers et al. 2020. Its bins close on the right, unlike those of this library.
+
+    Args:
+        matched: (N,) 0 or 1, whether each detection found an object. confidence: (N,) in [0, 1].
+        boxes: (N, k) in [0, 1], relative position and size, for errors that depend on where; None for none.
+        bins: of the confidence; with `boxes` every axis has bins^(1 / (k + 1)) of them, at least 2.
+
+    Raises:
+        LabelError, ShapeError, NonFiniteError, ArgumentError: bad input. MissingDependencyError: no netcal.
+    """
+    scores = validation.probabilities(confidence, "confidence")
+    validation.rank(scores, "confidence", (1,))
+    hits = validation.binary_targets(matched, tuple(scores.shape), "matched")
+    count, columns = validation.bin_count(bins), [validation.wide(scores)[:, None]]
+    if boxes is not None:
+        places = validation.tensor(boxes, "boxes")
+        validation.rank(places, "boxes", (2,))
+        validation.finite(places, "boxes")
+        if len(places) != len(scores) or bool(((places < 0) | (places > 1)).any()):
+            raise ArgumentError(f"boxes of shape {tuple(places.shape)}: expected ({len(scores)}, k) values in [0, 1]")
+        columns.append(validation.wide(places).to(columns[0].device))
+    whole = torch.cat(columns, 1)
+    axes = [count] if whole.shape[1] == 1 else [max(2, round(count ** (1 / whole.shape[1])))] * whole.shape[1]
+    measure = require("netcal.metrics").ECE(axes if len(axes) > 1 else axes[0], detection=True)
+    return float(_quiet(measure.measure, whole.cpu().numpy(), hits.cpu().numpy()))
+
+
 def _column(calibrator: Any) -> Callable[[Tensor], Tensor]:
     def transform(p: Tensor) -> Tensor:
         moved = torch.as_tensor(_quiet(calibrator.transform, p.cpu().numpy()), dtype=p.dtype)
@@ -60,4 +127,9 @@ def _quiet(function: Callable[..., Any], *arguments: Any) -> Any:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        return function(*arguments)
+        before = logging.root.manager.disable
+        logging.disable(logging.INFO)
+        try:
+            return function(*arguments)
+        finally:
+            logging.disable(before)

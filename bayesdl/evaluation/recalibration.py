@@ -186,27 +186,35 @@ class RegressionRecalibration:
     Attributes:
         factor: (D,), by which variances are multiplied ("variance_scaling").
         knots, levels: (D, n + 2), PIT values and their empirical levels ("isotonic_quantile").
+        deviations: one map of mean and deviation (N,) to deviation (N,) for each output ("gp_normal").
     """
 
     factor: Tensor | None = None
     knots: Tensor | None = None
     levels: Tensor | None = None
+    deviations: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
 
     def apply(self, predictions: Predictions) -> Predictions:
-        """Predictions with every component's variance scaled. Raises `UnsupportedError` for quantile maps."""
-        if self.factor is None:
+        """Predictions with every component's variance scaled; "gp_normal": one Gaussian of the mean and new deviation.
+
+        Raises `UnsupportedError` for quantile maps.
+        """
+        if self.factor is None and not self.deviations:
             raise UnsupportedError("an isotonic map of quantiles is no Gaussian mixture; use .quantile and .pit")
         if predictions.means is None or predictions.variances is None:
             raise UnsupportedError(f"predictions of a {predictions.task} task have no variances")
+        kept = {name: getattr(predictions, name) for name in ("targets", "group", "name", "meta")}
+        if self.factor is None:
+            mean, spread = predictions.mean, predictions.variance.sqrt()
+            moved = [made(m, s) for made, m, s in zip(self.deviations, mean.T, spread.T, strict=True)]
+            variances = torch.stack(moved, 1).square()[None]
+            return Predictions(task=predictions.task, means=mean[None], variances=variances, **kept)
         return Predictions(
             task=predictions.task,
             means=predictions.means,
             variances=predictions.variances * self.factor.to(predictions.variances),
             member_weights=predictions.member_weights,
-            targets=predictions.targets,
-            group=predictions.group,
-            name=predictions.name,
-            meta=predictions.meta,
+            **kept,
         )
 
     def pit(self, predictions: Predictions) -> Tensor:
@@ -231,24 +239,39 @@ class RegressionRecalibration:
 
 
 def recalibrate_regression(
-    predictions: Predictions, method: Literal["variance_scaling", "isotonic_quantile"] = "variance_scaling"
+    predictions: Predictions,
+    method: Literal["variance_scaling", "isotonic_quantile", "gp_normal"] = "variance_scaling",
+    *,
+    epochs: int = 200,
+    generator: torch.Generator | None = None,
 ) -> RegressionRecalibration:
     """Fit on held-out predictions with targets.
 
     "variance_scaling": the factor mean of (y - mean)^2 / variance, the maximum-likelihood one of Gaussians (Laves et
     al. 2020), for the variance of every member. "isotonic_quantile": PIT values are mapped to their empirical levels
-    (Kuleshov et al. 2018).
+    (Kuleshov et al. 2018). "gp_normal": the factor of each deviation varies with mean and deviation, by a Gaussian
+    process of netcal (Kueppers et al. 2022), which takes gpytorch and minutes for thousands of examples.
+
+    Args:
+        epochs, generator: of "gp_normal"; global random states are put back.
 
     Raises:
         UnsupportedError: predictions without Gaussian components. ArgumentError: another method.
+        MissingDependencyError: netcal or gpytorch is not installed.
     """
     if predictions.means is None or predictions.variances is None:
         raise UnsupportedError(f"predictions of a {predictions.task} task have no Gaussian components to recalibrate")
     y = validation.wide(predictions.labelled())
     if method == "variance_scaling":
         return RegressionRecalibration(((y - predictions.mean).square() / predictions.variance).mean(0))
+    if method == "gp_normal":
+        from bayesdl.evaluation.netcal import fit_deviations
+
+        spread = predictions.variance.sqrt()
+        made = fit_deviations(predictions.mean, spread, y, epochs=epochs, generator=generator)
+        return RegressionRecalibration(deviations=made)
     if method != "isotonic_quantile":
-        raise ArgumentError(f"method={method!r}: expected 'variance_scaling' or 'isotonic_quantile'")
+        raise ArgumentError(f"method={method!r}: expected 'variance_scaling', 'isotonic_quantile' or 'gp_normal'")
     ordered = predictions.mixture.cdf(y).sort(0).values.T
     n, d = ordered.shape[1], len(ordered)
     ends = ordered.new_zeros(d, 1), ordered.new_ones(d, 1)

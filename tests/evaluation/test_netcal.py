@@ -1,0 +1,68 @@
+"""What netcal does behind this interface: detectors, Gaussian processes; nothing printed, no seed touched."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from bayesdl.evaluation import Predictions, classification, evaluate_metrics, recalibrate_regression
+from bayesdl.evaluation.netcal import detection_ece
+
+pytest.importorskip("netcal")
+
+
+def test_a_detector_without_boxes_is_a_binary_calibration_error(capfd: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # In the middle of a bin of 20, where the two edge rules agree.
+    confidence = (torch.randint(20, (400,), generator=generator) + 0.5) / 20
+    matched = (torch.rand(400, generator=generator) < 0.7 * confidence).long()
+    expected = classification.ece(matched, probs=confidence, bins=20, kind="positive")
+    assert detection_ece(matched, confidence, bins=20) == pytest.approx(float(expected), abs=1e-6)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_errors_that_depend_on_the_place_show_with_boxes() -> None:
+    # Right on average at every confidence, over-confident on the left and under-confident on the right.
+    generator = torch.Generator().manual_seed(1)
+    place = torch.rand(4000, 1, generator=generator)
+    confidence = torch.full((4000,), 0.55)
+    matched = (torch.rand(4000, generator=generator) < torch.where(place[:, 0] < 0.5, 0.25, 0.85)).long()
+    # 4000 draws: the plain error has sd 0.008, the local one lies at 0.3.
+    assert detection_ece(matched, confidence) < 0.04
+    assert detection_ece(matched, confidence, place, bins=16) == pytest.approx(0.3, abs=0.04)
+
+
+def test_bad_detections() -> None:
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        detection_ece([0, 2], [0.5, 0.5])
+    with pytest.raises(ValueError, match="use logits"):
+        detection_ece([0, 1], [0.5, 1.5])
+    with pytest.raises(ValueError, match="nothing is broadcast"):
+        detection_ece([[0], [1]], [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"values in \[0, 1\]"):
+        detection_ece([0, 1], [0.5, 0.5], [[0.1], [3.0]])
+
+
+@pytest.mark.slow
+def test_a_gaussian_process_mends_deviations_where_they_are_wrong(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gpytorch")
+    # Deviations three times too small where the mean is negative, right elsewhere: no one factor mends both.
+    generator = torch.Generator().manual_seed(0)
+    mean, noise = torch.randn(2, 300, dtype=torch.float64, generator=generator)
+    deviation = 0.3 + 0.2 * mean.abs()
+    y = mean + noise * deviation * torch.where(mean < 0, 3.0, 1.0)
+    found = Predictions.from_gaussian(mean, deviation.square(), y)
+    state, level = torch.get_rng_state(), logging.root.manager.disable
+    fitted = recalibrate_regression(found, "gp_normal", epochs=60)
+    moved = fitted.apply(found)
+    assert torch.equal(state, torch.get_rng_state()) and logging.root.manager.disable == level
+    assert capfd.readouterr() == ("", "")
+    assert moved.variance.equal(fitted.apply(found).variance)
+    scaled = recalibrate_regression(found).apply(found)
+    nll = [evaluate_metrics(p, ("nll",))["nll"] for p in (moved, scaled, found)]
+    # The best possible is 0.30 nats below one common factor.
+    assert nll[0] < nll[1] - 0.1 < nll[2]
+    ratio = moved.variance.sqrt()[:, 0] / deviation
+    assert float(ratio[mean < -0.3].median()) > 1.5 * float(ratio[mean > 0.3].median())
