@@ -120,6 +120,47 @@ def test_samples_have_their_empirical_joint() -> None:
     assert not bool(point.covariance.any())
 
 
+@pytest.mark.parametrize("intercept", ["flat", "proper", "none"])
+def test_last_layer_regression_has_the_conjugate_joint(intercept: str) -> None:
+    x, y = points(40, 2), torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double()
+    method = bdl.VBLL(intercept=intercept, tuning="evidence")
+    bayes = bdl.wrap(network(), method, [(x, y)], likelihood="gaussian", progress=False)
+    belief = bayes.posterior.belief
+    trunk = network()[:-1]
+
+    def design(inputs: Tensor) -> Tensor:
+        phi = trunk(inputs).detach()
+        return phi if intercept == "none" else torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
+
+    new, other, phi = points(5), points(3, 9), design(x)
+    found = bayes.covariance(new, other)
+    for k, (ratio, noise) in enumerate(zip(belief.regression.ratio, belief.regression.noise_variance, strict=True)):
+        prior = ratio.expand(phi.shape[1]).clone()
+        if intercept == "flat":
+            prior[-1] = 0.0
+        inverse = torch.linalg.inv(phi.mT @ phi + torch.diag(prior)) * noise
+        close(found[:, k, :, k], design(new) @ inverse @ design(other).mT)
+        found[:, k, :, k] = 0.0
+    assert not bool(found.any())  # nothing between outputs
+    joint = bayes.joint(new)
+    close(joint.marginal.variance, bayes(new).latent.variance)
+    inputs = new[:2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: bayes.joint(a).covariance, (inputs,), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag", "shared", "precision"])
+def test_last_layer_classifiers_have_a_joint(covariance: str) -> None:
+    bayes = wrapped(bdl.VBLL(covariance=covariance))
+    belief, x = bayes.posterior.belief, points()
+    phi = network()[:-1](x).detach()
+    phi = torch.cat([phi, phi.new_ones(5, 1)], 1) if belief.bias else phi
+    joint = bayes.joint(x)
+    dense = belief.covariance.dense().expand(3, -1, -1)
+    for k in range(3):
+        close(joint.covariance[:, k, :, k], belief.scale[1, k] * phi @ dense[k].to(phi) @ phi.mT)
+    close(joint.marginal.variance, bayes(x).latent.variance)
+
+
 def test_a_temperature_on_the_outputs_divides_twice() -> None:
     bayes = wrapped(bdl.Laplace(structure="diag", predictive="samples"))
     tuned, x = bayes.tune("heldout", [(points(8, 2), targets("categorical", 3))]), points()

@@ -155,16 +155,26 @@ class ConjugateRegression:
 
     def leverage(self, features: Tensor) -> Tensor:
         """phi^T S_k phi / s_k^2, intercept included, for features `(B, d)`: `(B, K)`. Two GEMMs for all outputs."""
+        inverse = (1.0 / (self.values.unsqueeze(1) + self.ratio)).to(features)
+        return self._rotated(features).square() @ inverse + self._free
+
+    def cross(self, first: Tensor, second: Tensor) -> Tensor:
+        """Covariance `(K, B, B')` of the noise-free outputs at features `(B, d)` with those at `(B', d)`."""
+        inverse = (1.0 / (self.values.unsqueeze(1) + self.ratio)).mT.to(first)
+        shared = (self._rotated(first) * inverse.unsqueeze(1)) @ self._rotated(second).mT
+        return (shared + self._free) * self.noise_variance.view(-1, 1, 1).to(first)
+
+    @property
+    def _free(self) -> float:
+        """Variance of a flat intercept, in units of the noise."""
+        return 1.0 / self.statistics.count if self.intercept == "flat" else 0.0
+
+    def _rotated(self, features: Tensor) -> Tensor:
+        """Features in the eigenvectors of their scatter."""
         if self.intercept == "flat":
             features = features - self.statistics.feature_mean.to(features)
         vectors = self.vectors.to(features)
-        if self.intercept == "proper":
-            rotated = features @ vectors[:-1] + vectors[-1]
-        else:
-            rotated = features @ vectors
-        inverse = (1.0 / (self.values.unsqueeze(1) + self.ratio)).to(features)
-        free = 1.0 / self.statistics.count if self.intercept == "flat" else 0.0
-        return rotated.square() @ inverse + free
+        return features @ vectors[:-1] + vectors[-1] if self.intercept == "proper" else features @ vectors
 
     def latent(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the noise-free outputs for features `(B, d)`: two `(B, K)`."""

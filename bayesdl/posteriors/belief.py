@@ -53,6 +53,10 @@ class LinearBelief(Belief):
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Weights `(n, K, d)` and biases `(n, K)`."""
 
+    @abstractmethod
+    def cross(self, phi: Tensor, other: Tensor) -> Tensor:
+        """Covariance between the outputs at `(B, d)` and those at `(B', d)`, each output apart: `(K, B, B')`."""
+
     def functions(self, n: int, generator: torch.Generator | None) -> list[Map]:
         def linear(weight: Tensor, bias: Tensor) -> Map:
             return lambda phi: phi @ weight.mT.to(phi) + bias.to(phi)

@@ -17,7 +17,7 @@ from bayesdl.last_layer.statistics import Statistics
 from bayesdl.latent import GaussianLatent, Latent
 from bayesdl.likelihoods import Gaussian, Likelihood, NormalGamma
 from bayesdl.network import Network
-from bayesdl.posteriors.base import Function, Posterior, standard_normal
+from bayesdl.posteriors.base import Function, Posterior, check_positions, standard_normal
 from bayesdl.posteriors.belief import Belief, LinearBelief, Map
 from bayesdl.posteriors.discriminant import Discriminant
 from bayesdl.streaming import whole
@@ -34,6 +34,9 @@ class ConjugateWeights(LinearBelief):
 
     def latent(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         return self.regression.latent(phi)
+
+    def cross(self, phi: Tensor, other: Tensor) -> Tensor:
+        return self.regression.cross(phi, other)
 
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         values = self.regression.values
@@ -96,10 +99,16 @@ class GaussianWeights(LinearBelief):
         return cls(whole(mean.detach()).clone(), covariance, whole(scale.detach()).clone(), bias, bound)
 
     def latent(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        phi = phi.to(self.mean.dtype)
-        if self.bias:
-            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
+        phi = self._extended(phi)
         return (phi @ self.mean.mT) * self.scale[0], self.covariance.quad(phi) * self.scale[1]
+
+    def cross(self, phi: Tensor, other: Tensor) -> Tensor:
+        between = self._extended(phi) @ self.covariance.dense() @ self._extended(other).mT
+        return between * self.scale[1].view(-1, 1, 1)
+
+    def _extended(self, phi: Tensor) -> Tensor:
+        phi = phi.to(self.mean.dtype)
+        return torch.cat([phi, phi.new_ones(len(phi), 1)], 1) if self.bias else phi
 
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         noise = standard_normal((n, len(self.mean), self.covariance.width), self.mean, generator)
@@ -165,6 +174,18 @@ class LastLayerPosterior(Posterior):
         shape = phi.shape[:-1]
         mean, variance = self.belief.latent(phi.flatten(0, -2))
         return GaussianLatent(mean.reshape(*shape, -1), variance.reshape(*shape, -1))
+
+    def covariance(self, network: Network, first: Any, second: Any, state: Any) -> tuple[Tensor, Tensor]:
+        """phi S_k phi' for each output k, between which there is none."""
+        if not isinstance(self.belief, LinearBelief):
+            return super().covariance(network, first, second, state)
+        layer, held = self.layer_of(network), self._cast(network)
+        phi = features(network, layer, first, held)
+        check_positions(phi)
+        other = phi if second is None else features(network, layer, second, held)
+        between = self.belief.cross(phi, other)
+        mean, _ = self.belief.latent(phi)
+        return mean, torch.diag_embed(between.movedim(0, -1)).transpose(1, 2)
 
     def draw(self, network: Network, n: int, generator: torch.Generator | None) -> list[Function]:
         layer, held = self.layer_of(network), self._cast(network)
