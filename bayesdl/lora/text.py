@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ArgumentError, ShapeError, UnsupportedError
-from bayesdl.lora.tile import TOKENS, Rows
+from bayesdl.lora.tile import TOKENS, Rows, pieces
 
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
 
 REFUSED = ("assistant_model", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "streamer", "custom_generate")
 WAYS = ("tile", "one")
+# logits held at once while scoring
+LOGITS = 1 << 27
 
 
 def generate(
@@ -41,7 +43,8 @@ def generate(
             them multiply the rows of each draw), ...
 
     Returns:
-        Token ids with the prompt in front, `(S, B k, L)`, padded on the right to the longest.
+        Token ids with the prompt in front, `(S, B k, L)`, padded on the right to the longest. No pass has more rows
+        than `TFB(max_rows=...)`, beams counted in, down to one prompt under one draw.
 
     Raises:
         UnsupportedError: decoding that mixes rows or models, or a cache passed in.
@@ -70,19 +73,31 @@ def generate(
     if rows == "one" and num_samples not in (None, total):
         raise ArgumentError(f'rows="one" gives every prompt one draw; num_samples={num_samples} is for rows="tile"')
     limit = posterior.running.max_rows or max(1, TOKENS // max(1, prompts.positions))
-    together = total if rows == "one" else max(1, limit // prompts.count) if posterior.running.tile else 1
+    limit = max(1, limit // max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1)))
+    width = min(limit, prompts.count)
+    together = 1 if rows == "one" or not posterior.running.tile else limit // width
     devices = [network.device] if network.device.type == "cuda" else []
+    filler = _filler(clone, options)
+
+    def written(piece: Rows, start: int, stop: int, draws: int) -> Tensor:
+        """Continuations `(draws, rows, L)`; tiled, or of one draw a row."""
+        with injection.drawing(start, stop, piece.count * draws, expands=True):
+            made = clone.generate(**dict(piece.tiled(draws).kwargs or {}), **options)
+        return made.reshape(draws, -1, made.shape[-1])
+
     found: list[Tensor] = []
     with injection.attached(clone), torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed % 2**63)
-        for start in range(0, total, together):
+        for start in range(0, 1 if rows == "one" else total, together):
             stop = min(start + together, total)
-            tiled = call if rows == "one" else prompts.tiled(stop - start)
-            count = prompts.count * (1 if rows == "one" else stop - start)
-            with injection.drawing(start, stop, count, expands=True):
-                made = clone.generate(**dict(tiled.kwargs or {}), **options)
-            found.append(made.reshape(1 if rows == "one" else stop - start, -1, made.shape[-1]))
-    whole = _padded(found, _filler(clone, options))
+            parts = [
+                written(piece, first, first + piece.count, 1)
+                if rows == "one"
+                else written(piece, start, stop, stop - start)
+                for first, piece in zip(range(0, prompts.count, width), pieces(prompts, width), strict=True)
+            ]
+            found.append(_padded(parts, filler, 1))
+    whole = _padded(found, filler, 0)
     return whole[0] if rows == "one" else whole
 
 
@@ -156,19 +171,25 @@ def score(
     mask = torch.ones_like(ids) if given is None else torch.as_tensor(given).to(model.device)
     inputs = _placed(inputs, mask, model.network.template)
     counted = (mask[:, 1:] * mask[:, :-1]).bool() & (torch.arange(1, ids.shape[1], device=ids.device) >= prompt_length)
-    span = (posterior.reseeded(generator), 0, num_samples or posterior.num_samples)
+    seed, total = posterior.reseeded(generator), num_samples or posterior.num_samples
+    vocabulary = getattr(getattr(model.network.template, "config", None), "vocab_size", LOGITS)
+    step = max(1, LOGITS // (ids.numel() * int(vocabulary)))
+    tokens: list[Tensor] = []
+    mean, conditional = torch.zeros((), device=ids.device), torch.zeros((), device=ids.device)
     with torch.no_grad():
-        logits = posterior.outputs(model.network, inputs, span)
-        if logits.shape[1:3] != ids.shape:
-            raise ShapeError(
-                f"outputs {tuple(logits.shape)} for tokens {tuple(ids.shape)}; expected (S, B, T, vocabulary)"
-            )
-        logs = logits[:, :, :-1].float().log_softmax(-1)
-        tokens = logs.gather(-1, ids[:, 1:].expand(len(logs), -1, -1).unsqueeze(-1))[..., 0]
-        mean = torch.logsumexp(logs, 0) - torch.tensor(float(len(logs))).log()
-        entropy = -(mean.exp() * mean).sum(-1)
-        conditional = -(logs.exp() * logs).sum(-1).mean(0)
-    return SequenceScores(tokens, counted, entropy, (entropy - conditional).clamp(min=0))
+        for start in range(0, total, step):
+            logits = posterior.outputs(model.network, inputs, (seed, start, min(start + step, total)))
+            if logits.dim() != 4 or logits.shape[1:3] != ids.shape:
+                raise ShapeError(
+                    f"outputs {tuple(logits.shape)} for tokens {tuple(ids.shape)}; expected (S, B, T, vocabulary)"
+                )
+            logs = logits[:, :, :-1].float().log_softmax(-1)
+            tokens.append(logs.gather(-1, ids[:, 1:].expand(len(logs), -1, -1).unsqueeze(-1))[..., 0])
+            probs = logs.exp()
+            mean = mean + probs.sum(0) / total
+            conditional = conditional - (probs * logs).sum((0, -1)) / total
+        entropy = -torch.special.xlogy(mean, mean).sum(-1)
+    return SequenceScores(torch.cat(tokens), counted, entropy, (entropy - conditional).clamp(min=0))
 
 
 def _placed(inputs: Mapping[str, Any], mask: Tensor, module: Any) -> Mapping[str, Any]:
@@ -181,10 +202,10 @@ def _placed(inputs: Mapping[str, Any], mask: Tensor, module: Any) -> Mapping[str
     return {**inputs, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
-def _padded(parts: list[Tensor], filler: int) -> Tensor:
+def _padded(parts: list[Tensor], filler: int, axis: int) -> Tensor:
     longest = max(part.shape[-1] for part in parts)
     pad = torch.nn.functional.pad
-    return torch.cat([pad(part, (0, longest - part.shape[-1]), value=filler) for part in parts])
+    return torch.cat([pad(part, (0, longest - part.shape[-1]), value=filler) for part in parts], axis)
 
 
 def _filler(module: Any, options: dict[str, Any]) -> int:

@@ -137,18 +137,19 @@ def _chunked(
 ) -> Tensor:
     width = min(rows.count, limit)
     if injection.sigma == 0:  # every draw is the network itself
-        parts = [network.forward(module, piece.call) for piece in _pieces(rows, width)]
+        parts = [network.forward(module, piece.call) for piece in pieces(rows, width)]
         return torch.cat(parts).unsqueeze(0).expand(stop - start, *(-1,) * parts[0].dim())
     together = max(1, limit // width) if tile else 1
     chunks = []
     for first in range(start, stop, together):
         last = min(first + together, stop)
-        parts = [_forward(network, module, piece, injection, first, last, sharing) for piece in _pieces(rows, width)]
+        parts = [_forward(network, module, piece, injection, first, last, sharing) for piece in pieces(rows, width)]
         chunks.append(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
     return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
 
 
-def _pieces(rows: Rows, width: int) -> Iterator[Rows]:
+def pieces(rows: Rows, width: int) -> Iterator[Rows]:
+    """A batch in parts of at most `width` items."""
     if width >= rows.count:
         yield rows
         return

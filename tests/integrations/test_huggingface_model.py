@@ -31,15 +31,32 @@ class Rows(Dataset):  # type: ignore[type-arg]
         return {key: value[index] for key, value in self.data.items()}
 
 
+METHODS: dict[str, Any] = {
+    "tfb": bdl.TFB(sigma=0.1, num_samples=4),
+    "laplace": bdl.Laplace(select="lora", structure="diag"),
+    "ensemble": bdl.Ensemble(),
+}
+
+
+def made(method: str) -> bdl.BayesianModel:
+    options: dict[str, Any] = {"likelihood": "categorical", "batch": "huggingface", "progress": False}
+    models = [adapted("llama", 2, std=std) for std in (0.05, 0.1)]
+    if method == "laplace":
+        options["prior"] = bdl.GaussianPrior(5.0)
+    data = [batch(6, labels=True)] if method == "laplace" else None
+    return bdl.wrap(models if method == "ensemble" else models[0], METHODS[method], data, **options)
+
+
 @pytest.fixture
 def bayes() -> bdl.BayesianModel:
-    method = bdl.TFB(sigma=0.1, num_samples=4)
-    return bdl.wrap(adapted("llama", 2), method, likelihood="categorical", batch="huggingface", progress=False)
+    return made("tfb")
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("labels", [True, False])
-def test_the_trainer_predicts(bayes: bdl.BayesianModel, labels: bool, tmp_path: Path) -> None:
+def test_the_trainer_predicts(method: str, labels: bool, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
+    bayes = made(method)
     from transformers import Trainer, TrainingArguments
 
     arguments: Any = TrainingArguments(
@@ -70,5 +87,5 @@ def test_it_has_nothing_to_train(bayes: bdl.BayesianModel) -> None:
 def test_the_model_is_left_alone(bayes: bdl.BayesianModel) -> None:
     model = adapted("llama", 1)
     with untouched(model):
-        made = bdl.wrap(model, bdl.TFB(sigma=0.1), likelihood="categorical", batch="huggingface")
-        as_module(made).double()(**batch())
+        own = bdl.wrap(model, bdl.TFB(sigma=0.1), likelihood="categorical", batch="huggingface")
+        as_module(own).double()(**batch())

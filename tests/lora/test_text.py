@@ -124,6 +124,36 @@ def test_sampled_tokens_repeat_and_leave_the_global_state() -> None:
     assert first.shape[:2] == (3, 6) and torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 7])
+@pytest.mark.parametrize("way", SEARCH)
+def test_no_pass_has_more_rows_than_it_may(limit: int, way: str) -> None:
+    model, inputs = adapted("llama", 2, causal=True), prompts()
+    beams = SEARCH[way].get("num_beams", 1)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, **SEARCH[way]}
+    bayes, seen = wrapped(model, max_rows=limit), []
+    clone = bayes.network.module()
+    block: Any = clone.get_submodule("base_model.model.model.layers.0")
+    handle = block.register_forward_hook(
+        lambda _m, _a, out: seen.append(len(out[0] if isinstance(out, tuple) else out))
+    )
+    found = {rows: bdl.lora.generate(bayes, inputs, rows=rows, **options) for rows in ("tile", "one")}
+    bdl.lora.score(bayes, inputs)
+    handle.remove()
+    assert max(seen) <= max(limit, beams)
+    for rows, tokens in found.items():
+        assert torch.equal(tokens, bdl.lora.generate(wrapped(model), inputs, rows=rows, **options))
+
+
+def test_scores_are_summed_over_draws_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = adapted("llama", 2, causal=True), batch(4, 6)
+    bayes = wrapped(model)
+    whole = bdl.lora.score(bayes, inputs, 5)
+    monkeypatch.setattr("bayesdl.lora.text.LOGITS", 2 * 4 * 6 * 100)  # two draws at a time
+    parts = bdl.lora.score(bayes, inputs, 5)
+    for name in ("tokens", "mask", "entropy", "epistemic"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
+
+
 def test_what_generation_refuses() -> None:
     model, inputs = adapted("llama", 1, causal=True), prompts()
     bayes = wrapped(model)
