@@ -323,7 +323,7 @@ class Sampler(Optimizer, ABC):
                                            "(sparse=False): prior and noise move every weight")  # fmt: skip
                 grads.append(grad)
             if grads:
-                blocks.append(Block(index, group, names, list(group["params"]), grads, group["lr"]))
+                blocks.append(Block(len(blocks), group, names, list(group["params"]), grads, group["lr"]))
         if not blocks:
             raise ArgumentError("the sampler has no parameters")
         return blocks

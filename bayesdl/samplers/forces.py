@@ -19,7 +19,7 @@ class Block:
     """One parameter group during one step.
 
     Attributes:
-        index, group: its place among the optimiser's groups, and its options.
+        index, group: its place among the optimiser's groups that hold parameters, and its options.
         names: of the parameters.
         params: tensors that move: the parameters, or their float32 copies.
         grads: gradient of the mean loss.

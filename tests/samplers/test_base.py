@@ -178,6 +178,19 @@ def test_groups_have_their_own_rates_and_precisions() -> None:
     assert [group["param_names"] for group in sampler.param_groups] == [["a"], ["b"]]
 
 
+@EVERY
+def test_groups_without_parameters_change_nothing(name: str) -> None:
+    nets = [network(), network()]
+    own = {"num_data": N, **OWN.get(name, {})}
+    groups = [[{"params": list(net.parameters())}] for net in nets]
+    groups[1].insert(0, {"params": []})
+    for net, group in zip(nets, groups, strict=True):
+        sampler = SAMPLERS[name](group, lr=0.02, generator=torch.Generator().manual_seed(1), **own)
+        sampler.register_pre_update_hook(lambda s: None)
+        train(net, sampler, range(3))
+    assert torch.equal(flat(nets[0]), flat(nets[1]))
+
+
 def test_lr_and_temperature_as_functions_and_schedulers() -> None:
     theta = nn.Parameter(torch.zeros(2))
     sampler = SGLD([theta], Decreasing(1.0, 1.0, 1.0), 10, temperature=lambda k: float(k))
