@@ -1,17 +1,18 @@
 """Several chains of one process in step: one vectorised forward and backward pass for all of them.
 
-Each chain keeps its own sampler, noise, minibatches and collector, so that it is the chain it would be alone, up to the
-rounding of batched products; only the gradients are computed together.
+Each chain keeps its own noise, minibatches and collector, so that it is the chain it would be alone, up to the rounding
+of batched products. Samplers whose step is elementwise move all chains in one step, the others each its own.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -19,10 +20,13 @@ from bayesdl.batch import Call, batch_size
 from bayesdl.clone import independent_copy
 from bayesdl.data import in_batch
 from bayesdl.errors import BayesDLError, NonFiniteError, ShapeError, UnsupportedError
-from bayesdl.methods.chains import Job, Live, diverged, finish, start
+from bayesdl.methods.chains import Job, Live, build_sampler, diverged, finish, scalar_precision, start
 from bayesdl.methods.energy import prepare_module
 from bayesdl.posteriors import SamplePosterior
 from bayesdl.samplers.noticing import StochasticForwardWarning
+from bayesdl.samplers.stacked import Stacked
+
+ELEMENTWISE = ("sgld", "sghmc", "baoab")  # samplers without a number that all weights of a chain share
 
 
 def unbatchable(job: Job) -> str:
@@ -32,7 +36,10 @@ def unbatchable(job: Job) -> str:
     if job.settings.store is not None:
         return "chains with a store go on from different steps"
     module = independent_copy(job.module)
-    prepare_module(module, job.names)
+    pairs, _ = prepare_module(module, job.names)
+    kinds = {(parameter.dtype, parameter.device) for _, parameter in pairs}
+    if len(kinds) > 1:
+        return f"its parameters have {len(kinds)} dtypes or devices, and share one piece of memory"
     moving = [n for n, m in module.named_modules() if m.training and isinstance(m, _BatchNorm)]
     if moving:
         return f"batch norm {moving[0]!r} would write the statistics of all chains into one"
@@ -48,53 +55,106 @@ def run_batched(jobs: Sequence[Job]) -> list[SamplePosterior]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StochasticForwardWarning)  # a finding says it
-        lives = start_together(jobs)
-        total = lives[0].total
+        chains = start_together(jobs)
+        total = chains.lives[0].total
         for step in tqdm(range(total), desc=f"{len(jobs)} chains", disable=not jobs[0].progress, leave=False):
-            step_together(jobs, lives, step)
-        return [finish(job, live) for job, live in zip(jobs, lives, strict=True)]
+            step_together(chains, step)
+        return [finish(job, live) for job, live in zip(jobs, chains.lives, strict=True)]
 
 
-def start_together(jobs: Sequence[Job]) -> list[Live]:
-    """The chains at their starts, the weights of all in one piece of memory, `(chains, *shape)` for each parameter."""
+@final
+@dataclass(frozen=True)
+class Together:
+    """Chains under way in one piece of memory.
+
+    Attributes:
+        jobs, lives: of the chains.
+        weights: `(chains, P)`; the chains' parameters are views of its rows, in the order of their names.
+        stacked: moves all of them in one step; None where each chain's sampler has to move its own.
+    """
+
+    jobs: tuple[Job, ...]
+    lives: tuple[Live, ...]
+    weights: nn.Parameter
+    stacked: Stacked | None
+
+
+def start_together(jobs: Sequence[Job]) -> Together:
+    """The chains at their starts."""
     lives = [start(job) for job in jobs]
-    for pairs in zip(*(live.pairs for live in lives), strict=True):
-        held = torch.stack([parameter.detach() for _, parameter in pairs])
-        for (_, parameter), row in zip(pairs, held, strict=True):
-            parameter.data = row  # of private copies
-    return lives
+    weights = nn.Parameter(torch.stack([_flat([p.detach() for _, p in live.pairs]) for live in lives]))
+    for live, row in zip(lives, weights.detach(), strict=True):
+        for (_, parameter), piece in zip(live.pairs, _pieces(row, live), strict=True):
+            parameter.data = piece  # of private copies
+    stacked = None
+    if _elementwise(jobs[0]):
+        leader = build_sampler(jobs[0], [("chains", weights)])
+        sizes = [parameter.numel() for _, parameter in lives[0].pairs]
+        stacked = Stacked(leader, [live.sampler for live in lives], weights, sizes)
+    return Together(tuple(jobs), tuple(lives), weights, stacked)
 
 
-def step_together(jobs: Sequence[Job], lives: Sequence[Live], step: int) -> None:
-    """One step of every chain, from `start_together`.
+def step_together(chains: Together, step: int) -> None:
+    """One step of every chain.
 
     Raises:
         NonFiniteError: a chain diverged.
         ShapeError: the chains' batches differ in size.
         UnsupportedError: the network cannot be vectorised over its weights.
     """
-    found = [next(live.source) for live in lives]
+    found = [next(live.source) for live in chains.lives]
     sizes = {batch_size(inputs) for _, inputs, _ in found}
     if len(sizes) > 1:
         raise ShapeError(
             f"step {step}: the chains' batches have sizes {sorted(sizes)}, and one pass for all needs equal ones; use "
             'parallel="sequential"'
         )
-    gradients = _gradients(jobs[0], lives, found)
-    for c, (job, live) in enumerate(zip(jobs, lives, strict=True)):
-        for name, parameter in live.pairs:
-            parameter.grad = gradients[name][c]
+    gradients = _gradients(chains, found)
+    if chains.stacked is None:
+        _step_apart(chains, gradients, found, step)
+    else:
         try:
-            with in_batch(found[c][0]):
-                live.sampler.step()
-        except NonFiniteError as error:
-            raise diverged(job, step, error) from error
+            chains.stacked.step(gradients)
+        except NonFiniteError:
+            _step_apart(chains, gradients, found, step)  # says which chain and parameter it was
+            raise
+    for live in chains.lives:
         live.after()
 
 
-def _gradients(job: Job, lives: Sequence[Live], found: Sequence[tuple[int, Any, Any]]) -> dict[str, Tensor]:
-    """Gradients of the minibatch losses, `(chains, *shape)` by name."""
+def _step_apart(chains: Together, gradients: Tensor, found: Sequence[tuple[int, Any, Any]], step: int) -> None:
+    for job, live, row, (number, _, _) in zip(chains.jobs, chains.lives, gradients, found, strict=True):
+        for (_, parameter), piece in zip(live.pairs, _pieces(row, live), strict=True):
+            parameter.grad = piece
+        try:
+            with in_batch(number):
+                live.sampler.step()
+        except NonFiniteError as error:
+            raise diverged(job, step, error) from error
+
+
+def _elementwise(job: Job) -> bool:
+    """Whether a step of one weight depends on no other's, by the sampler nor by the prior."""
+    adapts = job.settings.options.get("adapt", False)
+    return job.settings.kind in ELEMENTWISE and not adapts and scalar_precision(job.prior) is not None
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _pieces(row: Tensor, live: Live) -> list[Tensor]:
+    """One chain's `(P,)`, by parameter."""
+    shapes = [parameter.shape for _, parameter in live.pairs]
+    parts = row.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _gradients(chains: Together, found: Sequence[tuple[int, Any, Any]]) -> Tensor:
+    """Gradients of the minibatch losses, `(chains, P)`."""
+    lives, job = chains.lives, chains.jobs[0]
     first = lives[0]
+    names = [name for name, _ in first.pairs]
     likelihood, factor = job.energy.likelihood, job.energy.num_batches / job.energy.counted
     calls = [live.network.prepare(inputs) for live, (_, inputs, _) in zip(lives, found, strict=True)]
     with torch.no_grad(), in_batch(found[0][0]):  # what the targets of every chain are checked against
@@ -103,18 +163,18 @@ def _gradients(job: Job, lives: Sequence[Live], found: Sequence[tuple[int, Any, 
     for number, _, target in found:
         with in_batch(number):
             targets.append(likelihood.check_targets(outputs, target))
-    weights = {name: _joined(parameter, len(lives)) for name, parameter in first.pairs}
     inputs = tuple(_stacked([call.args[i] for call in calls]) for i in range(len(calls[0].args)))
     named = {key: _stacked([dict(call.kwargs or {})[key] for call in calls]) for key in calls[0].kwargs or {}}
 
-    def loss(tensors: dict[str, Tensor], args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+    def loss(row: Tensor, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+        tensors = dict(zip(names, _pieces(row, first), strict=True))
         value = likelihood.log_prob(first.network.forward(first.module, Call(args, kwargs), tensors), y)
         return -value.sum() * factor
 
     with torch.enable_grad():
         slope = torch.func.vmap(torch.func.grad(loss), randomness="error")
         try:
-            gradients: dict[str, Tensor] = slope(weights, inputs, named, torch.stack(targets))
+            gradients: Tensor = slope(chains.weights.detach(), inputs, named, torch.stack(targets))
         except (BayesDLError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:  # torch has no narrower class for what vmap refuses
@@ -122,11 +182,6 @@ def _gradients(job: Job, lives: Sequence[Live], found: Sequence[tuple[int, Any, 
                 f'the network cannot be vectorised over its weights, use parallel="sequential": {error}'
             ) from error
     return gradients
-
-
-def _joined(first: Tensor, count: int) -> Tensor:
-    """The rows of all chains, from the first one's: see `start_together`."""
-    return first.detach().as_strided((count, *first.shape), (first.numel(), *first.stride()))
 
 
 def _stacked(values: Sequence[Any]) -> Tensor:

@@ -65,15 +65,15 @@ def seconds_a_step(jobs: Sequence[Job], rounds: int = ROUNDS) -> tuple[float, fl
     random streams, nor the loader's generator. It costs about `rounds + 1` steps of all chains, and as many of one.
     """
     device = next(jobs[0].module.parameters()).device
-    alone, lives = start(jobs[0]), start_together(jobs)
+    alone, chains = start(jobs[0]), start_together(jobs)
     one = _shortest(lambda step: advance(jobs[0], alone, step), rounds, device)
-    return one * len(jobs), _shortest(lambda step: step_together(jobs, lives, step), rounds, device)
+    return one * len(jobs), _shortest(lambda step: step_together(chains, step), rounds, device)
 
 
 def _by_trial(jobs: Sequence[Job], device: torch.device, *, timed: bool) -> tuple[bool, tuple[Finding, ...]]:
     try:
         if not timed:
-            step_together(jobs, start_together(jobs), 0)
+            step_together(start_together(jobs), 0)
             text = f"{len(jobs)} chains share one pass a step: on {device.type}, small kernels wait for their launch"
             return True, (Finding("info", text, 'parallel="fastest" measures it', TOPIC),)
         apart, shared = seconds_a_step(jobs)

@@ -248,6 +248,14 @@ class Sampler(Optimizer, ABC):
         self._hooks[handle.id] = hook
         return handle
 
+    def follow(self, record: StepRecord) -> None:
+        """Count a step that another sampler makes with these parameters; called before it moves them, as hooks are."""
+        self._record = record
+        for hook in list(self._hooks.values()):
+            hook(self)
+        self.iteration += 1
+        self._scalars["time"] += record.weight
+
     @property
     def record(self) -> StepRecord:
         """The step being made, or the last one made."""
@@ -273,9 +281,6 @@ class Sampler(Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hooks": OrderedDict(), "_record": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
 
     def __repr__(self) -> str:
         group = self.param_groups[0]
@@ -310,7 +315,7 @@ class Sampler(Optimizer, ABC):
 
     def _gather(self) -> list[Block]:
         """Parameters and gradients by group."""
-        blocks = []
+        blocks: list[Block] = []
         for index, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
             grads = []

@@ -41,7 +41,7 @@ class NoiseStream:
         """Noise in the shapes, dtypes and devices of `like`, in their workspace."""
         views = self.workspace(like)
         for key in dict.fromkeys((tensor.device, tensor.dtype) for tensor in like):
-            self._fill(self._buffers[key])
+            self.fill(self._buffers[key])
         return views
 
     def workspace(self, like: Sequence[Tensor]) -> list[Tensor]:
@@ -69,7 +69,7 @@ class NoiseStream:
     def draw_apart(self, like: Tensor) -> Tensor:
         """Noise for one tensor in memory of its own."""
         buffer = torch.empty(like.numel() + like.numel() % 2, device=like.device, dtype=like.dtype)
-        self._fill(buffer)
+        self.fill(buffer)
         return buffer[: like.numel()].view(like.shape)
 
     def spawn(self) -> torch.Generator:
@@ -101,8 +101,8 @@ class NoiseStream:
             self._elsewhere[torch.device(name)] = torch.Generator(name)
             self._elsewhere[torch.device(name)].set_state(source.cpu())
 
-    def _fill(self, buffer: Tensor) -> None:
-        """`buffer`, of even length, becomes noise."""
+    def fill(self, buffer: Tensor) -> None:
+        """`buffer`, flat and of even length, becomes noise."""
         device = buffer.device
         if device.type != "cpu":
             if device not in self._elsewhere:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesdl as bdl
-from bayesdl.errors import ArgumentError, LabelError, UnsupportedError
+from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, UnsupportedError
+from bayesdl.methods import batched
 from tests.untouched import untouched
+
+
+class Cast(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
 
 
 def net(*middle: nn.Module) -> nn.Module:
@@ -30,7 +38,7 @@ def sampled(network: nn.Module, sampler: str, parallel: str, **options: object) 
     return bdl.wrap(network, method, loader(), likelihood="categorical", generator=g, progress=False)
 
 
-@pytest.mark.parametrize("sampler", ["sgld", "sghmc", "baoab", "sgnht", "psgld", "sa-sgld", "cyclical"])
+@pytest.mark.parametrize("sampler", ["sgld", "sghmc", "baoab", "sgnht", "psgld", "sa-sgld", "entropy-mcmc", "cyclical"])
 def test_the_same_chains_as_one_after_another(sampler: str) -> None:
     network = net()
     with untouched(network):
@@ -74,6 +82,28 @@ def test_what_cannot_be_batched_says_why() -> None:
         sampled(net(), "sgld", "fast")
     with pytest.raises(ArgumentError, match="workers=2"):
         sampled(net(), "sgld", "batched", workers=2)
+
+
+@pytest.mark.parametrize("sampler", ["sghmc", "sgnht"])
+def test_divergence_names_the_chain_and_the_parameter(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three chains has a gradient of NaN at its third step, however chains are moved."""
+    original, calls = batched._gradients, []
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        found = original(*arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            found[1, 6 * 4 + 2] = torch.nan  # in the first layer's bias
+        return found
+
+    monkeypatch.setattr(batched, "_gradients", broken)
+    with pytest.raises(NonFiniteError, match=r"chain 1 diverged at step 2: .* 1 of 6 gradients of parameter '0.bias'"):
+        sampled(net(), sampler, "batched")
+
+
+def test_parameters_of_several_dtypes_share_no_memory() -> None:
+    with pytest.raises(UnsupportedError, match="2 dtypes or devices"):
+        sampled(nn.Sequential(net(), Cast(), nn.Linear(3, 3)), "sgld", "batched")
 
 
 def test_wrong_labels_are_named() -> None:
