@@ -18,15 +18,18 @@ from bayesdl.functional.families import Family, make
 from bayesdl.functional.functions import Pushforward
 from bayesdl.functional.gp import GP, Target
 from bayesdl.functional.measurement import Measurement, Places
+from bayesdl.functional.reconstruction import RECONSTRUCTED, Data, Reconstructions
 from bayesdl.functional.report import FUNCTIONS, Fit, MatchReport, compare, fresh, notes
 from bayesdl.network import Network
 from bayesdl.priors import CouplingPrior, GaussianPrior, HierarchicalPrior, Prior, SplinePrior
 from bayesdl.select import Selector
 
+Push = Pushforward | Reconstructions
+
 
 def match(
     model: nn.Module | Network,
-    target: Target,
+    target: Target | Tensor,
     inputs: Tensor,
     *,
     family: str = "gaussian",
@@ -45,13 +48,15 @@ def match(
     Args:
         model: any network; its trained values are neither read nor written. Parameters outside the selection keep
             theirs, affine parameters of norm layers are held at (1, 0).
-        target: `GP(...)`, or any object with `sample(inputs, n, generator) -> (n, M, C)` and `outputs`.
+        target: `GP(...)`, or any object with `sample(inputs, n, generator) -> (n, M, C)` and `outputs`. For an
+            autoencoder the data themselves, `(N, ...)`: its reconstructions under the prior should be distributed as
+            they are (Tran et al. 2021, "Model selection for Bayesian autoencoders"; they use distance="dsw").
         inputs: `(N, ...)`, standardised training inputs; the measurement sets come from these alone.
         family: "gaussian" (one standard deviation a tensor), "hierarchical" (inverse-gamma variances), "spline" (a
             learned shape) or "coupling" (a learned joint law of each layer, up to 10,000 parameters); the last two for
             samplers and MAP only.
         distance: "w1", "energy", "mmd", "gaussian-w2", "moments", "sw", "dsw", or a configured one.
-        measurement: where functions are compared; default 100 points, 70 of them inputs.
+        measurement: where functions are compared; default 100 points, 70 of them inputs (autoencoders: 32 inputs).
         steps: of the prior.
         num_functions: n, draws a step.
         lr: of RMSprop on the family's parameters.
@@ -72,9 +77,14 @@ def match(
     if steps < 1 or num_functions < 2:
         raise ArgumentError(f"steps={steps} and num_functions={num_functions}; expected at least 1 and 2")
     network = model if isinstance(model, Network) else Network(model, select=select, example=inputs[:1])
-    push = Pushforward(network, extra)
+    plain = Pushforward(network, extra)
+    push: Push = plain
     source = generator or torch.Generator().manual_seed(0)
-    places = measurement or _default_places(inputs)
+    if isinstance(target, Tensor):
+        target, push = Data(target), Reconstructions(plain)
+        places: Places = measurement or Measurement(inputs, min(RECONSTRUCTED, len(inputs)), 1.0)
+    else:
+        places = measurement or _default_places(inputs)
     law = make(family, push.slots)
     own = fresh(source)
     before = _fit(push, law, target, places, own, num_functions)
@@ -123,7 +133,7 @@ def evaluate(
 
 
 def _learn(
-    push: Pushforward,
+    push: Push,
     law: Family,
     target: Target,
     places: Places,
@@ -159,7 +169,7 @@ def _learn(
 
 def _distance(
     distance: str | Wasserstein | DistributionalSliced,
-    push: Pushforward,
+    push: Push,
     law: Family,
     target: Target,
     points: Tensor,
@@ -190,11 +200,11 @@ def _distance(
     return distance.value(h, g, draw, source)
 
 
-def _functions(push: Pushforward, law: Family, points: Any, count: int, source: torch.Generator) -> Tensor:
+def _functions(push: Push, law: Family, points: Any, count: int, source: torch.Generator) -> Tensor:
     return push(law.draw(count, source), points, source)
 
 
-def _fit(push: Pushforward, law: Family, target: Target, places: Places, source: torch.Generator, count: int) -> Fit:
+def _fit(push: Push, law: Family, target: Target, places: Places, source: torch.Generator, count: int) -> Fit:
     points = places.draw(source)
     with torch.no_grad():
         h = _functions(push, law, points, count, source).cpu()
