@@ -15,7 +15,7 @@ from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.layout import KINDS, Block, Layout
 from bayesdl.curvature.lowrank import LowRank
 from bayesdl.curvature.mixed import Mixed
-from bayesdl.curvature.registry import empty
+from bayesdl.curvature.registry import first
 from bayesdl.curvature.structure import Structure
 from bayesdl.errors import FileFormatError
 from bayesdl.network import Network
@@ -116,10 +116,10 @@ def check_structure(kept: Structure) -> None:
                 _check_dtypes({name: value})
         _check_dual(kept)
     else:
-        first = next(iter(tensors.values())).dtype
-        dtype = first if first in DTYPES else torch.float32
+        found = next(iter(tensors.values())).dtype
+        dtype = found if found in DTYPES else torch.float32
         # on the device without memory: a file may claim any size
-        reference = empty(kept.recipe, kept.layout, dtype, torch.device("meta")).with_options(kept.options).tensors()
+        reference = first(kept.recipe, kept.layout, dtype, torch.device("meta"), kept.options.get("rank")).tensors()
         _check_shapes(tensors, {name: tuple(value.shape) for name, value in reference.items()})
         odd = [name for name, value in tensors.items() if value.dtype != reference[name].dtype]
         if odd:
