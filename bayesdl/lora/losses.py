@@ -68,8 +68,8 @@ class Losses:
         """How far the loss moves from that of the network itself."""
         return self._counted(self(sigma) - self.plain, two_sided)
 
-    def forecast(self, sigma: float, two_sided: bool) -> float:
-        """The change at a scale that was not run, after one that was; infinite where it cannot be told.
+    def foreseen(self, sigma: float) -> float:
+        """The loss at a scale that was not run, after one that was; infinite where it cannot be told.
 
         The draws are fixed, so every output is a smooth function of sigma: a parabola through the network's own and
         those at the two nearest scales that were run. Where only one was, the parabolas of the anchors `below` say how
@@ -83,7 +83,11 @@ class Losses:
                 moved += self.below._along(sigma, more) - self.below._along(sigma, nodes)
         except NonFiniteError:
             return math.inf
-        return self._counted(moved, two_sided)
+        return self.plain + moved
+
+    def foreseen_change(self, sigma: float, two_sided: bool) -> float:
+        """The change of that loss."""
+        return self._counted(self.foreseen(sigma) - self.plain, two_sided)
 
     def _hold(self, sigma: float, made: dict[int, Tensor]) -> None:
         self._held[sigma] = made

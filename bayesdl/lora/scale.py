@@ -97,7 +97,7 @@ def search_scale(
 
 
 def _level(losses: Losses, two_sided: bool) -> Level:
-    forecast = (lambda sigma: losses.forecast(sigma, two_sided)) if losses.foresees else None
+    forecast = (lambda sigma: losses.foreseen_change(sigma, two_sided)) if losses.foresees else None
     return Level(lambda sigma: losses.change(sigma, two_sided), forecast)
 
 
@@ -146,7 +146,7 @@ def tune_heldout_scale(
     resolution: float = 0.05,
     progress: bool = False,
 ) -> BayesianModel:
-    """The scale of least NLL on held-out data: golden section over log sigma, with the same draws everywhere.
+    """The scale of least NLL on held-out data, with the same draws everywhere: a handful of scales are run.
 
     The present scale and none at all are among the candidates, so that the loss on these data never rises.
 
@@ -158,7 +158,7 @@ def tune_heldout_scale(
     started = time.perf_counter()
     anchors = _labelled(model, data, progress)
     curve = Losses(model.network, posterior, model.likelihood, "nll", anchors)
-    seen = least(curve, (float(bounds[0]), float(bounds[1])), resolution)
+    seen = least(curve, (float(bounds[0]), float(bounds[1])), resolution, curve.foreseen if curve.foresees else None)
     seen[posterior.sigma] = curve(posterior.sigma)
     best = min(seen, key=lambda sigma: (seen[sigma], sigma))
     report = SearchReport(
@@ -175,7 +175,10 @@ def tune_heldout_scale(
         relative=relative_noise(model.network, posterior, best),
     )
     text = f"sigma {best:.4g} has the least NLL on held-out data ({seen[best]:.4g}; {curve.plain:.4g} without noise)"
-    return model.replaced(posterior=posterior.with_sigma(best, report), findings=(Finding("info", text, "", "sigma"),))
+    finding = Finding("info", text, "", "sigma")
+    if best == bounds[1]:
+        finding = Finding("warning", f"{text}, the upper end of sigma_range", "widen sigma_range", "sigma")
+    return model.replaced(posterior=posterior.with_sigma(best, report), findings=(finding,))
 
 
 def relative_noise(network: Network, posterior: AdapterPosterior, sigma: float) -> tuple[tuple[str, float], ...]:

@@ -206,10 +206,24 @@ def _guarded(probes: _Probes, watch: _Probes, low: float, sigma: float, status: 
         sigma, status = _close(probes, low, min(failed)), "found"
 
 
-def least(loss: Curve, bounds: tuple[float, float], resolution: float) -> dict[float, float]:
-    """Probes of a golden-section search over log sigma for the least loss, 0 and both bounds among them."""
+def least(
+    loss: Curve, bounds: tuple[float, float], resolution: float, forecast: Curve | None = None
+) -> dict[float, float]:
+    """Probes of a search over log sigma for the least loss, 0 among them.
+
+    A forecast, for nothing after the first probe, says where to look, until its least lies within the resolution of a
+    probe. Without one, or where it does not settle: a golden-section search, which probes both bounds too.
+    """
     low, high = bounds
-    seen = {sigma: loss(sigma) for sigma in (0.0, low, high)}
+    seen = {0.0: loss(0.0)}
+    at = math.sqrt(low * high)
+    for _ in range(TRIES if forecast is not None else 0):
+        assert forecast is not None
+        seen[at] = loss(at)
+        at = _lowest(forecast, low, high)
+        if any(run and abs(math.log(at / run)) <= math.log1p(resolution) for run in seen):
+            return seen
+    seen |= {sigma: loss(sigma) for sigma in bounds}
     ratio = (math.sqrt(5.0) - 1.0) / 2.0
     a, b = math.log(low), math.log(high)
     inner = [b - ratio * (b - a), a + ratio * (b - a)]
@@ -225,3 +239,14 @@ def least(loss: Curve, bounds: tuple[float, float], resolution: float) -> dict[f
             inner[1] = a + ratio * (b - a)
             values[1] = seen[math.exp(inner[1])] = loss(math.exp(inner[1]))
     return seen
+
+
+def _lowest(curve: Curve, low: float, high: float) -> float:
+    """Where a curve is lowest: on a grid, and on finer ones around its best point."""
+    points = 16
+    for _ in range(4):
+        grid = [low * (high / low) ** (index / points) for index in range(points + 1)]
+        best = min(range(points + 1), key=[curve(sigma) for sigma in grid].__getitem__)
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, points)]
+        points = 6
+    return grid[best]

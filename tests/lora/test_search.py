@@ -122,6 +122,27 @@ def test_golden_section() -> None:
     assert {0.0, *BOUNDS} <= set(seen)
 
 
+def test_the_least_loss_by_a_forecast() -> None:
+    probed = []
+
+    def loss(sigma: float) -> float:
+        probed.append(sigma)
+        return true(sigma)
+
+    def true(sigma: float) -> float:
+        return (math.log(max(sigma, 1e-9)) - math.log(0.01)) ** 2
+
+    seen = least(loss, BOUNDS, 0.02, true)
+    assert min(seen, key=seen.__getitem__) == pytest.approx(0.01, rel=0.02)
+    assert sorted(probed) == sorted(seen) and 0.0 in seen and len(seen) <= 3
+    probed.clear()
+    seen = least(loss, BOUNDS, 0.02, lambda sigma: abs(math.log(sigma / BOUNDS[0]) - 0.3 * len(probed)))  # wanders
+    assert min(seen, key=seen.__getitem__) == pytest.approx(0.01, rel=0.02)  # the golden section then
+    for end in BOUNDS:
+        seen = least(lambda sigma, end=end: abs(math.log(max(sigma, 1e-9) / end)), BOUNDS, 0.02, lambda s: s)
+        assert set(seen) > {0.0}
+
+
 DATA = [batch(16, seed=seed) for seed in range(10)]
 
 
@@ -179,12 +200,14 @@ def test_a_forecast_is_that_of_the_outputs(metric: str) -> None:
     assert some.change(0.02, True) == few.change(0.02, True)
     forwards = whole.forwards
     assert forwards == 160 * 4
-    helped, straight = whole.forecast(0.024, True), alone.forecast(0.024, True)
-    assert few.forecast(0.03, True) == pytest.approx(some.change(0.03, True), rel=1e-5)  # rows of the whole's run
-    assert whole.forecast(0.03, True) == pytest.approx(whole.change(0.03, True), rel=1e-5)
+    helped, straight = whole.foreseen_change(0.024, True), alone.foreseen_change(0.024, True)
+    assert few.foreseen_change(0.03, True) == pytest.approx(
+        some.change(0.03, True), rel=1e-5
+    )  # rows of the whole's run
+    assert whole.foreseen_change(0.03, True) == pytest.approx(whole.change(0.03, True), rel=1e-5)
     whole.change(0.02, True)
     true = alone.change(0.024, True)
-    assert whole.forecast(0.024, True) == pytest.approx(true, rel=0.01)
+    assert whole.foreseen_change(0.024, True) == pytest.approx(true, rel=0.01)
     assert abs(helped - true) < 0.75 * abs(straight - true)  # the few told the line's error
 
 
@@ -278,6 +301,9 @@ def test_tuning_returns_new_models() -> None:
     assert nll(held_out) <= nll(bayes) + 1e-6
     report = bdl.lora.search_report(held_out)
     assert report.status == "heldout" and min(p.change for p in report.curve) == report.change
+    assert report.passes < 1 + 4 * 8  # a handful of probes of four draws
+    ended = bayes.tune("heldout", labelled, sigma_range=(1e-5, 1e-4))
+    assert ("upper end" in str(ended.diagnose())) == (ended.posterior.sigma == 1e-4)  # type: ignore[union-attr]
     with pytest.raises(ArgumentError, match="no targets"):
         bayes.tune("heldout", DATA)
 
