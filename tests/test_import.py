@@ -18,6 +18,8 @@ HEAVY = (
     *("rich", "scipy", "sklearn", "skorch", "torchmetrics", "torchvision", "transformers"),
 )
 
+BUDGET = 0.5  # seconds that `import bayesdl` may add to `import torch`
+
 PUBLIC = {
     *("Chain", "ELLA", "FSPLaplace", "NUTS", "SMC", "StudentT", "SubsetGP", "VaLLA"),
     *("CauchyPrior", "HierarchicalPrior", "HorseshoePrior", "LaplacePrior", "StudentTPrior"),
@@ -58,6 +60,19 @@ def test_heavy_packages_stay_out(when: str) -> None:
     loaded = {name.split(".")[0] for name in fresh()[when]}
     assert "torch" in loaded
     assert not loaded & set(HEAVY)
+
+
+def test_importing_costs_little_beside_torch() -> None:
+    """CPU time, which a busy machine lengthens least, and the best of three; 0.4 is usual on one."""
+    script = "import time, torch; start = time.process_time(); import bayesdl; print(time.process_time() - start)"
+    root = Path(bdl.__file__).parents[1]
+    seconds = []
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+        seconds.append(float(run.stdout))
+        if seconds[-1] < BUDGET:
+            return
+    raise AssertionError(f"import bayesdl took {min(seconds):.2f} s of CPU time beyond import torch; at most {BUDGET}")
 
 
 def test_the_module_of_that_name_never_takes_the_place_of_wrap() -> None:
