@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -136,10 +136,28 @@ def _plain_gradients(module: nn.Module) -> None:
         module.__dict__["scale_grad_by_freq"] = module.__dict__["sparse"] = False
 
 
-def independent_copy(module: nn.Module) -> nn.Module:
-    """A clone in memory of its own, for methods that train; wrappers are peeled off at every level."""
+def independent_copy(module: nn.Module, names: Collection[str] | None = None) -> nn.Module:
+    """A clone in memory of its own, for methods that train; wrappers are peeled off at every level.
 
-    def parameter(tensor: Tensor) -> Tensor:
+    Args:
+        module: the tree to copy.
+        names: parameters that will be written to; the others then share the memory of the original, so that a chain
+            over an adapter does not hold the network below it once more. Buffers are copied in any case.
+    """
+
+    def own(tensor: Tensor) -> Tensor:
         return nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
 
-    return structural_clone(unwrap(module), parameter, lambda tensor: tensor.detach().clone())
+    def shared(tensor: Tensor) -> Tensor:
+        if tensor.is_inference():  # which can never take part in a derivative
+            return own(tensor)
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+
+    made = structural_clone(unwrap(module), own if names is None else shared, lambda tensor: tensor.detach().clone())
+    if names is not None:
+        held = dict(made.named_parameters(remove_duplicate=False))  # names of a clone: wrappers inside are gone
+        copies = {id(held[name]): own(held[name]) for name in names}
+        for part in made.modules():
+            for key, value in part._parameters.items():
+                part._parameters[key] = copies.get(id(value), value)  # type: ignore[assignment]
+    return made

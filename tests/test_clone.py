@@ -377,3 +377,24 @@ def test_independent_copy_owns_its_memory_and_keeps_ties() -> None:
         assert copy.head.weight is copy.embed.weight
         with torch.no_grad():
             copy.embed.weight.add_(1.0)
+
+
+def test_a_copy_of_some_parameters_shares_the_others() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight  # one tensor under two names
+    net = nn.Sequential(first, nn.BatchNorm1d(4), second, torch.compile(nn.Linear(4, 2)))  # type: ignore[arg-type]
+    with untouched(net):
+        copy = independent_copy(net, ["0.weight", "3.bias"])
+        made, given = dict(copy.named_parameters(remove_duplicate=False)), list(net.parameters())
+        addresses = {parameter.data_ptr() for parameter in given}
+        own = {name for name, parameter in made.items() if parameter.data_ptr() not in addresses}
+        assert own == {"0.weight", "2.weight", "3.bias"} and made["0.weight"] is made["2.weight"]
+        assert not {b.data_ptr() for b in copy.buffers()} & {b.data_ptr() for b in net.buffers()}
+        for parameter in copy.parameters():
+            parameter.requires_grad_(parameter is made["3.bias"])
+        with torch.no_grad():
+            made["0.weight"].add_(1.0)
+            made["3.bias"].add_(1.0)
+    with pytest.raises(KeyError):
+        independent_copy(net, ["other"])

@@ -35,7 +35,7 @@ def unbatchable(job: Job) -> str:
         return 'sampler "structured" takes several passes a step'
     if job.settings.store is not None:
         return "chains with a store go on from different steps"
-    module = independent_copy(job.module)
+    module = independent_copy(job.module, job.names)
     pairs, _ = prepare_module(module, job.names)
     kinds = {(parameter.dtype, parameter.device) for _, parameter in pairs}
     if len(kinds) > 1:

@@ -124,7 +124,7 @@ def start(job: Job) -> Live:
 
     settings = job.settings
     network = Network(job.module, select=list(job.names), batch=job.batch, output_axis=job.output_axis)
-    module = independent_copy(job.module)
+    module = independent_copy(job.module, job.names)
     pairs, _ = prepare_module(module, job.names)
     if settings.start == "prior":
         drawn = job.prior.sample(dict(pairs), chain_generator(job.base, job.chain, INIT))
@@ -283,7 +283,7 @@ def _from_owner(mine: SamplePosterior | None, job: Job, group: Group) -> SampleP
     held = {} if mine is None else {k: v for k, v in mine.tensors().items() if k != "chains"}
     size = group.largest([0 if mine is None else len(mine)])[0]
     if mine is None:
-        module = independent_copy(job.module)
+        module = independent_copy(job.module, job.names)
         prepare_module(module, job.names)
         own = dict(module.named_parameters())
         tensors = {**{name: own[name] for name in job.names}, **_moving_buffers(module)}

@@ -124,7 +124,7 @@ class SGMCMC(Method):
             model = independent_copy(task.models[0]).float()
             network = task.network.map(lambda t: t.float() if t.is_floating_point() else t)
         else:
-            model, network = independent_copy(task.models[0]), task.network
+            model, network = independent_copy(task.models[0], task.network.names), task.network
         group = resolve_group(task.distributed)
         base = _base_seed(task.generator, group)
         with repeatable(data, base):
@@ -134,7 +134,7 @@ class SGMCMC(Method):
             findings = (*findings, Finding("info", "the prior is N(0, 1) on every weight", "pass prior=", "prior"))
         thin = energy.num_batches if self.thin is None else self.thin
         burn_in = (self.num_samples * thin + 1) // 2 if self.burn_in is None else self.burn_in
-        _, said = prepare_module(independent_copy(model), task.network.names)
+        _, said = prepare_module(independent_copy(model, task.network.names), task.network.names)
         job = Job(
             settings=self,
             module=model,
@@ -170,7 +170,7 @@ class SGMCMC(Method):
         energy, generator = job.energy, chain_generator(job.base, 0, INIT)
         scales, stretch = None, 1.0  # preconditioner; factor of a step
         if self.kind in ("psgld", "sa-sgld"):
-            module = independent_copy(job.module)
+            module = independent_copy(job.module, job.names)
             pairs, _ = prepare_module(module, job.names)
             source = endless(network, job.data, job.base, 0)
             squares = gradient_squares(network, module, energy, pairs, source)
@@ -189,7 +189,7 @@ class SGMCMC(Method):
             found = Finding("warning", f"the step size was not checked against the curvature: {error}")
             return replace(job, lr=self.lr), (found,)
         if self.kind == "entropy-mcmc":  # the coupling adds at most 2 / eta to the stiffest direction
-            pairs, _ = prepare_module(independent_copy(job.module), job.names)
+            pairs, _ = prepare_module(independent_copy(job.module, job.names), job.names)
             sampler = build_sampler(replace(job, lr=0.0), pairs)
             largest += 2 / min(float(group["eta"]) for group in sampler.param_groups)
         lr = DIMENSIONLESS * energy.num_data / (largest * stretch) if self.lr is None else self.lr
@@ -203,7 +203,7 @@ class SGMCMC(Method):
 
     def _factor(self, job: Job, square: float) -> float:
         """Factor of a step of "sa-sgld" whose monitor rests at a mean squared gradient norm; it falls from there."""
-        pairs, _ = prepare_module(independent_copy(job.module), job.names)
+        pairs, _ = prepare_module(independent_copy(job.module, job.names), job.names)
         sampler = build_sampler(job, pairs)
         assert isinstance(sampler, SASGLD)
         zeta = square ** (sampler.s / 2) / (sampler.alpha * sampler.omega)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import bayesdl as bdl
+from bayesdl.clone import independent_copy
 from bayesdl.errors import SelectionError
 from bayesdl.network import Network
 from tests import oracles
@@ -194,6 +195,9 @@ def test_ensembles_of_adapters() -> None:
 def test_chains_of_an_adapter_keep_its_tensors_alone(kind: str, tmp_path: Path) -> None:
     model, data = adapted(kind, 2), [batch(6, seed=seed, labels=True) for seed in range(3)]
     model.requires_grad_(False)
+    frozen = {p.data_ptr() for name, p in model.named_parameters() if "lora_" not in name}
+    below = independent_copy(model, Network(model, select="lora").names)
+    assert {p.data_ptr() for name, p in below.named_parameters() if "lora_" not in name} == frozen
     method = bdl.SGMCMC("sghmc", select="lora", num_samples=4, burn_in=6, store=tmp_path / "chain")
     with untouched(model):
         bayes = bdl.wrap(
