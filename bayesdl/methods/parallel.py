@@ -66,6 +66,7 @@ def seconds_a_step(jobs: Sequence[Job], rounds: int = ROUNDS) -> tuple[float, fl
     """
     device = next(jobs[0].module.parameters()).device
     alone, chains = start(jobs[0]), start_together(jobs)
+    rounds = min(rounds, alone.total - 1)  # a schedule makes no more steps than its cycles hold
     one = _shortest(lambda step: advance(jobs[0], alone, step), rounds, device)
     return one * len(jobs), _shortest(lambda step: step_together(chains, step), rounds, device)
 
@@ -79,6 +80,8 @@ def _by_trial(jobs: Sequence[Job], device: torch.device, *, timed: bool) -> tupl
         apart, shared = seconds_a_step(jobs)
     except (UnsupportedError, ShapeError, NotImplementedError) as error:
         return False, (_one_by_one(str(error)),)
+    except torch.OutOfMemoryError:
+        return False, (_one_by_one(f"{len(jobs)} of them do not fit into the memory of {device}"),)
     chosen = shared < apart
     way = "share one pass a step" if chosen else "run one after another"
     text = f"{len(jobs)} chains {way}: a step of all takes {1e3 * apart:.3g} ms apart, {1e3 * shared:.3g} ms together"

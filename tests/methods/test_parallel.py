@@ -99,6 +99,21 @@ def test_networks_that_cannot_be_vectorised() -> None:
     assert "batch norm '1'" in said(sampled(net(nn.BatchNorm1d(6)), "sgld", "fastest"))
 
 
+def test_chains_that_do_not_fit_together_run_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(parallel, "start_together", full)
+    found = sampled(net(), "sgld", "fastest")
+    assert "one after another: 3 of them do not fit into the memory of cpu" in said(found)
+    assert same(found, sampled(net(), "sgld", "sequential"))
+
+
+def test_runs_shorter_than_the_trial() -> None:
+    found = sampled(net(), "cyclical", "fastest", num_samples=2, thin=1, burn_in=0, cycles=1, explore=0.0)
+    assert "ms together" in said(found) and len(found.posterior) == 6
+
+
 def test_workers_leave_nothing_to_measure() -> None:
     with pytest.raises(ArgumentError, match='parallel="fastest" is for one process, and workers=2'):
         sampled(net(), "sgld", "fastest", workers=2)
