@@ -55,7 +55,8 @@ class Chain:
         for k in range(chain.steps, total): ...
 
     Args:
-        net: the network; read, never written to (except by `resume`).
+        net: the network; read, never written to (except by `resume`). Of one in `DistributedDataParallel` every rank has
+            a chain and calls its `step`: the first rank writes the store, and the ranks' parameters are compared.
         burn_in: calls of `step` before the first sample.
         thin: calls of `step(sampling=True)` between samples.
         sampler: what moves the network: a `bdl.samplers` sampler, `Structured` or `Cyclical` around one. Its parameters
