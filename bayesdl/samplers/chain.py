@@ -55,7 +55,7 @@ class Chain:
         for k in range(chain.steps, total): ...
 
     Args:
-        net: the network; read, never written to (except by `resume`). Of one in `DistributedDataParallel` every rank has
+        net: the network; read, never written to (except by `resume`). In `DistributedDataParallel` every rank has
             a chain and calls its `step`: the first rank writes the store, and the ranks' parameters are compared.
         burn_in: calls of `step` before the first sample.
         thin: calls of `step(sampling=True)` between samples.
