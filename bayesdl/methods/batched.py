@@ -7,9 +7,10 @@ of batched products. Samplers whose step is elementwise move all chains in one s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +54,21 @@ def run_batched(jobs: Sequence[Job]) -> list[SamplePosterior]:
         NonFiniteError: a chain diverged; the message names chain and step.
         ShapeError: the loader's batches differ in size from chain to chain.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", StochasticForwardWarning)  # a finding says it
+    with quiet():
         chains = start_together(jobs)
         total = chains.lives[0].total
         for step in tqdm(range(total), desc=f"{len(jobs)} chains", disable=not jobs[0].progress, leave=False):
             step_together(chains, step)
         return [finish(job, live) for job, live in zip(jobs, chains.lives, strict=True)]
+
+
+@contextmanager
+def quiet(unvectorised: Literal["ignore", "error"] = "ignore") -> Iterator[None]:
+    """Without warnings of what findings say, and of operations that torch runs chain by chain under vmap."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StochasticForwardWarning)
+        warnings.filterwarnings(unvectorised, message="There is a performance drop")
+        yield
 
 
 @final

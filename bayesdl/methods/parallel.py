@@ -15,7 +15,7 @@ import torch
 from bayesdl.diagnose import Finding
 from bayesdl.distributed import Group, together
 from bayesdl.errors import ShapeError, UnsupportedError
-from bayesdl.methods.batched import start_together, step_together, unbatchable
+from bayesdl.methods.batched import quiet, start_together, step_together, unbatchable
 from bayesdl.methods.chains import Job, advance, start
 
 PARALLEL = ("auto", "sequential", "batched", "fastest")
@@ -74,12 +74,16 @@ def seconds_a_step(jobs: Sequence[Job], rounds: int = ROUNDS) -> tuple[float, fl
 def _by_trial(jobs: Sequence[Job], device: torch.device, *, timed: bool) -> tuple[bool, tuple[Finding, ...]]:
     try:
         if not timed:
-            step_together(start_together(jobs), 0)
+            with quiet("error"):
+                step_together(start_together(jobs), 0)
             text = f"{len(jobs)} chains share one pass a step: on {device.type}, small kernels wait for their launch"
             return True, (Finding("info", text, 'parallel="fastest" measures it', TOPIC),)
-        apart, shared = seconds_a_step(jobs)
+        with quiet():
+            apart, shared = seconds_a_step(jobs)
     except (UnsupportedError, ShapeError, NotImplementedError) as error:
         return False, (_one_by_one(str(error)),)
+    except UserWarning as warning:
+        return False, (_one_by_one(f"torch would run them so inside a shared pass: {warning}"),)
     except torch.OutOfMemoryError:
         return False, (_one_by_one(f"{len(jobs)} of them do not fit into the memory of {device}"),)
     chosen = shared < apart

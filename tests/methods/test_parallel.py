@@ -114,6 +114,33 @@ def test_runs_shorter_than_the_trial() -> None:
     assert "ms together" in said(found) and len(found.posterior) == 6
 
 
+class Attends(nn.Module):
+    """An operation that torch has no vectorised form of on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True).double()
+        self.head = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.inner(x.unsqueeze(1) * torch.ones(3, 1).to(x)).mean(1))
+        return out
+
+
+def test_operations_without_a_vectorised_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run and make no noise where batching is asked for or timed, and "auto" on a GPU leaves them alone."""
+    alone, shared = (sampled(Attends(), "sgld", way, num_samples=2, thin=1) for way in ("sequential", "batched"))
+    for name, value in alone.posterior.snapshots.items():
+        assert torch.allclose(shared.posterior.snapshots[name], value, rtol=1e-8, atol=1e-10), name
+    assert "ms together" in said(sampled(Attends(), "sgld", "fastest", num_samples=2, thin=1))
+    trial = parallel._by_trial
+    monkeypatch.setattr(parallel, "_by_trial", lambda jobs, device, timed: trial(jobs, device, timed=False))
+    found = sampled(Attends(), "sgld", "fastest", num_samples=2, thin=1)
+    assert "run one after another: torch would run them so inside a shared pass" in said(found)
+    assert "3 chains share one pass a step: on cpu" in said(sampled(net(), "sgld", "fastest", num_samples=2, thin=1))
+
+
 def test_workers_leave_nothing_to_measure() -> None:
     with pytest.raises(ArgumentError, match='parallel="fastest" is for one process, and workers=2'):
         sampled(net(), "sgld", "fastest", workers=2)
