@@ -51,8 +51,8 @@ class SampleRecord:
     log_prior: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers and strings."""
-        return asdict(self)
+        """Numbers, strings and a list, as a line of JSON holds them."""
+        return {**asdict(self), "drops": list(self.drops)}
 
     @classmethod
     def from_json(cls, found: Any) -> Self:
