@@ -37,6 +37,9 @@ from bayesdl.network import Network
 TEST, CLASSES = "test", 10
 KINDS = ("mahalanobis", "relative", "single", "density", "knn", "vim")
 METRICS = ("auroc", "ap_out", "fpr95")
+# What the printed table shows; everything is in the JSON.
+SHOWN = ("max_prob", "entropy", "epistemic", "max_logit", "energy")
+GROUPS = {"near/auroc", "far/auroc"}
 Pair = tuple[Tensor, Tensor]
 Scored = dict[str, dict[str, Tensor]]
 
@@ -332,19 +335,24 @@ def report(setting: Setting, name: str, scores: dict[str, dict[str, list[float]]
 def table(figures: dict[str, Any]) -> str:
     """AUROC in percent, near / far, of one setting: methods x scores, and the feature scores below."""
     found = figures["methods"]
-    columns = [score for score in SCORES if any(score in row["scores"] for row in found.values())]
-    lines = ["| method | accuracy | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+    lines = ["| method | accuracy | NLL | " + " | ".join(SHOWN) + " |", "| --- " * (len(SHOWN) + 3) + "|"]
     for name, row in found.items():
-        cells = [pair(row["scores"][score]) if score in row["scores"] else "" for score in columns]
-        lines.append(f"| {name} | {100 * row['accuracy']:.1f} | " + " | ".join(cells) + " |")
+        scores = {score: pair(row["scores"][score]) if score in row["scores"] else "" for score in SHOWN}
+        # One network with fixed weights has no epistemic part to rank by.
+        scores["epistemic"] = "" if set(scores["epistemic"].split(" / ")) <= {"50.0"} else scores["epistemic"]
+        lines.append(f"| {name} | {100 * row['accuracy']:.1f} | {row['nll']:.3f} | {' | '.join(scores.values())} |")
     features = ", ".join(f"{kind} {pair(values)}" for kind, values in figures["features"].items())
-    return "\n".join([*lines, "", f"Features of the plain network: {features}."])
+    errors = [
+        values[key][1] for row in found.values() for values in row["scores"].values() for key in GROUPS & set(values)
+    ]
+    errors += [values[key][1] for values in figures["features"].values() for key in GROUPS & set(values)]
+    error = f"Standard errors are at most {100 * max(errors):.1f}."
+    return "\n".join([*lines, "", f"Features of the plain network: {features}. {error}"])
 
 
 def pair(values: dict[str, list[float]]) -> str:
-    """`near / far` with standard errors."""
-    groups = [values[f"{group}/auroc"] for group in ("near", "far") if f"{group}/auroc" in values]
-    return " / ".join(f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in groups)
+    """`near / far`."""
+    return " / ".join(f"{100 * values[key][0]:.1f}" for key in ("near/auroc", "far/auroc") if key in values)
 
 
 def kept(figures: dict[str, Any], path: Path | None) -> None:

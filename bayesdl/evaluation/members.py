@@ -32,7 +32,17 @@ def class_fields(predictive: Any) -> dict[str, Any]:
         mixture = torch.einsum("s,snc->nc", share, members.exp())
         if mixture.shape == probs.shape and bool(((mixture - probs).abs() <= MEMBER_TOLERANCE).all()):
             return {"log_probs": members, "member_weights": weights, **scores}
+    elif task == "classification" and _certain(latent) and raw.shape[1:] == probs.shape:
+        # Outputs that are known have log-probabilities of their own, where probabilities would round to 0.
+        known = validation.wide(raw).log_softmax(-1)
+        if bool(((known[0].exp() - probs).abs() <= MEMBER_TOLERANCE).all()):
+            return {"log_probs": known, **scores}
     return {"log_probs": log_of(probs[None], coarse and task == "classification"), **scores}
+
+
+def _certain(latent: Any) -> bool:
+    variance = getattr(latent, "variance", None)
+    return variance is not None and not bool(variance.any())
 
 
 def moment_fields(predictive: Any, task: str) -> dict[str, Any]:

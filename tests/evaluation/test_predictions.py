@@ -15,6 +15,8 @@ from torch import Tensor
 from bayesdl.errors import BayesDLError, FileFormatError, UnsupportedError
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.validation import UndefinedError
+from bayesdl.latent import GaussianLatent
+from bayesdl.likelihoods import Categorical
 
 
 @dataclass
@@ -85,6 +87,15 @@ def test_a_gaussian_latent_has_scores_of_its_mean() -> None:
     assert found.max_logit is not None and found.energy is not None
     assert float(found.max_logit) == -3.0
     assert float(found.energy) == pytest.approx(-math.log(math.exp(1) + math.exp(3)), rel=1e-6)
+
+
+def test_certain_outputs_keep_log_probabilities_that_round_to_zero() -> None:
+    # exp(-300) is 0 in single precision; the loss of a sure and wrong network is 300 nats all the same.
+    mean, y = torch.tensor([[0.0, -300.0], [2.0, 0.0]]), torch.tensor([1, 0])
+    latent = GaussianLatent(mean, torch.zeros_like(mean))
+    found = Predictions.from_predictive(Categorical().predictive(latent, torch.zeros(1, 2)), y)
+    losses = -found.log_mean_probs.gather(1, y[:, None])[:, 0]
+    assert losses.tolist() == pytest.approx([300.0, math.log1p(math.exp(-2.0))], rel=1e-6)
 
 
 def test_one_bernoulli_output_is_two_classes() -> None:
