@@ -270,7 +270,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         plain = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
         sys.stdout.write(json.dumps(plain, indent=2, allow_nan=False) + "\n")
     else:
-        _print_values(values)
+        _print_values(values, cli_model.reasons(arguments.file, values))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -304,7 +304,7 @@ def _write(report: Report, path: Path) -> None:
     sys.stdout.write(f"The report: {path}\n")
 
 
-def _print_values(values: Mapping[str, float]) -> None:
+def _print_values(values: Mapping[str, float], undefined: Mapping[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -313,7 +313,7 @@ def _print_values(values: Mapping[str, float]) -> None:
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
     for key, value in shown.items():
-        table.add_row(Text(key), f"{value:.6g}")
+        table.add_row(Text(key), f"n/a ({undefined[key]})" if key in undefined else f"{value:.6g}")
     _print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -189,6 +190,16 @@ def named_entries(entries: Sequence[str], option: str, what: str) -> dict[str, s
             raise ArgumentError(f"{option} {entry}: the name {name!r} was given twice")
         named[name] = value
     return named
+
+
+def reasons(file: str, values: Mapping[str, float]) -> dict[str, str]:
+    """Why metrics of predictions in a file have no value, by name."""
+    from bayesdl.evaluation.metrics import METRICS, metric_values
+    from bayesdl.evaluation.predictions import Predictions
+
+    undefined = [key for key, value in values.items() if math.isnan(value) and key in METRICS]
+    found = metric_values(Predictions.load(file), undefined) if undefined else {}
+    return {key: value.reason for key, value in found.items()}
 
 
 def _called(spec: str, option: str) -> Any:

@@ -79,6 +79,14 @@ def test_evaluate_prints_json_alone(here: Path, capsys: pytest.CaptureFixture[st
     assert values["ood/far/auroc"] == pytest.approx((pairs > 0).mean() + 0.5 * (pairs == 0).mean(), abs=1e-6)
 
 
+def test_evaluate_says_why_there_is_no_value(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draws = np.random.default_rng(0).normal(size=(5, 20))
+    np.savez(here / "draws.npz", samples=draws, targets=draws[0])
+    assert main(["evaluate", "draws.npz", "--metrics", "crps,nll"]) == 0
+    out = capsys.readouterr().out
+    assert "n/a (draws alone)" in out and "nan" not in out and "crps" in out
+
+
 def test_evaluate_prints_a_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log_probs = save_predictions(here / "a.npz", 1)
     assert main(["evaluate", "a.npz"]) == 0

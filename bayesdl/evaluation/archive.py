@@ -65,10 +65,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = reader(file)
     if dtype.hasobject:
-        raise FileFormatError(f"{member.filename} holds pickled objects; save plain arrays")
+        raise ValueError(f"{member.filename} holds pickled objects; save plain arrays")
     claimed = math.prod(shape) * dtype.itemsize
     if not 0 <= claimed <= member.file_size:
-        raise FileFormatError(f"{member.filename} claims {claimed} bytes and has {member.file_size}")
+        raise ValueError(f"{member.filename} claims {claimed} bytes and has {member.file_size}")
     with archive.open(member) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 

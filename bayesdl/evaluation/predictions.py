@@ -323,16 +323,13 @@ class Predictions:
                 return cls._from_arrays(arrays)
             header = json.loads(str(arrays.pop("header")))
             if header.get("format") != FORMAT:
-                raise FileFormatError(f"{path}: format {header.get('format')!r}, expected {FORMAT!r}")
-            unknown = sorted(set(arrays) - set(fields.EXAMPLE_AXIS))
-            if unknown:
-                raise FileFormatError(f"{path}: unknown keys {', '.join(unknown)}")
+                raise FileFormatError(f"format {header.get('format')!r}, expected {FORMAT!r}")
+            if unknown := sorted(set(arrays) - set(fields.EXAMPLE_AXIS)):
+                raise FileFormatError(f"unknown keys {', '.join(unknown)}")
             name, meta = header["name"], header["meta"]
             if not isinstance(name, str) or not isinstance(meta, dict):
-                raise FileFormatError(f"{path}: its name or its notes are damaged")
+                raise FileFormatError("its name or its notes are damaged")
             return cls(task=header["task"], name=name, meta=meta, **arrays)
-        except FileFormatError:
-            raise
         except (BayesDLError, *DAMAGE) as error:
             raise FileFormatError(f"{path}: {error}") from error
 
