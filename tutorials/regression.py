@@ -63,7 +63,7 @@ for spread, label in ((total, "with noise"), (epistemic, "of the mean alone")):
     axes.fill_between(grid.flatten(), mean - 2 * spread.sqrt(), mean + 2 * spread.sqrt(), alpha=0.3, label=label)
 axes.plot(grid, mean)
 axes.plot(x, y, "k.", markersize=3)
-axes.set(ylim=(-5, 5), title="two standard deviations")
+axes.set(ylim=(-3, 3), title="two standard deviations")
 axes.legend(frameon=False, loc="upper left")
 figure.tight_layout()
 
