@@ -6,6 +6,7 @@
 # both are looked at before any data.
 
 # %%
+import copy
 import tempfile
 from pathlib import Path
 
@@ -63,12 +64,17 @@ panels = {
     "matched weights": functions(prior),
     "the Gaussian process": belief.sample(inputs, 8, source)[..., 0],
 }
-figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharex=True)
+figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharex=True, layout="constrained")
 for axis, (title, values) in zip(axes, panels.items(), strict=True):
-    axis.plot(inputs[:, 0], values.T, linewidth=1)
+    axis.plot(inputs[:, 0], values.T, linewidth=1.2, color="#0072b2", alpha=0.7)
     axis.set_title(title)
-picture = Path(tempfile.mkdtemp()) / "functions.png"
-figure.savefig(picture, bbox_inches="tight")
+    axis.set_xlabel("x")
+    axis.spines[["top", "right"]].set_visible(False)
+for axis in axes[1:]:
+    axis.set_ylim(-3.2, 3.2)
+axes[0].set_ylabel("f(x)")
+folder = Path(tempfile.mkdtemp())
+figure.savefig(folder / "functions.png")
 plt.close(figure)
 assert panels["standard normal weights"].std() > 3 * panels["matched weights"].std()
 
@@ -81,6 +87,7 @@ assert panels["standard normal weights"].std() > 3 * panels["matched weights"].s
 # %%
 x = torch.cat([torch.linspace(-3, -1, 30), torch.linspace(1, 3, 30)]).unsqueeze(1)
 y = torch.sin(2 * x) + 0.1 * torch.randn(x.shape, generator=source)
+net2 = copy.deepcopy(net)
 optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
 for _ in range(800):
     optimizer.zero_grad()
@@ -92,3 +99,43 @@ bayes = bdl.wrap(
 )
 gap, data = bayes(torch.zeros(1, 1)), bayes(torch.full((1, 1), 2.0))
 assert gap.epistemic.sqrt() > 3 * data.epistemic.sqrt()
+
+# %% [markdown]
+# ## Without a law of the weights
+#
+# `bdl.FSPLaplace` takes the Gaussian process itself as the prior of the Laplace approximation, stated at context points
+# that cover the inputs to come. The network is trained with the process's own penalty. What comes out is, between the
+# context points too, Gaussian-process regression around the network.
+
+# %%
+belief = bdl.functional.GP(kernel="matern52", lengthscale=1.0)
+context = torch.linspace(-4, 4, 60).unsqueeze(1)
+optimizer = torch.optim.Adam(net2.parameters(), lr=1e-2)
+for _ in range(800):
+    optimizer.zero_grad()
+    loss = nn.functional.mse_loss(net2(x), y) / (2 * 0.1**2)
+    (loss + bdl.functional.energy(belief, context, net2(context)) / len(x)).backward()
+    optimizer.step()
+method = bdl.FSPLaplace(belief, context)
+inside = bdl.wrap(net2, method, [(x, y)], likelihood=bdl.Gaussian(noise=0.1), progress=False)
+assert 0.3 < float(inside(torch.zeros(1, 1)).epistemic.sqrt()) < 1.0
+assert float(inside(torch.full((1, 1), 2.0)).epistemic.sqrt()) < 0.1
+
+# %% [markdown]
+# Both posteriors, mean and two standard deviations of the function: the second returns to the process's own size.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
+places = torch.linspace(-4, 4, 161).unsqueeze(1)
+for axis, (title, model) in zip(axes, {"matched weights": bayes, "FSP-Laplace": inside}.items(), strict=True):
+    latent = model(places).latent
+    mean, spread = latent.mean[:, 0], 2 * latent.variance[:, 0].sqrt()
+    axis.fill_between(places[:, 0], mean - spread, mean + spread, color="#0072b2", alpha=0.2, linewidth=0)
+    axis.plot(places[:, 0], mean, color="#0072b2")
+    axis.scatter(x, y, s=6, color="#1b2430")
+    axis.set_title(title)
+    axis.set_xlabel("x")
+    axis.set_ylim(-4, 4)
+    axis.spines[["top", "right"]].set_visible(False)
+figure.savefig(folder / "posteriors.png")
+plt.close(figure)

@@ -126,7 +126,7 @@ def test_without_information_the_samples_are_the_priors(name, family):
     options = {"distance": "energy", "steps": 40, "num_functions": 64, "progress": False}
     prior = bdl.functional.match(net, GP("linear", lengthscale=1.5), X, family=family, **options)
     if name == "nuts":
-        method = bdl.NUTS(num_samples=500, warmup=150, chains=1, start="prior")
+        method = bdl.NUTS(num_samples=500, warmup=150, chains=1, start="prior", max_tree_depth=5)
     else:
         adapted = {"adapt": True, "burn_in": 100}
         method = bdl.SGMCMC(
