@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bayesdl as bdl
 from bayesdl.clone import independent_copy
-from bayesdl.errors import SelectionError
+from bayesdl.errors import SelectionError, UnsupportedError
 from bayesdl.network import Network
 from tests import oracles
 from tests.lora.networks import HIDDEN, adapted, batch, train
@@ -223,3 +223,52 @@ def test_chains_of_an_adapter_keep_its_tensors_alone(kind: str, tmp_path: Path) 
     bayes.save(tmp_path / "b.safetensors")
     again = bdl.load(tmp_path / "b.safetensors", model, batch="huggingface")
     assert torch.equal(again(batch(5)).mean, pred.mean)
+
+
+def test_a_vocabulary_takes_a_rank() -> None:
+    # B of the head has 40,000 outputs: their Kronecker factor would take 6.4 GB
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = GPT2Config(
+        vocab_size=40000, n_embd=16, n_layer=1, n_head=2, n_positions=16, tie_word_embeddings=False, **ends
+    )
+    lora = LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(GPT2LMHeadModel(config), lora)
+    train(model)
+    # sequences of one token: factors are then those of the head alone
+    data, inputs = [batch(6, 1, seed=seed, labels=True, padded=False) for seed in range(2)], batch(3, 1, padded=False)
+    classes = [5, 17, 39999]
+    options: dict[str, Any] = {"likelihood": "categorical", "prior": bdl.GaussianPrior(2.0), "progress": False}
+    reading = bdl.batch.huggingface(position="last", classes=classes)
+    with pytest.raises(UnsupportedError, match="kron_rank=32"):
+        bdl.wrap(model, bdl.Laplace(select="lora"), data, batch=reading, **options)
+    with untouched(model):
+        bayes = bdl.wrap(model, bdl.Laplace(select="lora", kron_rank=4), data, batch=reading, **options)
+    found: Any = bayes.posterior
+    assert sum(tensor.numel() for tensor in found.curvature.tensors().values()) < 50 * 40000
+
+    class Seen(nn.Module):
+        """The three outputs that are ever seen: a network of those alone has the same curvature."""
+
+        def __init__(self, head: Any) -> None:
+            super().__init__()
+            self.down, self.up = nn.Linear(16, 2, bias=False), nn.Linear(2, 3, bias=False)
+            self.plain = nn.Linear(16, 3, bias=False)
+            self.down.weight.data = head.lora_A["default"].weight.data.clone()
+            self.up.weight.data = head.lora_B["default"].weight.data[classes]
+            self.plain.weight.data = head.base_layer.weight.data[classes]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(x) + self.up(self.down(x))
+
+    below = copy.deepcopy(model).get_base_model().eval()
+    hidden = [below.transformer(input_ids=tokens["input_ids"]).last_hidden_state[:, 0].detach() for tokens in data]
+    pairs = [(x, tokens["labels"]) for x, tokens in zip(hidden, data, strict=True)]
+    small = bdl.wrap(Seen(below.lm_head), bdl.Laplace(select=["down", "up"]), pairs, **options)
+    wanted = small(below.transformer(input_ids=inputs["input_ids"]).last_hidden_state[:, 0].detach()).latent
+    torch.testing.assert_close(bayes(inputs).latent.mean, wanted.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bayes(inputs).latent.covariance, wanted.covariance, rtol=1e-3, atol=1e-4)
+    assert float(bayes.tune("evidence").log_evidence()) >= float(bayes.log_evidence())
