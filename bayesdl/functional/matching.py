@@ -38,6 +38,7 @@ def match(
     steps: int = 200,
     num_functions: int = 128,
     lr: float = 0.05,
+    patience: int | None = None,
     select: Selector = "all",
     extra: Mapping[str, float] | None = None,
     generator: torch.Generator | None = None,
@@ -60,6 +61,8 @@ def match(
         steps: of the prior.
         num_functions: n, draws a step.
         lr: of RMSprop on the family's parameters.
+        patience: stop before `steps` once the mean distance of as many steps is no lower than that of the same number
+            before them; None: never. Not for distances with a critic, whose values say how well it was fitted.
         select: which weights have the prior.
         extra: standard deviations for parameters of layers without a fan-in.
         generator: the same state gives the same prior, bit for bit.
@@ -76,6 +79,10 @@ def match(
     """
     if steps < 1 or num_functions < 2:
         raise ArgumentError(f"steps={steps} and num_functions={num_functions}; expected at least 1 and 2")
+    if patience is not None and (patience < 1 or not isinstance(distance, str) or not _plain(distance)):
+        raise ArgumentError(
+            f"patience={patience} with distance={distance!r}; expected at least 1, and a distance without a critic"
+        )
     network = model if isinstance(model, Network) else Network(model, select=select, example=inputs[:1])
     plain = Pushforward(network, extra)
     push: Push = plain
@@ -89,7 +96,7 @@ def match(
     own = fresh(source)
     before = _fit(push, law, target, places, own, num_functions)
     start = time.perf_counter()
-    trace = _learn(push, law, target, places, distance, steps, num_functions, lr, source, progress)
+    trace = _learn(push, law, target, places, distance, steps, num_functions, lr, patience, source, progress)
     seconds = time.perf_counter() - start
     fit = _fit(push, law, target, places, own, FUNCTIONS)
     found = notes(fit, before)
@@ -141,6 +148,7 @@ def _learn(
     steps: int,
     count: int,
     lr: float,
+    patience: int | None,
     source: torch.Generator,
     progress: bool,
 ) -> list[float]:
@@ -164,7 +172,19 @@ def _learn(
         optimizer.step()
         law.check(step)
         trace.append(float(value.detach()))
+        if patience is not None and _settled(trace, patience):
+            break
     return trace
+
+
+def _settled(trace: list[float], patience: int) -> bool:
+    """Whether the last `patience` values are on average no lower than as many before them."""
+    return len(trace) >= 2 * patience and sum(trace[-patience:]) >= sum(trace[-2 * patience : -patience])
+
+
+def _plain(name: str) -> bool:
+    """Whether a distance has no critic; what is not known is refused later."""
+    return name not in DISTANCES or DISTANCES[name].value is not None
 
 
 def _distance(

@@ -126,7 +126,7 @@ def test_without_information_the_samples_are_the_priors(name, family):
     options = {"distance": "energy", "steps": 40, "num_functions": 64, "progress": False}
     prior = bdl.functional.match(net, GP("linear", lengthscale=1.5), X, family=family, **options)
     if name == "nuts":
-        method = bdl.NUTS(num_samples=500, warmup=150, chains=1, start="prior", max_tree_depth=5)
+        method = bdl.NUTS(num_samples=250, warmup=100, chains=1, start="prior", max_tree_depth=4)
     else:
         adapted = {"adapt": True, "burn_in": 100}
         method = bdl.SGMCMC(
@@ -139,6 +139,6 @@ def test_without_information_the_samples_are_the_priors(name, family):
     wanted = torch.stack([torch.cat([one[n].flatten() for n in shapes]) for one in drawn])
     for values in (torch.abs, lambda t: (t.abs() < t.new_tensor(0.5)).double()):
         first, second = values(found), values(wanted)
-        # 500 or 800 samples, at least every fifth of which counts as one of its own; eight comparisons at five errors
+        # 250 or 800 samples, at least every fifth of which counts as one of its own; eight comparisons at five errors
         error = (first.var(0) / (len(found) / 5) + second.var(0) / 4000).sqrt()
         assert bool(((first.mean(0) - second.mean(0)).abs() < 5 * error).all())

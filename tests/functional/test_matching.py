@@ -81,6 +81,22 @@ def test_matching_brings_functions_closer_and_repeats(family):
     assert not torch.equal(other.sample(parameters, generator(3))["0.weight"], draws[0]["0.weight"])
 
 
+def test_patience_ends_a_match_that_no_longer_gains():
+    options = {"steps": 400, "num_functions": 64, "distance": "moments"}
+    found = matched(nn.Linear(1, 1, bias=False), GP("linear", variance=0.8), patience=20, **options)
+    trace = found.report.trace
+    assert 40 <= len(trace) < 400
+    assert sum(trace[-20:]) >= sum(trace[-40:-20])
+    assert found.report.parameters["weight"]["std"] == pytest.approx(math.sqrt(0.8), rel=0.2)
+    # up to there it is the same match
+    assert (
+        trace == matched(nn.Linear(1, 1, bias=False), GP("linear", variance=0.8), **options).report.trace[: len(trace)]
+    )
+    for patience, distance in ((0, "moments"), (5, "w1")):
+        with pytest.raises(ArgumentError, match=f"patience={patience}"):
+            matched(net(), GP(), patience=patience, distance=distance)
+
+
 def test_trained_values_are_never_read():
     one, two = net(), net()
     with torch.no_grad():
