@@ -197,14 +197,16 @@ def resnet(folder: Path) -> Problem:
     return Problem("cifar10/resnet20", net, images("train.npz", 1500), held, score, "categorical")
 
 
-def rows_of(problem: Problem, structures: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], bdl.BayesianModel]]]:
+def rows_of(
+    problem: Problem, structures: tuple[str, ...], selections: tuple[str, ...]
+) -> Iterator[tuple[str, Callable[[], bdl.BayesianModel]]]:
     """Models by row name, made when asked for."""
     seen, held = loader(problem.train), loader(problem.held_out)
     options: dict[str, Any] = {"likelihood": problem.likelihood, "progress": False}
     baseline = "temperature" if problem.likelihood == "categorical" else "map"
     yield "map", lambda: bdl.wrap(problem.net, "map", seen, **options)
     yield PLAIN, lambda: bdl.wrap(problem.net, baseline, held, **options)
-    for select in ("last_layer", "all"):
+    for select in selections:
         for structure in structures:
             method = bdl.Laplace(select=select, structure=structure)
             base = bdl.wrap(problem.net, method, seen, prior=bdl.GaussianPrior(1.0), **options)
@@ -217,10 +219,10 @@ def rows_of(problem: Problem, structures: tuple[str, ...]) -> Iterator[tuple[str
                 )
 
 
-def losses(problem: Problem, structures: tuple[str, ...]) -> dict[str, np.ndarray]:
+def losses(problem: Problem, structures: tuple[str, ...], selections: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Test NLL of every point for every row."""
     found = {}
-    for name, make in rows_of(problem, structures):
+    for name, make in rows_of(problem, structures, selections):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = make()
@@ -261,14 +263,15 @@ def main() -> None:
     options_parser.add_argument("--data", type=Path, default=None, help="folder of data sets")
     options_parser.add_argument("--splits", type=int, default=3)
     options_parser.add_argument("--structures", default="kron")
+    options_parser.add_argument("--selections", default="last_layer,all")
     options_parser.add_argument("--only", default="*", help="pattern of problem names")
     options = options_parser.parse_args()
     torch.set_num_threads(options.threads)
-    structures = tuple(options.structures.split(","))
+    structures, selections = tuple(options.structures.split(",")), tuple(options.selections.split(","))
     runs: dict[str, list[dict[str, np.ndarray]]] = {}
     for name, make in problems(options):
         if fnmatch(name, options.only):
-            runs.setdefault(name, []).append(losses(make(), structures))
+            runs.setdefault(name, []).append(losses(make(), structures, selections))
             print(name, {row: round(float(v.mean()), 3) for row, v in runs[name][-1].items()}, flush=True)
     table, gaps = {}, {}
     for name, found in runs.items():

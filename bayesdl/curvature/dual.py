@@ -26,6 +26,7 @@ from bayesdl.curvature.pieces import (
     named_factors,
     num_rows,
     rows_pulled,
+    rows_squared,
     rows_times,
     same_rows,
 )
@@ -373,15 +374,7 @@ class Dual(Uniform):
     def _squares(self) -> list[Tensor]:
         """diag(Z^T C Z) per block."""
         root = self._one(self.num_rows) if self._root is None else self._root
-        totals = []
-        for j, block in enumerate(self.layout.blocks):
-            step = max(1, HELD // (8 * block.numel))
-            totals.append(
-                torch.stack(
-                    [rows_pulled(self.pieces, self.layout, r, j).square().sum(0) for r in root.mT.split(step)]
-                ).sum(0)
-            )
-        return totals
+        return rows_squared(self.pieces, self.layout, root.mT, HELD // 8)
 
     @property
     def _dtype(self) -> torch.dtype:

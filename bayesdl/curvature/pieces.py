@@ -80,6 +80,15 @@ def rows_pulled(pieces: Sequence[Sequence[Factor]], layout: Layout, vectors: Ten
     return torch.stack(found).sum(0)
 
 
+def rows_squared(pieces: Sequence[Sequence[Factor]], layout: Layout, vectors: Tensor, room: int) -> list[Tensor]:
+    """Per block, the sums over vectors `(q, r)` of the squares of Z^T u; `room` scalars at once."""
+    totals = []
+    for j, block in enumerate(layout.blocks):
+        parts = vectors.split(max(1, room // block.numel))
+        totals.append(torch.stack([rows_pulled(pieces, layout, part, j).square().sum(0) for part in parts]).sum(0))
+    return totals
+
+
 def same_rows(
     first: Sequence[Sequence[Factor]],
     second: Sequence[Sequence[Factor]],

@@ -66,7 +66,8 @@ def estimate_several(
         model if isinstance(model, Network) else Network(model, select=select, batch=batch, example=adapter(first)[0])
     ).reading(family.output_axis)
     example = network.batch(first)[0]
-    layout = plan(network, example, bias)
+    with network.session():
+        layout = plan(network, example, bias)
     if isinstance(family, Gaussian) and family.noise is None and layout.outputs > 1:
         raise UnsupportedError(
             "an open noise needs the curvature of each output alone: fix it, bdl.Gaussian(noise=...), or fit "
@@ -83,8 +84,9 @@ def estimate_several(
     source = batches(
         network, data, progress=progress, describe="curvature", allow_partial=allow_partial, example=example
     )
-    for number, inputs, target in source:
-        tally.add(number, inputs, target)
+    with network.session():
+        for number, inputs, target in source:
+            tally.add(number, inputs, target)
     tally.result()
     for curvature in found:
         check_curvature(curvature)

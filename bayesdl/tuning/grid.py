@@ -66,6 +66,19 @@ def passes(
         limit: stop after so many examples.
         candidates: how many covariances of each example will be held at once.
     """
+    yield from pieces(
+        model, posterior, batches(model.network, data, progress=progress, describe=describe), limit, candidates
+    )
+
+
+def pieces(
+    model: BayesianModel,
+    posterior: GaussianPosterior,
+    source: Iterable[tuple[int, Any, Any]],
+    limit: int | None = None,
+    candidates: int = 1,
+) -> Iterator[tuple[Tensor, Tensor, Sequence[Factor]]]:
+    """`passes` over numbered inputs and targets."""
     outputs, unit, seen = posterior.layout.outputs, False, 0
     held = max(1, HELD // (candidates * max(outputs, min(outputs, JOINT_OUTPUTS) ** 2)))
 
@@ -73,7 +86,7 @@ def passes(
         # a last layer whose outputs are treated one by one holds no cotangents; known after the first piece
         return min(held, posterior.chunk_size(model.network, 1 if unit else None))
 
-    for number, inputs, target in batches(model.network, data, progress=progress, describe=describe):
+    for number, inputs, target in source:
         for rows, labels in chunks(inputs, target, step):
             with in_batch(number):
                 if limit is not None and len(labels) > limit - seen:

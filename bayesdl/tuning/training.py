@@ -3,7 +3,8 @@
 Open Gaussian noise: the residuals that the network would have without each point (`leftout`) stand for held-out data,
 and prior precision and noise minimise their NLL together. Anything else: the widest posterior that costs the training
 points next to nothing against the plain network, because a trained classifier's own probabilities are the best that its
-training data can say, and the posterior adds what it does not know.
+training data can say, and the posterior adds what it does not know; or a wider one still, where mixtures of training
+inputs show that the network knows its labels by heart (`mixing`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,20 @@ from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.network import Network, first_inputs
 from bayesdl.posteriors import GaussianPosterior
-from bayesdl.tuning.grid import Passes, choose, grid_of, losses, passes, pick, relative_noise, training_source
+from bayesdl.tuning.grid import (
+    Passes,
+    choose,
+    grid_of,
+    losses,
+    passes,
+    pick,
+    pieces,
+    relative_noise,
+    training_source,
+)
 from bayesdl.tuning.heldout import profiled_losses
 from bayesdl.tuning.leftout import left_out
+from bayesdl.tuning.mixing import SHARE, mixed
 
 if TYPE_CHECKING:
     from bayesdl.model import BayesianModel
@@ -37,6 +49,8 @@ if TYPE_CHECKING:
 HARM = 0.002
 # training examples times outputs: the kernel of the linear model is decomposed whole
 LIMIT = 1500
+# tasks whose labels an input keeps when a smaller part of another is mixed into it
+MIXED = ("classification", "multilabel")
 
 
 def tune_training(
@@ -46,6 +60,7 @@ def tune_training(
     grid: Sequence[float] | None = None,
     limit: int = LIMIT,
     harm: float | None = None,
+    mix: float | None = None,
     progress: bool = False,
 ) -> BayesianModel:
     """Choose the scalar prior precision, and an open Gaussian noise, from the training data.
@@ -58,14 +73,21 @@ def tune_training(
         harm: mean nats per training example that the posterior may cost; not used for open noise. Default the largest
             of 0.002, of log(N) / 2N, what it costs to describe one number, the prior precision, to the accuracy that N
             examples support (Schwarz 1978), and of the standard error of the network's own mean NLL.
+        mix: for classifiers of floating inputs: the precision that is best for mixtures of two training inputs, this
+            share of the one whose label they keep, is taken where it is smaller. Default 0.8, and 1, no mixtures, where
+            `harm` is given.
 
     Raises:
-        ArgumentError: no data, fewer than two examples, or a limit or harm that is not positive.
+        ArgumentError: no data, fewer than two examples, a limit or harm that is not positive, or a share that is not
+            above a half and at most one.
         UnsupportedError: another kind of posterior.
     """
     posterior, source = training_source(model, data, "training")
     if limit < 2 or (harm is not None and not harm > 0):
         raise ArgumentError(f"limit={limit} and harm={harm} were given; expected at least 2, and a positive number")
+    share = (SHARE if harm is None else 1.0) if mix is None else mix
+    if not 0.5 < share <= 1.0:
+        raise ArgumentError(f"mix={mix} was given; expected a share above 0.5 and at most 1")
     candidates = grid_of(grid).sort().values
     if isinstance(model.likelihood, Gaussian) and posterior.noise is not None:
         count = max(2, limit // posterior.layout.outputs)
@@ -74,11 +96,16 @@ def tune_training(
         table, factors = profiled_losses(posterior, candidates, _as_held_out(model, posterior, kept, residual))
         how = "by residuals of left-out training points"
         return choose(model, posterior, candidates, pick(candidates, table), factors, how)
-    rows = passes(model, posterior, source, "training", progress, limit, len(candidates))
+    kept = first_batches(model.network, source, limit)
+    rows = passes(model, posterior, kept, "training", progress, limit, len(candidates))
     cost, plain = _cost(model, posterior, candidates, rows)
     bound = harm_of(plain, posterior.num_data) if harm is None else harm
-    how = f"so as to cost the training data at most {bound:.2g} nats"
-    return choose(model, posterior, candidates, _widest(cost, bound), None, how, widest=True)
+    how, best = f"so as to cost the training data at most {bound:.2g} nats", _widest(cost, bound)
+    if share < 1.0 and model.likelihood.task in MIXED and not posterior.layout.positions:
+        between = _best_between(model, posterior, candidates, mixed(model.network, kept, limit, share))
+        if between is not None and between < best:
+            how, best = "by mixtures of training inputs, of which the network is too sure", between
+    return choose(model, posterior, candidates, best, None, how, widest=True)
 
 
 def left_out_residuals(model: BayesianModel, posterior: GaussianPosterior, data: Iterable[Any], count: int) -> Tensor:
@@ -207,6 +234,16 @@ def harm_of(plain: Tensor, count: int) -> float:
     """What the posterior may cost each of `count` training points, some of whose NLL under the network is `plain`."""
     error = float(plain.std()) / count**0.5 if len(plain) > 1 else 0.0
     return max(HARM, math.log(count) / (2 * count), error)
+
+
+def _best_between(
+    model: BayesianModel, posterior: GaussianPosterior, candidates: Tensor, pair: tuple[Tensor, Tensor] | None
+) -> int | None:
+    """The candidate with the least NLL of mixtures; None where there are none."""
+    if pair is None:
+        return None
+    table = losses(model, posterior, candidates, pieces(model, posterior, [(0, *pair)], None, len(candidates)))
+    return pick(candidates, table)
 
 
 def _widest(cost: Tensor, harm: float) -> int:
