@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -148,9 +149,17 @@ def evaluate(
 
     Returns:
         `nll`, ..., `ood/<set>/<score>/<metric>` for every score the predictions hold, and `ood/<set>/<metric>` for the
-        task's default score.
+        task's default score. Whatever is no letter, digit, `_`, `-` or `.` in the name of a set becomes `_`.
+
+    Raises:
+        ArgumentError: two sets of one name then.
     """
-    sets = one(method, data, ood)
+    named: dict[str, Any] = {}
+    for name, source in (ood or {}).items():
+        if (key := re.sub(r"[^A-Za-z0-9_.\-/]", "_", str(name))) in named:
+            raise ArgumentError(f"two sets would be called {key!r} in a logger; rename {name!r}")
+        named[key] = source
+    sets = one(method, data, named)
     test = sets.pop(TEST)
     values = evaluate_metrics(test, metrics)
     for name, outside in sets.items():

@@ -9,13 +9,14 @@ from torch import nn
 
 from bayesdl.errors import ArgumentError, require
 from bayesdl.integrations.collecting import Collector, Schedule
+from bayesdl.integrations.huggingface_metrics import calibration_metrics
 from bayesdl.integrations.huggingface_model import as_module
 from bayesdl.posteriors import SamplePosterior
 from bayesdl.samplers import Chain, Sampler
 from bayesdl.samplers.packing import pack, unpack
 from bayesdl.tensorfile import read_described, write_described
 
-__all__ = ["ChainCallback", "as_module"]
+__all__ = ["ChainCallback", "as_module", "calibration_metrics"]
 
 _transformers = require("transformers", extra="llm")
 FILE = "bayesdl-chain.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -254,6 +255,15 @@ def test_evaluate_is_one_row_of_plain_floats() -> None:
         values["ood/far/auroc"] == values["ood/far/entropy/auroc"] == ood_metrics(inside, outside, "entropy")["auroc"]
     )
     assert {"ood/far/epistemic/fpr95", "ood/far/energy/ap_out", "ood/far/fpr95"} < set(values)
+
+
+def test_evaluate_has_keys_that_loggers_take() -> None:
+    inside, outside = classes(100, sharpness=1.0), classes(60, sharpness=0.2, seed=3)
+    values = evaluate(inside, ood={"8 & 9, größer": outside})
+    assert all(re.fullmatch(r"[A-Za-z0-9_./\-]+", key) for key in values)
+    assert values["ood/8___9__gr__er/auroc"] == evaluate(inside, ood={"far": outside})["ood/far/auroc"]
+    with pytest.raises(ArgumentError, match="two sets would be called 'a_b'"):
+        evaluate(inside, ood={"a b": outside, "a_b": outside})
 
 
 def test_refusals_say_what_to_do() -> None:
