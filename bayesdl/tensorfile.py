@@ -71,7 +71,12 @@ def _serialised(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterato
     if sys.byteorder != "little" or any(value.dtype not in _NAMES for value in tensors.values()):
         from safetensors.torch import save
 
-        yield save({name: value.clone() for name, value in tensors.items()}, metadata)
+        try:
+            yield save({name: value.clone() for name, value in tensors.items()}, metadata)
+        except KeyError as error:
+            raise FileFormatError(
+                f"this version of safetensors cannot hold {error}: pip install -U safetensors"
+            ) from error
         return
     # the wide ones first, so that all are aligned
     order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -107,7 +112,8 @@ def read_described(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with torch.inference_mode(False), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # copies: safetensors maps the file, and who writes into it later would change what was checked
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         header = json.loads(metadata[KEY])
         version = header["format"]
         sound = header.pop(DIGEST, None) == checksum(header, tensors)
