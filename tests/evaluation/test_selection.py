@@ -29,6 +29,7 @@ def mixture_nll(table: Tensor, weights: Tensor) -> float:
 def test_every_greedy_step_is_the_exhaustive_best() -> None:
     table = four_gaussians()
     found = select_members(table, max_picks=6)
+    assert len(found.path) > 2
     counts = torch.zeros(4, dtype=torch.float64)
     for value in found.path:
         options = [mixture_nll(table, (counts + torch.eye(4).double()[k]) / (counts.sum() + 1)) for k in range(4)]
