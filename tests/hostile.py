@@ -120,7 +120,9 @@ def damaged_tensors(tensors: dict[str, Tensor]) -> st.SearchStrategy[dict[str, T
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()[tensorfile.KEY]), {name: file.get_tensor(name).clone() for name in file.keys()}
+        return json.loads(file.metadata()[tensorfile.KEY]), {
+            name: file.get_tensor(name).clone() for name in file.keys()
+        }
 
 
 def sign(path: Path, header: Any, tensors: dict[str, Tensor]) -> None:

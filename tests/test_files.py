@@ -48,7 +48,9 @@ def refused(path: Path, message: str, **options: Any) -> None:
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()[tensorfile.KEY]), {name: file.get_tensor(name).clone() for name in file.keys()}
+        return json.loads(file.metadata()[tensorfile.KEY]), {
+            name: file.get_tensor(name).clone() for name in file.keys()
+        }
 
 
 def rewrite(path: Path, header: Any, tensors: dict[str, Tensor], sign: bool = True) -> None:

@@ -32,7 +32,7 @@ MODULES = {
     "bayesdl.decisions": "Decisions",
     "bayesdl.errors": "Errors",
 }
-SHARED = ("__init__", "__pycache__", "collecting", "huggingface_model")  # parts of other bridges
+SHARED = ("__init__", "__pycache__", "collecting", "huggingface_metrics", "huggingface_model")  # parts of other bridges
 DIRECTIONS = {"min": "low", "max": "high", "none": "not ranked"}
 
 
