@@ -10,7 +10,7 @@ from torch import nn
 
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError
-from bayesdl.functional import FAMILIES, GP
+from bayesdl.functional import FAMILIES, GP, KERNELS, constant
 from tests import oracles
 
 X = torch.linspace(-2, 2, 20).unsqueeze(1).double()
@@ -124,7 +124,9 @@ def test_without_information_the_samples_are_the_priors(name, family):
     torch.manual_seed(0)
     net = nn.Linear(1, 1).double()
     options = {"distance": "energy", "steps": 40, "num_functions": 64, "progress": False}
-    prior = bdl.functional.match(net, GP("linear", lengthscale=1.5), X, family=family, **options)
+    prior = bdl.functional.match(
+        net, GP(KERNELS["linear"] + constant(0.7), lengthscale=1.5), X, family=family, **options
+    )
     if name == "nuts":
         method = bdl.NUTS(num_samples=250, warmup=100, chains=1, start="prior", max_tree_depth=4)
     else:
@@ -133,9 +135,9 @@ def test_without_information_the_samples_are_the_priors(name, family):
             "sghmc", lr=0.2, burn_in=200, thin=10, num_samples=100, chains=8, start="prior", options=adapted
         )
     bayes = wrapped(method, prior, noise=1e4, net=net)
-    found = torch.cat([v.flatten(1) for v in bayes.posterior.snapshots.values()], 1)
     shapes, source = dict(net.named_parameters()), generator(7)
     drawn = [prior.sample(shapes, source) for _ in range(4000)]
+    found = torch.cat([bayes.posterior.snapshots[n].flatten(1) for n in shapes], 1)
     wanted = torch.stack([torch.cat([one[n].flatten() for n in shapes]) for one in drawn])
     for values in (torch.abs, lambda t: (t.abs() < t.new_tensor(0.5)).double()):
         first, second = values(found), values(wanted)
