@@ -36,6 +36,11 @@ def check_contents(wheel: Path, archive: Path) -> None:
     assert not missing, missing
 
 
+def without_paths() -> dict[str, str]:
+    """The variables of this process, less those by which another Python would see the repository."""
+    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")}
+
+
 def environment(folder: Path, wheel: Path, borrow: bool) -> Path:
     """A fresh virtual environment with the wheel; its python."""
     options = ["--without-pip"] if borrow else []
@@ -47,14 +52,16 @@ def environment(folder: Path, wheel: Path, borrow: bool) -> Path:
         install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps"]
     else:
         install = [python, "-m", "pip", "install", "-c", ROOT / "constraints.txt"]
-        subprocess.run([*install, "--quiet", "torch"], check=True)
-    subprocess.run([*install, "--quiet", "--no-index" if borrow else "--no-input", wheel], check=True)
+        subprocess.run([*install, "--quiet", "torch"], check=True, env=without_paths())
+    subprocess.run(
+        [*install, "--quiet", "--no-index" if borrow else "--no-input", wheel], check=True, env=without_paths()
+    )
     return python
 
 
 def try_out(python: Path, folder: Path) -> None:
     """Import, command line and demonstration, away from the repository."""
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    clean = without_paths()
 
     def run(*command: object) -> str:
         done = subprocess.run([str(c) for c in command], cwd=folder, env=clean, capture_output=True, text=True)
@@ -75,7 +82,7 @@ def check_types(python: Path, folder: Path) -> None:
     copy = folder / "consumer.py"
     copy.write_text(CONSUMER.read_text(encoding="utf-8"), encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "--config-file=", copy]
-    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")}
+    clean = without_paths()
     done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
