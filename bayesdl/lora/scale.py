@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PILOTS = (16, 4)  # one anchor of so many guides the search
 FEWEST_ANCHORS = 128  # from which on they do
+WIDEST = 1e3  # to which a search by held-out data widens its range unasked: far more noise than adapters have weight
 
 
 @final
@@ -148,19 +149,24 @@ def tune_heldout_scale(
 ) -> BayesianModel:
     """The scale of least NLL on held-out data, with the same draws everywhere: a handful of scales are run.
 
-    The present scale and none at all are among the candidates, so that the loss on these data never rises.
+    The present scale and none at all are among the candidates, so that the loss on these data never rises. Without
+    `sigma_range` the method's own range is searched, and beyond it for as long as its upper end is the best.
 
     Raises:
         ArgumentError: no targets.
     """
     posterior = adapter_posterior(model)
-    bounds = sigma_range or tuple(posterior.search.get("sigma_range", SearchSettings().sigma_range))
+    low, high = map(float, sigma_range or posterior.search.get("sigma_range", SearchSettings().sigma_range))
     started = time.perf_counter()
     anchors = _labelled(model, data, progress)
     curve = Losses(model.network, posterior, model.likelihood, "nll", anchors)
-    seen = least(curve, (float(bounds[0]), float(bounds[1])), resolution, curve.foreseen if curve.foresees else None)
-    seen[posterior.sigma] = curve(posterior.sigma)
-    best = min(seen, key=lambda sigma: (seen[sigma], sigma))
+    forecast = curve.foreseen if curve.foresees else None
+    seen = {posterior.sigma: curve(posterior.sigma), **least(curve, (low, high), resolution, forecast)}
+    best = _best(seen)
+    while sigma_range is None and high < WIDEST and _ends(best, high, resolution):
+        low, high = high, 10.0 * high
+        seen |= least(curve, (low, high), resolution, forecast)
+        best = _best(seen)
     report = SearchReport(
         sigma=best,
         status="heldout",
@@ -176,9 +182,18 @@ def tune_heldout_scale(
     )
     text = f"sigma {best:.4g} has the least NLL on held-out data ({seen[best]:.4g}; {curve.plain:.4g} without noise)"
     finding = Finding("info", text, "", "sigma")
-    if best == bounds[1]:
+    if _ends(best, high, resolution):
         finding = Finding("warning", f"{text}, the upper end of sigma_range", "widen sigma_range", "sigma")
     return model.replaced(posterior=posterior.with_sigma(best, report), findings=(finding,))
+
+
+def _best(losses: dict[float, float]) -> float:
+    return min(losses, key=lambda sigma: (losses[sigma], sigma))
+
+
+def _ends(sigma: float, high: float, resolution: float) -> bool:
+    """Whether a scale is the upper end of its range."""
+    return high / (1.0 + resolution) < sigma <= high * (1.0 + 1e-9)
 
 
 def relative_noise(network: Network, posterior: AdapterPosterior, sigma: float) -> tuple[tuple[str, float], ...]:
