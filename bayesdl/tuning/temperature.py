@@ -67,9 +67,9 @@ def _undetermined(log_t: float) -> Finding:
     """Data without an error have no best temperature: the sharper, the better, which no data to come will bear out."""
     return Finding(
         "warning",
-        f"the loss keeps falling down to the search bound of the temperature ({math.exp(log_t):.3g}): these data hold "
-        "no error and cannot tell it, so that it stays 1",
-        "give held-out data, not the training set, and more of them",
+        f"the loss on the held-out data keeps falling down to the search bound of the temperature "
+        f"({math.exp(log_t):.3g}): they hold no error and cannot tell it, so that it stays 1",
+        "are they held out, or the training set? give more of them",
         "temperature",
     )
 

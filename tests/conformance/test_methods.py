@@ -631,7 +631,9 @@ def test_what_wrap_refuses() -> None:
         bdl.wrap([net, net], "map", likelihood="categorical")
     with pytest.raises(ArgumentError, match="Bayesian already"):
         bdl.wrap(fitted("classification", "map"), "map", likelihood="categorical")
-    with pytest.raises(UnknownNameError, match=r"'bayes' is not known; choose one of \['baoab', 'cyclical'"):
+    with pytest.raises(
+        UnknownNameError, match=r"'bayes' is not known; choose one of \['baoab', 'bayesvlm', 'cyclical'"
+    ):
         bdl.wrap(net, "bayes", likelihood="categorical")
     with pytest.raises(ArgumentError, match="method=3 was given"):
         bdl.wrap(net, 3, likelihood="categorical")  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def test_metrics_and_resamples(task: str, device: torch.device) -> None:
     else:
         found = Predictions.from_gaussian(f, f.square() + 0.1, f[0].flip(0))
     moved = found.map(lambda t: t.to(device))
-    names = list(metrics_for(task))
+    names = [name for name, metric in metrics_for(task).items() if "samples" not in metric.needs]
     assert evaluate_metrics(moved, names) == pytest.approx(evaluate_metrics(found, names), rel=1e-9)
     resamples = bootstrap.Resamples.draw(200, 4)
     here, there = bootstrap.resample(found, names, resamples), bootstrap.resample(moved, names, resamples)
