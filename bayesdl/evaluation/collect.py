@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bayesdl.errors import ArgumentError, LabelError, ShapeError
+from bayesdl.errors import ArgumentError, BayesDLError, LabelError, ShapeError
 from bayesdl.evaluation import cost as costs
 from bayesdl.evaluation import validation
 from bayesdl.evaluation.predictions import Predictions
@@ -22,6 +22,11 @@ from bayesdl.predictive import Predictive
 TEST, CALIBRATION = "test", "calibration"
 _COST_EXAMPLES = 512  # enough to time a method, few enough that a slow one is not run over the whole test set again
 _COST_BATCHES = 16
+# What a method, its file or its loader raises when it fails; an interrupt or a failed assertion is not among them.
+_FAILURES = (
+    BayesDLError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Collected:
 
     `about[row]` holds `method`, `temperature` and `cost` (a dict of floats) where they are known. `calibration` holds
     held-out predictions by row, `scores[name][row][data set]` the OOD scores (N,) of feature densities.
+    `failures[row][data set]` says why a method has no predictions there; one that failed on `test` has none at all.
     """
 
     predictions: dict[str, dict[str, Predictions]]
@@ -38,14 +44,25 @@ class Collected:
     notes: tuple[str, ...] = ()
     calibration: Mapping[str, Predictions] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
+    failures: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[str, ...]:
         return tuple(self.predictions)
 
     @property
+    def ran(self) -> tuple[str, ...]:
+        """The rows that did not fail altogether."""
+        return tuple(row for row, sets in self.predictions.items() if TEST in sets)
+
+    @property
     def task(self) -> str:
-        return next(iter(self.predictions.values()))[TEST].task
+        return self.predictions[self.ran[0]][TEST].task
+
+    def missing(self, row: str, dataset: str) -> str:
+        """Why a row has no predictions of a data set, in a word or two."""
+        failed = self.failures.get(row, {})
+        return "failed" if dataset in failed or TEST in failed else "not given"
 
 
 def collect(
@@ -58,8 +75,12 @@ def collect(
     progress: bool,
     calibration: Any = None,
     scores: Mapping[str, Any] | None = None,
+    keep_going: bool = False,
 ) -> Collected:
     """Run every method that is a model over all loaders; take and load what is given as predictions.
+
+    With `keep_going` the errors of one method do not end the comparison: they become its `failures`. Where every
+    method fails on the test data, the first error is raised all the same.
 
     Raises:
         ArgumentError: no methods, a loader that is missing or can be read only once, or a value of an unknown kind.
@@ -81,6 +102,8 @@ def collect(
     predictions: dict[str, dict[str, Predictions]] = {}
     about: dict[str, dict[str, Any]] = {}
     notes: tuple[str, ...] = ()
+    failures: dict[str, dict[str, str]] = {}
+    first_error: BaseException | None = None
     total = len(methods) * len(sources) + (len(models) if cost else 0)
     steps = tqdm(total=total, desc="predict", disable=not progress, leave=False)
     with steps:
@@ -88,26 +111,43 @@ def collect(
             sets: dict[str, Predictions] = {}
             for name, source in sources.items():
                 steps.set_postfix_str(f"{row}, {name}")
-                found = _predictions(str(row), method, name, source)
+                try:
+                    found = _predictions(str(row), method, name, source)
+                except _FAILURES as error:
+                    if not keep_going:
+                        raise
+                    first_error = first_error or error
+                    failures.setdefault(str(row), {})[name] = _reason(error)
+                    if name == TEST:  # the first: without it nothing else can be shown
+                        steps.update(len(sources))
+                        break
+                    found = None
                 if found is not None:
                     sets[name] = found
                 steps.update()
+            if TEST not in sets and str(row) not in failures:
+                raise ArgumentError(f"methods[{row!r}]: the test data hold no predictions of it")
             predictions[str(row)] = sets
-            about[str(row)] = _facts(method) if str(row) in models else dict(sets[TEST].meta.get("about", {}))
+            about[str(row)] = _about(method, sets, model=str(row) in models)
+        if first_error is not None and not any(predictions.values()):
+            raise first_error
         _check_same_targets(predictions)
-        if cost and models:
+        timed = {row: model for row, model in models.items() if TEST in predictions[row]}
+        if cost and timed:
             steps.set_postfix_str("cost")
-            notes = _add_costs(models, data, predictions, about)
+            notes = _add_costs(timed, data, predictions, about)
             steps.update(len(models))
     held = {row: sets.pop(CALIBRATION) for row, sets in predictions.items() if CALIBRATION in sets}
-    whole = Collected(predictions, about, shifts, notes, held)
+    whole = Collected(predictions, about, shifts, notes, held, failures=failures)
     return replace(whole, scores=_feature_scores(scores, whole, sources)) if scores else whole
 
 
 def grouped(found: Collected, group: Any) -> Collected:
     """The same with cluster ids (N,) for the test examples of every row. Raises `ShapeError` for another length."""
     ids = validation.tensor(group, "group")
-    rows = {row: {**sets, TEST: replace(sets[TEST], group=ids)} for row, sets in found.predictions.items()}
+    rows = {
+        row: {**sets, TEST: replace(sets[TEST], group=ids)} if sets else sets for row, sets in found.predictions.items()
+    }
     return replace(found, predictions=rows)
 
 
@@ -127,6 +167,8 @@ def _feature_scores(
                     f"scores[{name!r}]: expected a fitted density, FeatureDensity(...).fit(model, loader), "
                     f"got {type(density).__name__}"
                 )
+            if row not in found.ran:
+                continue
             if id(density) not in done:
                 done[id(density)] = {
                     key: density.scores(source).cpu()
@@ -238,6 +280,20 @@ def _facts(method: Any) -> dict[str, Any]:
     return facts
 
 
+def _about(method: Any, sets: Mapping[str, Predictions], *, model: bool) -> dict[str, Any]:
+    """What is known of a row; of a method that failed, its name alone: a cost without a result would look cheap."""
+    if TEST in sets:
+        return _facts(method) if model else dict(sets[TEST].meta.get("about", {}))
+    name = getattr(method, "method_name", None)
+    return {"method": name} if isinstance(name, str) else {}
+
+
+def _reason(error: BaseException) -> str:
+    """Kind and message of an error on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _add_costs(
     models: Mapping[str, Any],
     data: Iterable[Any],
@@ -288,11 +344,12 @@ def _cost_note(measured: costs.Cost) -> str:
 
 def _check_same_targets(predictions: Mapping[str, Mapping[str, Predictions]]) -> None:
     """Paired resampling compares example with example, so all rows must hold the same examples in the same order."""
-    first_row = next(iter(predictions))
+    first: dict[str, str] = {}
     for row, sets in predictions.items():
         for name, found in sets.items():
-            other = predictions[first_row].get(name)
-            if other is None or other is found:
+            first_row = first.setdefault(name, row)
+            other = predictions[first_row][name]
+            if other is found:
                 continue
             if found.task != other.task:
                 raise ArgumentError(f"{name}: {row!r} is about {found.task}, {first_row!r} about {other.task}")

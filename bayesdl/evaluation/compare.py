@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from bayesdl.errors import ArgumentError, UnknownNameError
+from bayesdl.evaluation.cells import place
 from bayesdl.evaluation.collect import TEST, Collected, collect, grouped, one
 from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
@@ -49,6 +50,7 @@ def compare(
     twins: bool | None = None,
     group: Any = None,
     progress: bool = True,
+    on_error: str = "raise",
 ) -> Report:
     """Compare methods on the same examples: proper scores, calibration, OOD detection, shift, cost, with error bars.
 
@@ -73,6 +75,10 @@ def compare(
         group: (N,) ids of what the test examples come from (image, document, subject): whole groups are resampled, as
             examples of one group vary together.
         progress: show a progress bar.
+        on_error: "raise" ends the comparison with the error of the first method that fails to predict. "row" keeps its
+            row without values, with the reason in `rep.failures` and every table, and compares the others; a method
+            that fails on an OOD or shifted set alone has a note. What is wrong with the comparison itself (other test
+            targets, no method left) is raised in any case.
 
     Returns:
         A `Report`. A value that is undefined for a method is NaN there, with its reason in `rep.cell(row, key).note`.
@@ -88,6 +94,8 @@ def compare(
     for name in metrics or ():  # before hours of prediction, not after
         if name not in METRICS:
             raise UnknownNameError(f"metrics: {name!r} is unknown; available: {', '.join(METRICS)}")
+    if on_error not in ("raise", "row"):
+        raise ArgumentError(f'on_error={on_error!r} was given; expected "raise" or "row"')
     if score is not None and score not in SCORES:
         raise UnknownNameError(f"score={score!r} is unknown; available: {', '.join(SCORES)}")
     if reference is not None and reference not in methods:
@@ -99,12 +107,15 @@ def compare(
             compare(
                 seed, data, ood=ood, shift=shift, metrics=metrics, bootstrap=0, level=level, generator=generator,
                 cost=cost, score=score, scores=scores, calibration=calibration, twins=twins, group=group,
-                progress=progress,
+                progress=progress, on_error=on_error,
             )
             for seed in split_seeds(methods)
         ]  # fmt: skip
         return _with_reference(join_seeds(reports, level), reference)
-    found = collect(methods, data, ood, shift, cost=cost, progress=progress, calibration=calibration, scores=scores)
+    found = collect(
+        methods, data, ood, shift, cost=cost, progress=progress, calibration=calibration, scores=scores,
+        keep_going=on_error == "row",
+    )  # fmt: skip
     if group is not None:
         found = grouped(found, group)
     if (calibration is not None) if twins is None else twins:
@@ -185,7 +196,10 @@ def _with_reference(report: Report, reference: str | None) -> Report:
     if reference is None:
         return report
     notes = list(report.details.get("notes", ()))
-    for row in report.rows:
+    if reference in report.failures:
+        notes.append(f"There are no differences to {reference}, since it failed.")
+        return replace(report, details={**report.details, "reference": reference, "notes": notes})
+    for row in report.ran:
         parts = []
         for column in report.headline():
             if row == reference or column.key not in report.replicates or column.group == "cost":
@@ -207,7 +221,7 @@ def _details(
     found: Collected, table: Table, bootstrap: int, level: float, seed: int, score: str, watched: Sequence[str]
 ) -> dict[str, Any]:
     """What the footer and the notes of a report say."""
-    test = {row: sets[TEST] for row, sets in found.predictions.items()}
+    test = {row: found.predictions[row][TEST] for row in found.ran}
     first = next(iter(test.values()))
     about = {row: {k: v for k, v in facts.items() if k != "cost"} for row, facts in found.about.items()}
     notes = list(found.notes)
@@ -217,6 +231,9 @@ def _details(
             about[row]["confidence_gap"] = gap
             if ties := predictions.num_tied:
                 notes.append(f"{row}: {ties} examples have several most probable classes; the lowest index counts.")
+    for row, reasons in found.failures.items():
+        where = [(name, reason) for name, reason in reasons.items() if name != TEST]
+        notes += [f"{row} failed on {place(name) or name}: {reason}" for name, reason in where]
     if bootstrap:
         notes.append(_bootstrap_note(bootstrap, first.group is not None))
         if len(test) > 1 and not enough_resamples(bootstrap, len(test)):
@@ -224,6 +241,7 @@ def _details(
                 f"No test was made: {bootstrap} resamples cannot separate {len(test)} methods at 5 %; give bootstrap = "
                 f"{math.ceil(2 * (len(test) - 1) / SIGNIFICANCE) - 1} or more."
             )
+    failed = {row: reasons[TEST] for row, reasons in found.failures.items() if TEST in reasons}
     devices = sorted({str(facts["device"]) for facts in about.values() if "device" in facts})
     return {
         "task": found.task,
@@ -240,6 +258,7 @@ def _details(
         "data": _fingerprint(first),
         "versions": _versions(),
         "notes": notes,
+        **({"failures": failed} if failed else {}),
     }
 
 

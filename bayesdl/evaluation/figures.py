@@ -74,7 +74,7 @@ def panels(report: Report) -> list[Section]:
 
 def _reliability(report: Report) -> Section:
     drawings = []
-    for row in report.rows:
+    for row in report.ran:
         caption = _cell_words(report, row, "ece")
         alt = f"Reliability diagram of {row}: accuracy against confidence. {caption}"
         drawings.append(_panel(row, partial(report.plot.reliability, row), alt, caption=caption, row=row))
@@ -88,7 +88,7 @@ def _reliability(report: Report) -> Section:
 
 def _pit(report: Report) -> Section:
     drawings = []
-    for row in report.rows:
+    for row in report.ran:
         caption = _cell_words(report, row, "picp_90")
         alt = f"Histogram of the probability integral transform of {row}. {caption}"
         drawings.append(_panel(row, partial(report.plot.pit, row), alt, caption=caption, row=row))
@@ -102,7 +102,7 @@ def _pit(report: Report) -> Section:
 def _ood(report: Report) -> Section:
     score = str(report.details.get("score", "entropy"))
     drawings = []
-    for row in report.rows:
+    for row in report.ran:
         sets = [key[4:] for key in report.predictions[row] if key.startswith("ood/")]
         if not sets:
             continue
@@ -178,7 +178,7 @@ def _value_words(report: Report, row: str, key: str) -> str:
 def _listing(report: Report, key: str) -> str:
     if key not in report.columns:
         return ""
-    return "; ".join(f"{row}: {_cell_words(report, row, key)}" for row in report.rows) + "."
+    return "; ".join(f"{row}: {_cell_words(report, row, key)}" for row in report.ran) + "."
 
 
 def _panel(title: str, draw: Callable[[], Axes], alt: str, *, caption: str = "", row: str | None = None) -> Panel:

@@ -93,7 +93,7 @@ class Plots:
         ends: list[tuple[str, float, str]] = []
         quiet: list[float] = []
         ideal: tuple[float, np.ndarray, np.ndarray] | None = None
-        for name in self._report.rows:
+        for name in self._report.ran:
             _, predictions = self._one(name, ("classification",), "risk-coverage")
             wrong = (~predictions.correct).double()
             kept, risk = drawing.risk_curve(predictions.confidence, wrong)
@@ -161,7 +161,7 @@ class Plots:
             UnsupportedError: the report has no out-of-distribution set, or was read from JSON.
             UnknownNameError: no such set.
         """
-        self._one(self._report.rows[0], (), "ROC curve")
+        self._one(self._report.ran[0], (), "ROC curve")
         names = [key[4:] for key in self._report.details["sizes"] if key.startswith("ood/")]
         if not names:
             raise UnsupportedError("the report has no out-of-distribution set; give compare(..., ood={name: loader})")
@@ -171,7 +171,7 @@ class Plots:
         wanted = score or str(self._report.details["score"])
         axes = drawing.dressed(ax, _WIDE)
         axes.plot([0, 1], [0, 1], color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-        for name in self._report.rows:
+        for name in self._report.ran:
             sets = self._report.predictions[name]
             if f"ood/{chosen}" not in sets:
                 continue
@@ -204,11 +204,11 @@ class Plots:
         axes = drawing.dressed(ax, _MIDDLE)
         ends: list[tuple[str, float, str]] = []
         steps = np.arange(len(keys))
-        for index, row in enumerate(self._report.rows):
+        for index, row in enumerate(self._report.ran):
             cells = [self._report.cell(row, key) for key in keys]
             values = np.array([math.nan if c.value is None else c.value for c in cells])
             look = self._look(row)
-            moved = steps + 0.05 * (index - (len(self._report.rows) - 1) / 2)  # so that the bars stand side by side
+            moved = steps + 0.05 * (index - (len(self._report.ran) - 1) / 2)  # so that the bars stand side by side
             axes.plot(moved, values, color=look[0], linestyle=look[2], marker=look[1], markersize=3.6, linewidth=1.3)
             spans = np.array([self._report.interval(row, key) for key in keys])  # NaN where there is none: no bar
             axes.vlines(moved, spans[:, 0], spans[:, 1], color=look[0], linewidth=1, alpha=0.7)
@@ -232,7 +232,7 @@ class Plots:
         """
         levels = np.linspace(0.02, 0.98, 49)
         axes = drawing.dressed(ax, _WIDE)
-        for position, name in enumerate(self._report.rows):
+        for position, name in enumerate(self._report.ran):
             central = np.abs(2 * self._pit(name) - 1)
             if position == 0:
                 spread = _NORMAL_975 * np.sqrt(levels * (1 - levels) / len(central))
@@ -277,7 +277,7 @@ class Plots:
         Raises:
             UnsupportedError: the report was read from JSON. UnknownNameError: no such data set.
         """
-        self._one(self._report.rows[0], (), "decomposition")
+        self._one(self._report.ran[0], (), "decomposition")
         means = {
             (key, row): (_mean(found[key].aleatoric), _mean(found[key].epistemic))
             for key in self._report.details["sizes"]
@@ -325,7 +325,9 @@ class Plots:
             raise UnsupportedError(f"a {what} is defined for {' and '.join(tasks)}; this report is about {report.task}")
         if not report.predictions:
             raise UnsupportedError("this report was read from JSON and holds no raw predictions to draw")
-        name = row if row is not None else (report.best("nll") if "nll" in report.columns else None) or report.rows[0]
+        name = row if row is not None else (report.best("nll") if "nll" in report.columns else None) or report.ran[0]
+        if name in report.failures:
+            raise UnsupportedError(f"{name!r} has nothing to draw, since it failed: {report.failures[name]}")
         if name not in report.predictions:
             raise UnknownNameError(f"the report has no row {name!r}; its rows are {', '.join(report.rows)}")
         return name, report.predictions[name]["test"]

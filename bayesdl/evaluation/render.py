@@ -125,6 +125,11 @@ def footer(report: Report) -> str:
     return ", ".join(parts)
 
 
+def failed(report: Report, row: str) -> str:
+    """`failed: why`, or nothing for a method that did not fail."""
+    return f"failed: {report.failures[row]}" if row in report.failures else ""
+
+
 def groups(report: Report) -> list[tuple[str, tuple[Column, ...]]]:
     """Title and columns of every group that has headline columns, in print order."""
     return [(title, columns) for key, title in GROUPS.items() if (columns := report.headline(key))]
@@ -138,7 +143,7 @@ def plain_text(report: Report) -> str:
     for title, columns in groups(report):
         table = [["", *(heading(c) for c in columns)]]
         places = [decimals(c, column_cells(report, c)) for c in columns]
-        for row in report.rows:
+        for row in report.ran:
             entries = []
             for c, p in zip(columns, places, strict=True):
                 cell = report.cells[row][c.key]
@@ -152,6 +157,7 @@ def plain_text(report: Report) -> str:
             for line in table
         ]
         lines.append("")
+    lines += [f"{row} {failed(report, row)}" for row in report.failures]
     if any(cell.best for cells in report.cells.values() for cell in cells.values()):
         lines.append(_MARK)
     lines.append(footer(report))
@@ -164,6 +170,9 @@ def markdown(report: Report, *, intervals: bool, notes: bool) -> str:
     lines = ["| method | " + " | ".join(_pipe(heading(c)) for c in columns) + " |", "|---|" + "---:|" * len(columns)]
     places = [decimals(c, column_cells(report, c)) for c in columns]
     for row in report.rows:
+        if row in report.failures:
+            lines.append(f"| {_pipe(row)} | {_pipe(failed(report, row))} |" + " |" * (len(columns) - 1))
+            continue
         entries = []
         for c, p in zip(columns, places, strict=True):
             cell = report.cells[row][c.key]
@@ -193,14 +202,14 @@ def csv_text(report: Report) -> str:
     head = ["method"]
     for column in report.specs:
         head += [column.key, *([f"{column.key}.low", f"{column.key}.high"] if column.key in with_intervals else [])]
-    writer.writerow(head)
+    writer.writerow([*head, "failed"] if report.failures else head)
     for row in report.rows:
         line = [row]
         for column in report.specs:
             cell = report.cells[row][column.key]
             values = [cell.value, *([cell.low, cell.high] if column.key in with_intervals else [])]
             line += ["" if value is None else repr(float(value)) for value in values]
-        writer.writerow(line)
+        writer.writerow([*line, report.failures.get(row, "")] if report.failures else line)
     return stream.getvalue()
 
 
@@ -223,6 +232,10 @@ def latex(report: Report) -> str:
     lines = [r"\begin{tabular}{l" + "r" * len(columns) + "}", r"\toprule"]
     lines += ["method & " + " & ".join(_tex(heading(c)) for c in columns) + r" \\", r"\midrule"]
     for row in report.rows:
+        if row in report.failures:
+            span = rf"\multicolumn{{{len(columns)}}}{{l}}{{{_tex(failed(report, row))}}}"
+            lines.append(rf"{_tex(row)} & {span} \\")
+            continue
         entries = []
         for c, p in zip(columns, places, strict=True):
             cell = report.cells[row][c.key]
@@ -247,7 +260,7 @@ def rich_group(report: Report) -> Group:
         places = [decimals(c, column_cells(report, c)) for c in columns]
         for c in columns:
             table.add_column(Text(heading(c)), justify="right")
-        for row in report.rows:
+        for row in report.ran:
             entries = []
             for c, p in zip(columns, places, strict=True):
                 cell = report.cells[row][c.key]
@@ -258,6 +271,7 @@ def rich_group(report: Report) -> Group:
                 entries.append(text)
             table.add_row(Text(row), *entries)  # Text, so that a name with brackets is no markup
         parts.append(table)
+    parts += [Text(f"{row} {failed(report, row)}", style="bold red") for row in report.failures]
     parts.append(Text(_MARK, style="dim"))
     parts.append(Text(footer(report), style="dim"))
     return Group(*parts)

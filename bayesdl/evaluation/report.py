@@ -63,6 +63,17 @@ class Report:
         """`classification`, `multilabel`, `regression` or `count`."""
         return str(self.details.get("task", "classification"))
 
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Why a method failed, by row; its cells hold no value. Empty unless `compare(..., on_error="row")`."""
+        found: Mapping[str, str] = self.details.get("failures", {})
+        return found
+
+    @property
+    def ran(self) -> tuple[str, ...]:
+        """The rows whose method did not fail, in order: those that figures show and sentences rank."""
+        return tuple(row for row in self.rows if row not in self.failures)
+
     def column(self, key: str) -> Column:
         """What column `key` means.
 
@@ -114,9 +125,12 @@ class Report:
 
         Raises:
             UnknownNameError: there is no such row or column.
-            UnsupportedError: the column was not resampled, or the report was read from a file.
+            UnsupportedError: the column was not resampled, a method failed, or the report was read from a file.
         """
         self.cell(row, key), self.cell(reference, key)
+        for name in (row, reference):
+            if name in self.failures:
+                raise UnsupportedError(f"{name!r} has no values to compare, since it failed: {self.failures[name]}")
         if key not in self.replicates:
             raise UnsupportedError(
                 f"column {key!r} has no resamples: it is not resampled, bootstrap=0, or the report was read from JSON; "
@@ -181,7 +195,10 @@ class Report:
         return markdown(self, intervals=intervals, notes=notes)
 
     def to_csv(self) -> str:
-        """All columns, one line a row: `method`, then for every column its value, `.low` and `.high`."""
+        """All columns, one line a row: `method`, then for every column its value, `.low` and `.high`.
+
+        Where a method failed, a last column `failed` says why.
+        """
         from bayesdl.evaluation.render import csv_text
 
         return csv_text(self)

@@ -44,6 +44,7 @@ def parse(text: str) -> tuple[tuple[str, ...], tuple[Column, ...], dict[str, dic
         _need(isinstance(details, dict), "details")
         for name, check in _DETAILS.items():
             _need(name not in details or check(details[name]), f"details: {name}")
+        _need(set(details.get("failures", ())) <= set(rows), "details: failures")
         return rows, columns, cells, details
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, FileFormatError):
@@ -124,4 +125,5 @@ _DETAILS: dict[str, Check] = {
     "methods": _mapping(_method),
     "versions": _mapping(_is_text),
     "notes": _sequence(_is_text),
+    "failures": _mapping(_is_text),
 }

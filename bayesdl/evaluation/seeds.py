@@ -29,9 +29,11 @@ def split_seeds(methods: Mapping[str, Any]) -> list[dict[str, Any]]:
 def join_seeds(reports: Sequence[Report], level: float) -> Report:
     """Mean over seeds in every cell, with mean -+ standard error; the best and what no paired t-test separates bold."""
     first = reports[0]
+    # A column that only a failed method would have had is not in every report.
+    specs = tuple(c for c in first.specs if all(c.key in report.columns for report in reports))
     cells: dict[str, dict[str, Cell]] = {row: {} for row in first.rows}
     replicates: dict[str, np.ndarray] = {}
-    for column in first.specs:
+    for column in specs:
         values = np.array([[_number(r, row, column.key) for r in reports] for row in first.rows])
         for row, seen in zip(first.rows, values, strict=True):
             if np.isnan(seen).any():
@@ -52,7 +54,20 @@ def join_seeds(reports: Sequence[Report], level: float) -> Report:
         _mark(column, cells, values, first.rows)
     notes = [*first.details.get("notes", ()), _NOTE.format(len(reports))]
     details = {**first.details, "spread": SEEDS, "num_seeds": len(reports), "level": level, "notes": notes}
-    return replace(first, cells=cells, replicates=replicates, details=details)
+    predictions = first.predictions
+    if failures := _failures(reports):
+        details["failures"] = failures
+        predictions = {row: sets for row, sets in predictions.items() if row not in failures}
+    return replace(first, specs=specs, cells=cells, replicates=replicates, details=details, predictions=predictions)
+
+
+def _failures(reports: Sequence[Report]) -> dict[str, str]:
+    """Rows that failed for a seed, so that there is no mean over seeds, with the first seed's reason."""
+    found: dict[str, str] = {}
+    for index, report in enumerate(reports, start=1):
+        for row, reason in report.failures.items():
+            found.setdefault(row, f"seed {index}: {reason}")
+    return {row: found[row] for row in reports[0].rows if row in found}
 
 
 def seed_difference(report: Report, row: str, reference: str, column: Column) -> Difference:
@@ -64,7 +79,8 @@ def seed_difference(report: Report, row: str, reference: str, column: Column) ->
     differences = values[report.rows.index(row)] - base
     mean, n = float(differences.mean()), len(differences)
     half = float(t.ppf((1 + float(report.details["level"])) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
-    p = {other: paired_t(values[i] - base) for i, other in enumerate(report.rows) if other != reference}
+    others = set(report.ran) - {reference}
+    p = {other: paired_t(values[i] - base) for i, other in enumerate(report.rows) if other in others}
     if row == reference:
         return Difference(0.0, 0.0, 0.0, 1.0, 1.0)
     return Difference(mean, mean - half, mean + half, p[row], holm(p)[row])

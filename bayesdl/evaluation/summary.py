@@ -20,6 +20,7 @@ def sentences(report: Report) -> tuple[str, ...]:
         *_ood(report),
         *_shift(report),
         _cost(report),
+        *(f"{called(row)} {render.failed(report, row)}." for row in report.failures),
     ]
     return tuple(text for text in found if text)
 
@@ -52,7 +53,7 @@ def _defined(report: Report, key: str) -> list[str]:
 
 def _peers(report: Report, key: str, best: str) -> tuple[list[str], bool]:
     """Names of the rows that cannot be told apart from the best, and whether a test was made at all."""
-    cells = {row: report.cell(row, key) for row in report.rows if row != best}
+    cells = {row: report.cell(row, key) for row in report.ran if row != best}
     tested = any(cell.p is not None for cell in cells.values())
     return [called(row) for row, cell in cells.items() if cell.best], tested
 
@@ -63,7 +64,7 @@ def _score(report: Report) -> str:
     if best is None:
         return ""
     value = number(report, best, "nll")
-    if len(report.rows) == 1:
+    if len(report.ran) == 1:
         return f"{called(best)} scores a negative log-likelihood (NLL) of {value}."
     start = f"{called(best)} predicts best by negative log-likelihood (NLL): {value}"
     peers, tested = _peers(report, "nll", best)
@@ -73,7 +74,7 @@ def _score(report: Report) -> str:
         (r for r in rows if r != best), key=lambda r: loss_of(report.column("nll"), report.cell(r, "nll").value)
     )
     if peers:
-        others = [called(row) for row in report.rows if row != best and called(row) not in peers]
+        others = [called(row) for row in report.ran if row != best and called(row) not in peers]
         rest = f"; it does beat {listed(others)}" if others else ""
         return f"{start}, but these data cannot tell it apart from {listed(peers)}{rest}."
     runner = ranked[0] if ranked else None
@@ -85,11 +86,11 @@ def _accuracy(report: Report) -> str:
     key = "accuracy" if "accuracy" in report.columns else "rmse"
     rows = _defined(report, key)
     best = report.best(key) if rows else None
-    if best is None or len(report.rows) == 1:
+    if best is None or len(report.ran) == 1:
         return f"Its {_name(report.column(key))} is {number(report, best, key)}." if best is not None else ""
     name = _name(report.column(key))
     peers, tested = _peers(report, key, best)
-    if tested and len(peers) == len(report.rows) - 1:
+    if tested and len(peers) == len(report.ran) - 1:
         worst = max(rows, key=lambda r: loss_of(report.column(key), report.cell(r, key).value))
         return (
             f"By {name} the methods cannot be told apart: from {number(report, best, key)} ({called(best)}) to "
@@ -155,7 +156,7 @@ def _ood(report: Report) -> list[str]:
         peers, tested = _peers(report, column.key, best)
         level = f", level with {listed(peers)}" if peers and tested else ""
         verdict = " That is no better than tossing a coin." if value <= 0.55 else ""
-        who = f"{called(best)} notices it best" if len(report.rows) > 1 else f"{called(best)} notices it"
+        who = f"{called(best)} notices it best" if len(report.ran) > 1 else f"{called(best)} notices it"
         found.append(f"Unfamiliar data “{name}”: {who}, with AUROC {number(report, best, column.key)}{level}.{verdict}")
     return found
 
@@ -165,7 +166,7 @@ def _shift(report: Report) -> list[str]:
     for name in report.details.get("shift", {}):
         key = f"shift/{name}/nll"
         best = report.best(key) if _defined(report, key) else None
-        if best is None or len(report.rows) == 1:
+        if best is None or len(report.ran) == 1:
             continue
         peers, tested = _peers(report, key, best)
         level = f", level with {listed(peers)}" if peers and tested else ""

@@ -84,7 +84,7 @@ class Table:
         for row in self.found.rows:
             predictions = self.found.predictions[row].get(dataset)
             if predictions is None:
-                self.cells[row] |= {c.key: Cell(None, note="not given") for c in columns.values()}
+                self.cells[row] |= {c.key: Cell(None, note=self.found.missing(row, dataset)) for c in columns.values()}
                 continue
             values = metric_values(predictions, names)
             usable = [name for name in names if not math.isnan(values[name].value) and METRICS[name].resampled]
@@ -147,7 +147,8 @@ class Table:
             )
             for row in self.found.rows:
                 value = float(found[row][name]) if row in found else math.nan
-                self.cells[row][column.key] = _cell(value, "no feature density")
+                reason = "no feature density" if row in self.found.ran else "failed"
+                self.cells[row][column.key] = _cell(value, reason)
             self._finish(column, {})
 
     def _add_score(self, dataset: str, score: str) -> None:
@@ -177,7 +178,7 @@ class Table:
     def _ood_values(self, row: str, dataset: str, score: str) -> tuple[Mapping[str, float], str]:
         sets = self.found.predictions[row]
         if dataset not in sets:
-            return {}, "not given"
+            return {}, self.found.missing(row, dataset)
         try:
             return {k: float(v) for k, v in ood_metrics(sets[TEST], sets[dataset], score).items()}, ""
         except UndefinedError as error:
@@ -219,13 +220,14 @@ class Table:
     def add_costs(self) -> None:
         """Fit time, prediction time, memory, passes, parameters: whatever at least one method knows."""
         known = {row: about.get("cost", {}) for row, about in self.found.about.items()}
+        reasons = {row: "not known" if row in self.found.ran else "failed" for row in known}
         for column in _COSTS:
             if not any(column.key in costs for costs in known.values()):
                 continue
             for row, costs in known.items():
                 value = costs.get(column.key)
                 self.cells[row][column.key] = (
-                    Cell(None, note="not known") if value is None else _cell(value, "unreadable")
+                    Cell(None, note=reasons[row]) if value is None else _cell(value, "unreadable")
                 )
             self._finish(column, {})
 
@@ -236,7 +238,7 @@ class Table:
             specs=tuple(self.columns),
             cells={row: dict(cells) for row, cells in self.cells.items()},
             details=details,
-            predictions=self.found.predictions,
+            predictions={row: self.found.predictions[row] for row in self.found.ran},
             replicates=self.replicates,
         )
 
@@ -277,15 +279,16 @@ class Table:
     def _finish(self, column: Column, samples: Mapping[str, Tensor]) -> None:
         """Keep the column and its resamples, and mark the best and whatever is not separable from it."""
         self.columns.append(column)
-        if samples and len(samples) == len(self.found.rows):
-            self.replicates[column.key] = torch.stack([samples[row] for row in self.found.rows]).numpy()
+        if samples and len(samples) == len(self.found.ran):
+            none = torch.full_like(next(iter(samples.values())), math.nan)  # of a method that failed
+            self.replicates[column.key] = torch.stack([samples.get(row, none) for row in self.found.rows]).numpy()
         cells = {row: self.cells[row][column.key] for row in self.found.rows}
         ranked = {row: loss_of(column, c.value) for row, c in cells.items() if c.value is not None and _ranks(column)}
         if len(ranked) < 2:
             return
         best = min(ranked, key=lambda row: ranked[row])
         adjusted: dict[str, float] = {}
-        if enough_resamples(self.resampler.count, len(self.found.rows)):
+        if enough_resamples(self.resampler.count, len(self.found.ran)):
             adjusted = tests(column, {row: samples[row] for row in ranked if row in samples}, best)
         # Untested values are level where they print alike: nobody can see why one of two zeros should be the better.
         places = render.decimals(column, list(cells.values()))
@@ -330,7 +333,11 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 def paired_difference(report: Report, row: str, reference: str, key: str) -> Difference:
     """`row` minus `reference` in one column, with an interval and p-values from the report's resamples."""
     column = report.column(key)
-    samples = {name: torch.from_numpy(report.replicates[key][i]) for i, name in enumerate(report.rows)}
+    samples = {
+        name: torch.from_numpy(report.replicates[key][i])
+        for i, name in enumerate(report.rows)
+        if name not in report.failures
+    }
     differences = _minus(samples[row], samples[reference])
     span = bootstrap.percentile_interval(differences, level=float(report.details["level"]))
     ranked = column if _ranks(column) else replace(column, direction="min")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ArgumentError, UnsupportedError
-from bayesdl.evaluation.collect import TEST, Collected
+from bayesdl.evaluation.collect import CALIBRATION, TEST, Collected
 from bayesdl.evaluation.predictions import Predictions, cat_predictions
 from bayesdl.evaluation.recalibration import FittedRecalibrator, Recalibrator
 
@@ -32,7 +32,7 @@ def with_twins(found: Collected, calibration: Mapping[str, Predictions]) -> Coll
     notes = list(found.notes)
     for row, sets in found.predictions.items():
         predictions[row], about[row] = sets, found.about[row]
-        if about[row].get("method") == "temperature":
+        if about[row].get("method") == "temperature" or not sets or CALIBRATION in found.failures.get(row, {}):
             continue
         twin = row + SUFFIX
         if twin in found.predictions:
