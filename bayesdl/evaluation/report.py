@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayesdl.errors import UnknownNameError, UnsupportedError, require
+from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError, require
 from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of
 from bayesdl.evaluation.report_file import FORMAT, VERSION, parse
 
@@ -120,10 +120,18 @@ class Report:
             return math.nan, math.nan
         return cell.low, cell.high
 
-    def difference(self, row: str, reference: str, key: str) -> Difference:
-        """`row` minus `reference` in column `key` on the same resamples.
+    def difference(self, row: str, reference: str, key: str, *, test: str | None = None) -> Difference:
+        """`row` minus `reference` in column `key`, on the same resamples or paired by training seed.
+
+        Args:
+            row, reference: methods.
+            key: the column.
+            test: over seeds, "t" (Student's paired t-test, the default) or "wilcoxon" (exact signed ranks, which
+                assume no normal law; n seeds give no p below 2^(1 - n), so fewer than six are never significant at
+                5 %). The interval is Student's either way.
 
         Raises:
+            ArgumentError: a test that does not exist, or one over seeds where the spread is not over seeds.
             UnknownNameError: there is no such row or column.
             UnsupportedError: the column was not resampled, a method failed, or the report was read from a file.
         """
@@ -139,7 +147,12 @@ class Report:
         if self.details.get("spread") == "seeds":
             from bayesdl.evaluation.seeds import seed_difference
 
-            return seed_difference(self, row, reference, self.column(key))
+            return seed_difference(self, row, reference, self.column(key), test="t" if test is None else test)
+        if test is not None:
+            raise ArgumentError(
+                f"test={test!r} is over training seeds, and these are resamples of test points; leave it out, or give "
+                "compare a list of models, one a seed, for every method"
+            )
         from bayesdl.evaluation.table import paired_difference
 
         return paired_difference(self, row, reference, key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,8 +70,10 @@ def _failures(reports: Sequence[Report]) -> dict[str, str]:
     return {row: found[row] for row in reports[0].rows if row in found}
 
 
-def seed_difference(report: Report, row: str, reference: str, column: Column) -> Difference:
-    """`row` minus `reference`, paired by seed, with a t interval."""
+def seed_difference(report: Report, row: str, reference: str, column: Column, *, test: str = "t") -> Difference:
+    """`row` minus `reference`, paired by seed, with a t interval and p-values of the test in `TESTS`."""
+    if test not in TESTS:
+        raise ArgumentError(f"test={test!r} is unknown; available: {', '.join(TESTS)}")
     from scipy.stats import t
 
     values = report.replicates[column.key]
@@ -80,7 +82,7 @@ def seed_difference(report: Report, row: str, reference: str, column: Column) ->
     mean, n = float(differences.mean()), len(differences)
     half = float(t.ppf((1 + float(report.details["level"])) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n))
     others = set(report.ran) - {reference}
-    p = {other: paired_t(values[i] - base) for i, other in enumerate(report.rows) if other in others}
+    p = {other: TESTS[test](values[i] - base) for i, other in enumerate(report.rows) if other in others}
     if row == reference:
         return Difference(0.0, 0.0, 0.0, 1.0, 1.0)
     return Difference(mean, mean - half, mean + half, p[row], holm(p)[row])
@@ -97,6 +99,28 @@ def paired_t(differences: np.ndarray) -> float:
 
     return float(2 * t.sf(abs(differences.mean()) / (spread / math.sqrt(len(differences))), len(differences) - 1))
 
+
+def signed_ranks(differences: np.ndarray) -> float:
+    """Two-sided exact p-value of Wilcoxon's signed-rank test (1945); NaN where a difference is not finite.
+
+    Zeros are left out, ties share their mean rank, and the law of the rank sum under random signs is that of these
+    very ranks, by convolution: exact for any number of differences, with ties as without.
+    """
+    if not np.isfinite(differences).all():
+        return math.nan
+    found = differences[differences != 0]
+    sizes = np.abs(found)
+    # twice the mean rank, so that it is a whole number: below + (below + equal + 1)
+    ranks = (sizes < sizes[:, None]).sum(1) + (sizes <= sizes[:, None]).sum(1) + 1
+    law = np.zeros(int(ranks.sum()) + 1)
+    law[0] = 1.0
+    for rank in ranks:
+        law[rank:], law[:rank] = (law[rank:] + law[:-rank]) / 2, law[:rank] / 2
+    at = int(ranks[found > 0].sum())
+    return min(1.0, 2 * min(float(law[: at + 1].sum()), float(law[at:].sum())))
+
+
+TESTS: dict[str, Callable[[np.ndarray], float]] = {"t": paired_t, "wilcoxon": signed_ranks}
 
 _NOTE = (
     "Spread: mean over {} training seeds; the interval is one standard error to either side. Tests are paired by seed "
