@@ -2,20 +2,30 @@
 
 For a ratio rho both have residuals r_n and spreads c_n with y_n ~ N(prediction, s^2 c_n), so that the best noise is
 the closed form s^2 = mean r_n^2 / c_n. Leaving out point n of leverage h_n gives r_n / (1 - h_n) and 1 / (1 - h_n).
+
+Left-out residuals of the whole network under a noise that is given: at a point that is conditioned on the spread
+1 + h_n stays below 2 under any prior, so that where residuals are larger than the noise no prior would be too wide.
+They are scored under 1 / (1 - h_n), the spread at a point that has been left out, which has no such bound.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bayesdl.last_layer.exact import ConjugateRegression
+from bayesdl.last_layer.search import maximise
 
 GRID = 121
 LOW, HIGH = 1e-10, 1e4
 CHUNK = 64 << 20
+# by how much left-out residuals may lower a precision below what evidence and the targets' spread agree on: with many
+# points for their features every wider prior scores the same on these, and differs far away from them alone
+WIDER = 300.0
+Scored = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def leave_one_out(
@@ -30,7 +40,7 @@ def leave_one_out(
 
     `prior_precision` or `noise_variance`, `(K,)`, is kept where it is given.
     """
-    return _best(regression, phi, y, True, prior_precision, noise_variance)
+    return _best(regression, phi, y, _refitted, prior_precision, noise_variance)
 
 
 def held_out(
@@ -42,7 +52,31 @@ def held_out(
     noise_variance: Tensor | None = None,
 ) -> ConjugateRegression:
     """rho and s^2 of the best log-density on pairs that the regression has not seen; arguments as `leave_one_out`."""
-    return _best(regression, phi, y, False, prior_precision, noise_variance)
+    return _best(regression, phi, y, _unseen, prior_precision, noise_variance)
+
+
+def left_out(
+    regression: ConjugateRegression,
+    phi: Tensor,
+    y: Tensor,
+    *,
+    prior_precision: Tensor | None = None,
+    noise_variance: Tensor | None = None,
+) -> ConjugateRegression:
+    """rho and s^2 for training features with targets at the left-out distance of `left_out_pairs`.
+
+    As `held_out`, but for a noise that is given and a prior that is not: the spread is then that of a left-out point,
+    and the precision is at least 1 / 300 of the smaller of that of the evidence and that whose prior outputs vary over
+    the training features as the targets do. Arguments as `leave_one_out`.
+    """
+    if noise_variance is None or prior_precision is not None:
+        return held_out(regression, phi, y, prior_precision=prior_precision, noise_variance=noise_variance)
+    evident = maximise(regression, noise_variance=noise_variance)[0].ratio
+    # mean squared feature over the variance of the targets; constant targets bound nothing
+    tiny = torch.finfo(torch.float64).tiny
+    spread = regression.values.sum() / regression.statistics.residual.clamp(min=tiny) * noise_variance
+    least = torch.minimum(evident, spread) / WIDER
+    return _best(regression, phi, y, _apart, None, noise_variance, least)
 
 
 def leave_one_out_residuals(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,9 +89,10 @@ def _best(
     regression: ConjugateRegression,
     phi: Tensor,
     y: Tensor,
-    left_out: bool,
+    scored: Scored,
     prior_precision: Tensor | None,
     noise_variance: Tensor | None,
+    least: Tensor | None = None,
 ) -> ConjugateRegression:
     if prior_precision is not None and noise_variance is not None:
         return regression.with_hyperparameters(prior_precision * noise_variance, noise_variance)
@@ -65,10 +100,12 @@ def _best(
     grid = torch.logspace(math.log10(LOW), math.log10(HIGH), GRID, dtype=torch.float64, device=phi.device) * scale
     # the present ones too: no choice is worse than none
     ratios = torch.cat([grid.unsqueeze(1).expand(-1, regression.num_outputs), regression.ratio.to(grid).unsqueeze(0)])
+    if least is not None:
+        ratios = torch.maximum(ratios, least)
     scores, noises = [], []
     for ratio in ratios:
         candidate = regression.with_hyperparameters(ratio, torch.ones_like(regression.ratio))
-        squares, logs = _sums(candidate, phi, y, left_out)
+        squares, logs = _sums(candidate, phi, y, scored)
         square = squares / len(phi)
         if noise_variance is not None:
             variance = noise_variance
@@ -83,19 +120,30 @@ def _best(
     return regression.with_hyperparameters(ratios[chosen, columns], torch.stack(noises)[chosen, columns])
 
 
-def _sums(candidate: ConjugateRegression, phi: Tensor, y: Tensor, left_out: bool) -> tuple[Tensor, Tensor]:
+def _sums(candidate: ConjugateRegression, phi: Tensor, y: Tensor, scored: Scored) -> tuple[Tensor, Tensor]:
     """sum r^2 / c and sum log c per output, in chunks of rows."""
     step = max(1, CHUNK // (8 * max(1, phi.shape[1])))
     squares = torch.zeros_like(candidate.ratio)
     logs = torch.zeros_like(candidate.ratio)
     for rows, targets in zip(phi.split(step), y.split(step), strict=True):
         mean, leverage = candidate.latent(rows.double())  # unit noise: the variance is the leverage
-        residual = targets.double() - mean
-        if left_out:
-            rest = (1.0 - leverage).clamp(min=1e-12)
-            residual, spread = residual / rest, 1.0 / rest
-        else:
-            spread = 1.0 + leverage
+        residual, spread = scored(targets.double() - mean, leverage)
         squares = squares + (residual.square() / spread).sum(0)
         logs = logs + spread.log().sum(0)
     return squares, logs
+
+
+def _refitted(residual: Tensor, leverage: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a training point that the regression does without."""
+    rest = (1.0 - leverage).clamp(min=1e-12)
+    return residual / rest, 1.0 / rest
+
+
+def _unseen(residual: Tensor, leverage: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a point that the regression has not seen."""
+    return residual, 1.0 + leverage
+
+
+def _apart(residual: Tensor, leverage: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a training point whose residual is left out already."""
+    return residual, 1.0 / (1.0 - leverage).clamp(min=1e-12)

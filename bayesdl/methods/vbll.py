@@ -21,7 +21,7 @@ from bayesdl.last_layer.cache import gathered, observations
 from bayesdl.last_layer.exact import ConjugateRegression
 from bayesdl.last_layer.features import last_linear, linear_layer
 from bayesdl.last_layer.leftout import left_out_pairs, misfit
-from bayesdl.last_layer.rules import held_out, leave_one_out, leave_one_out_residuals
+from bayesdl.last_layer.rules import leave_one_out, leave_one_out_residuals, left_out
 from bayesdl.last_layer.search import SHARINGS, maximise
 from bayesdl.last_layer.statistics import Statistics
 from bayesdl.last_layer.variational import classify, model_noise, precision_of
@@ -56,7 +56,8 @@ class VBLL(Method):
         intercept: frozen regression: "flat", "proper" or "none".
         prior_sharing: frozen regression: one prior precision per "output", or "shared".
         tuning: frozen regression: prior and noise by left-out residuals of the whole network ("training", chosen by
-            the study in benchmarks/README.md; with `wrap(..., validation=loader)` the held-out data decide), by
+            the study in benchmarks/README.md; under a given noise no wider than 300 times what the evidence or the
+            targets' spread ask for; with `wrap(..., validation=loader)` the held-out data decide), by
             "evidence", or by exact leave-one-out of the last layer ("loo"); the latter two take the features as they
             are, and those of an overfitted network have seen the noise. Frozen classification: "training" takes the
             widest prior that costs the training points next to nothing (with mean="keep"), "evidence" the bound's.
@@ -193,7 +194,7 @@ class VBLL(Method):
         if self.tuning == "loo":
             best = leave_one_out(best, phi, y, prior_precision=common, noise_variance=variance)
         elif unseen is not None:
-            best = held_out(best, *unseen, prior_precision=common, noise_variance=variance)
+            best = left_out(best, *unseen, prior_precision=common, noise_variance=variance)
         how = "residuals of left-out training points" if unseen is not None else self.tuning
         if unseen is None and self.tuning == "training":
             how = "evidence"

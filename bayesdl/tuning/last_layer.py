@@ -14,7 +14,7 @@ from bayesdl.last_layer.cache import gathered, observations
 from bayesdl.last_layer.exact import ConjugateRegression
 from bayesdl.last_layer.features import linear_layer
 from bayesdl.last_layer.leftout import left_out_pairs, misfit
-from bayesdl.last_layer.rules import held_out, leave_one_out
+from bayesdl.last_layer.rules import held_out, leave_one_out, left_out
 from bayesdl.last_layer.search import maximise
 from bayesdl.likelihoods import Gaussian, Likelihood, NormalGamma
 from bayesdl.posteriors.last_layer import ConjugateWeights, LastLayerPosterior
@@ -89,7 +89,7 @@ def tune_last_layer(
             if rule == "training":
                 own = misfit(linear_layer(model.network, layer), phi, y)
                 phi, y = left_out_pairs(model.network, layer, Gaussian(1.0), source, own)
-            new = (leave_one_out if rule == "loo" else held_out)(old, phi, y, **kept)
+            new = {"loo": leave_one_out, "training": left_out, "heldout": held_out}[rule](old, phi, y, **kept)
     likelihood, new = _likelihood(model.likelihood, old, new, rule)
     changed = LastLayerPosterior(posterior.layer, ConjugateWeights(new), posterior.trunk)
     found = []
