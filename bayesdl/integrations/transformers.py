@@ -1,25 +1,90 @@
-"""Samples from a Hugging Face trainer: a callback around `bdl.Chain`."""
+"""Callbacks of a Hugging Face trainer: around `bdl.wrap` when training ends, around `bdl.Chain` while it runs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, final
 
 from torch import nn
 
+from bayesdl.batch import BatchAdapter
 from bayesdl.errors import ArgumentError, require
 from bayesdl.integrations.collecting import Collector, Schedule
 from bayesdl.integrations.huggingface_metrics import calibration_metrics
 from bayesdl.integrations.huggingface_model import as_module
+from bayesdl.integrations.wrapping import Wrapping
+from bayesdl.likelihoods import Likelihood
+from bayesdl.methods import Method
+from bayesdl.model import BayesianModel
 from bayesdl.posteriors import SamplePosterior
 from bayesdl.samplers import Chain, Sampler
 from bayesdl.samplers.packing import pack, unpack
 from bayesdl.tensorfile import read_described, write_described
 
-__all__ = ["ChainCallback", "as_module", "calibration_metrics"]
+__all__ = ["BayesCallback", "ChainCallback", "as_module", "calibration_metrics"]
 
 _transformers = require("transformers", extra="llm")
 FILE = "bayesdl-chain.safetensors"
+MODEL_FILE = "bayesdl.safetensors"
+
+
+@final
+class BayesCallback(_transformers.TrainerCallback):  # type: ignore[name-defined]
+    """Makes the model of a `transformers.Trainer` Bayesian when its training ends: `bdl.wrap` on the training loader.
+
+        callback = BayesCallback(bdl.Laplace(select="last_layer"))
+        Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+        callback.bayes({"input_ids": tokens, "attention_mask": mask})
+
+    The model is not written to. `bdl.load(f"{output_dir}/bayesdl.safetensors", model)` reads what `save` wrote, around
+    a model with the weights of the end of training: with `load_best_model_at_end`, the best ones.
+
+    Args:
+        method: name or object, as in `bdl.wrap`.
+        likelihood: as in `bdl.wrap`.
+        data: loader to wrap with instead of the training loader, which may augment, or leave out its last batch.
+        batch: of `bdl.wrap`.
+        save: whether the first process writes `bayesdl.safetensors` into the output directory.
+        options: of `bdl.wrap`: `validation=`, `select=`, `prior=`, `generator=`; with several processes
+            `distributed=True`, where the method can.
+
+    Raises:
+        BayesDLError: at once for arguments that `bdl.wrap` does not have or accept; as `bdl.wrap` when training ends.
+    """
+
+    def __init__(
+        self,
+        method: str | Method,
+        likelihood: str | Likelihood = "categorical",
+        *,
+        data: Iterable[Any] | None = None,
+        batch: str | BatchAdapter | None = "huggingface",
+        save: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._wrapping = Wrapping(method, likelihood, data, batch, options)
+        self._save = save
+
+    @property
+    def bayes(self) -> BayesianModel:
+        """The Bayesian model. Raises `NotFittedError` before the end of training."""
+        return self._wrapping.bayes
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Forget an earlier training."""
+        self._wrapping.clear()
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: nn.Module, train_dataloader: Any = None, **others: Any
+    ) -> None:
+        """Wrap the model; the first process writes it beside what the trainer saves."""
+        bayes = self._wrapping.finish(model, train_dataloader)
+        if self._save and state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            bayes.save(folder / MODEL_FILE)
 
 
 @final
