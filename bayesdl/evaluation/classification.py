@@ -18,6 +18,7 @@ from torch import Tensor
 from bayesdl.errors import ArgumentError, ShapeError
 from bayesdl.evaluation import binning, ranking, validation, weighting
 from bayesdl.evaluation.binning import BinSums
+from bayesdl.evaluation.validation import Backend, other_backend
 
 Kind = Literal["top_label", "positive", "classwise"]
 
@@ -116,13 +117,20 @@ def ece(
     bins: int = 15,
     kind: Kind = "top_label",
     weights: Any = None,
+    backend: Backend = "torch",
 ) -> float | Tensor:
     """Expected calibration error over equal-width bins, sum_b (n_b / N) |conf_b - acc_b| (Naeini et al. 2015).
 
     `kind`: "top_label" bins the maximal probability against correctness; "positive" the probability of label 1 of two
     against the label; "classwise" averages one-vs-rest errors over the classes.
+
+    `backend="netcal"` computes the same by netcal, on inputs checked here and for the task stated here, as a second
+    opinion: its bins close on the right, so that values on an edge fall one bin lower, and it takes no weights.
+
+    Raises:
+        UnsupportedError: weights with netcal. MissingDependencyError: netcal is not installed.
     """
-    return _calibration(targets, probs, logits, bins, kind, weights, "ece")
+    return _calibration(targets, probs, logits, bins, kind, weights, "ece", backend=backend)
 
 
 def mce(
@@ -133,9 +141,10 @@ def mce(
     bins: int = 15,
     kind: Kind = "top_label",
     weights: Any = None,
+    backend: Backend = "torch",
 ) -> float | Tensor:
-    """Largest gap |conf_b - acc_b| over non-empty equal-width bins; `kind` as in `ece`."""
-    return _calibration(targets, probs, logits, bins, kind, weights, "mce")
+    """Largest gap |conf_b - acc_b| over non-empty equal-width bins; `kind`, `backend` as in `ece`."""
+    return _calibration(targets, probs, logits, bins, kind, weights, "mce", backend=backend)
 
 
 def ece_l2(
@@ -159,9 +168,10 @@ def ece_unweighted(
     bins: int = 15,
     kind: Kind = "top_label",
     weights: Any = None,
+    backend: Backend = "torch",
 ) -> float | Tensor:
-    """Mean gap over non-empty equal-width bins, every bin alike; `kind` as in `ece`."""
-    return _calibration(targets, probs, logits, bins, kind, weights, "unweighted")
+    """Mean gap over non-empty equal-width bins, every bin alike; `kind`, `backend` as in `ece`."""
+    return _calibration(targets, probs, logits, bins, kind, weights, "unweighted", backend=backend)
 
 
 def ece_mass(
@@ -323,10 +333,16 @@ def _scores(forecast: Forecast, kind: Kind) -> list[tuple[Tensor, Tensor]]:
 
 
 def _calibration(
-    targets: Any, probs: Any, logits: Any, bins: Any, kind: Kind, weights: Any, statistic: str, *, mass: bool = False
-) -> float | Tensor:
+    targets: Any, probs: Any, logits: Any, bins: Any, kind: Kind, weights: Any, statistic: str, *, mass: bool = False,
+    backend: Backend = "torch",
+) -> float | Tensor:  # fmt: skip
     bins = validation.bin_count(bins)
     forecast = Forecast.read(targets, probs, logits)
+    if other_backend(backend, weights):
+        from bayesdl.evaluation.netcal import confidence_error
+
+        found = [confidence_error(statistic, p, y, bins) for p, y in _scores(forecast, kind)]
+        return sum(found) / len(found)
     weights = validation.example_weights(weights, len(forecast.targets))
     read = binning.STATISTICS[statistic]
     parts = [read(binning.bin_sums(p, y, bins, mass=mass, weights=weights)) for p, y in _scores(forecast, kind)]

@@ -46,13 +46,21 @@ def ence(
     bins: int = 15,
     member_weights: Any = None,
     weights: Any = None,
+    backend: validation.Backend = "torch",
 ) -> float | Tensor:
     """Expected normalised calibration error (Levi et al. 2022): mean over bins of |RMV - RMSE| / RMV.
 
     Equal-mass bins of the predicted standard deviation, RMV the root mean variance of a bin; equal deviations share a
     bin, so a constant one is a single bin.
+
+    `backend="netcal"` computes it by netcal, whose bins of the deviation are equally wide between the smallest and the
+    largest: another number, not a check of this one.
     """
     mixture, y = regression.read(targets, mean, variance, member_weights)
+    if validation.other_backend(backend, weights):
+        from bayesdl.evaluation.netcal import deviation_error
+
+        return deviation_error("ence", mixture.mean, mixture.variance, y, validation.bin_count(bins))
     checked = validation.example_weights(weights, len(y))
     return ence_of(mixture.variance, y - mixture.mean, validation.bin_count(bins), checked)
 
@@ -76,9 +84,18 @@ def uce(
     bins: int = 15,
     member_weights: Any = None,
     weights: Any = None,
+    backend: validation.Backend = "torch",
 ) -> float | Tensor:
-    """Uncertainty calibration error (Laves et al. 2020): sum_b (n_b / N) |MSE_b - mean variance_b|, equal-mass bins."""
+    """Uncertainty calibration error (Laves et al. 2020): sum_b (n_b / N) |MSE_b - mean variance_b|, equal-mass bins.
+
+    `backend="netcal"` computes it by netcal, whose bins of the variance are equally wide between the smallest and the
+    largest: another number, not a check of this one.
+    """
     mixture, y = regression.read(targets, mean, variance, member_weights)
+    if validation.other_backend(backend, weights):
+        from bayesdl.evaluation.netcal import deviation_error
+
+        return deviation_error("uce", mixture.mean, mixture.variance, y, validation.bin_count(bins))
     checked = validation.example_weights(weights, len(y))
     return uce_of(mixture.variance, y - mixture.mean, validation.bin_count(bins), checked)
 

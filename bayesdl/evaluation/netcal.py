@@ -1,6 +1,7 @@
 """netcal behind this library's interface, inputs checked beforehand and nothing printed.
 
 Recalibrators of classes (one against the rest) and of deviations (Gaussian processes), and calibration of detectors.
+Calibration errors as a second opinion on those of this library.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ _CLASSES = {
     "bbq": ("netcal.binning", "BBQ"),
     "enir": ("netcal.binning", "ENIR"),
 }
+_CONFIDENCE = {"ece": "ECE", "mce": "MCE", "unweighted": "ACE"}
+_NARROW = 1e-9  # relative spread of deviations below which netcal's bin edges would coincide
 
 
 def fit_columns(method: str, probs: Tensor, labels: Tensor) -> tuple[Callable[[Tensor], Tensor], ...]:
@@ -110,6 +114,36 @@ def detection_ece(matched: Any, confidence: Any, boxes: Any = None, *, bins: int
     axes = [count] if whole.shape[1] == 1 else [max(2, round(count ** (1 / whole.shape[1])))] * whole.shape[1]
     measure = require("netcal.metrics").ECE(axes if len(axes) > 1 else axes[0], detection=True)
     return float(_quiet(measure.measure, whole.cpu().numpy(), hits.cpu().numpy()))
+
+
+def confidence_error(statistic: str, confidence: Tensor, hits: Tensor, bins: int) -> float:
+    """netcal's "ece", "mce" or "unweighted" of confidences (N,) against what happened (N,), over equal-width bins.
+
+    One event at a time: netcal would guess from the labels how many classes there are. Raises `MissingDependencyError`.
+    """
+    kind = getattr(require("netcal.metrics"), _CONFIDENCE[statistic])
+    p, y = validation.wide(confidence).cpu().numpy(), hits.long().cpu().numpy()
+    return float(_quiet(kind(bins, detection=True).measure, p, y))
+
+
+def deviation_error(
+    statistic: str, mean: Tensor, variance: Tensor, y: Tensor, bins: int = 1, levels: Sequence[float] = ()
+) -> float:
+    """netcal's "ence", "uce" or "qce" of means, variances and targets (N, D), averaged over outputs.
+
+    Raises:
+        UndefinedError: equal deviations, between which no bins can lie. MissingDependencyError: no netcal.
+    """
+    deviation = validation.wide(variance).sqrt()
+    if statistic != "qce" and bool((deviation.amax(0) - deviation.amin(0) <= _NARROW * deviation.amax(0)).any()):
+        raise validation.UndefinedError("netcal makes no bins of equal deviations", "equal deviations")
+    measure = getattr(require("netcal.metrics"), statistic.upper())(bins).measure
+    found = []
+    for d in range(y.shape[1]):
+        parts = (mean[:, d].cpu().numpy(), deviation[:, d].cpu().numpy()), y[:, d].cpu().numpy()
+        extra = (np.asarray(levels),) if statistic == "qce" else ()
+        found.append(float(np.mean(_quiet(measure, *parts, *extra))))
+    return sum(found) / len(found)
 
 
 def _column(calibrator: Any) -> Callable[[Tensor], Tensor]:

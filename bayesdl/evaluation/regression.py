@@ -223,9 +223,25 @@ def sharpness(*, mean: Any, variance: Any, member_weights: Any = None, weights: 
     return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
 
 
-def qce(targets: Any, *, mean: Any, variance: Any, member_weights: Any = None, weights: Any = None) -> float | Tensor:
-    """Mean over the levels 0.05 .. 0.95 of |share of PIT values <= level - level|, averaged over outputs."""
+def qce(
+    targets: Any,
+    *,
+    mean: Any,
+    variance: Any,
+    member_weights: Any = None,
+    weights: Any = None,
+    backend: validation.Backend = "torch",
+) -> float | Tensor:
+    """Mean over the levels 0.05 .. 0.95 of |share of PIT values <= level - level|, averaged over outputs.
+
+    `backend="netcal"` computes it by netcal, for which a level is that of a central interval of the normal law with the
+    forecast's mean and variance: another number, not a check of this one.
+    """
     mixture, y = read(targets, mean, variance, member_weights)
+    if validation.other_backend(backend, weights):
+        from bayesdl.evaluation.netcal import deviation_error
+
+        return deviation_error("qce", mixture.mean, mixture.variance, y, levels=LEVELS)
     return qce_of(mixture.cdf(y), validation.example_weights(weights, len(y)))
 
 

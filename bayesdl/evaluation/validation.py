@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, ShapeError
+from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, ShapeError, UnknownNameError, UnsupportedError
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -270,6 +270,22 @@ def member_weights(value: Any, num_members: int) -> Tensor | None:
     if bool((value < 0).any()) or float(value.sum()) <= 0:
         raise ArgumentError("member_weights must be non-negative and not all zero")
     return None if bool((value == value[0]).all()) else value / value.sum()
+
+
+Backend = Literal["torch", "netcal"]
+
+
+def other_backend(backend: str, weights: Any) -> bool:
+    """Whether netcal computes a calibration error.
+
+    Raises:
+        UnknownNameError: no such backend. UnsupportedError: weights, which netcal does not take.
+    """
+    if backend not in ("torch", "netcal"):
+        raise UnknownNameError(f"backend={backend!r} is unknown; available: torch, netcal")
+    if backend == "netcal" and weights is not None:
+        raise UnsupportedError('backend="netcal" takes no weights; backend="torch" does')
+    return backend == "netcal"
 
 
 def bin_count(value: Any) -> int:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import logging
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 
-from bayesdl.evaluation import Predictions, classification, evaluate_metrics, recalibrate_regression
+from bayesdl.errors import UnknownNameError, UnsupportedError
+from bayesdl.evaluation import (
+    Predictions,
+    classification,
+    dispersion,
+    evaluate_metrics,
+    recalibrate_regression,
+    regression,
+)
+from bayesdl.evaluation import classification as cls
 from bayesdl.evaluation.netcal import detection_ece
+from bayesdl.evaluation.validation import UndefinedError
 
 pytest.importorskip("netcal")
 
@@ -66,3 +78,47 @@ def test_a_gaussian_process_mends_deviations_where_they_are_wrong(capfd: pytest.
     assert nll[0] < nll[1] - 0.1 < nll[2]
     ratio = moved.variance.sqrt()[:, 0] / deviation
     assert float(ratio[mean < -0.3].median()) > 1.5 * float(ratio[mean > 0.3].median())
+
+
+def test_calibration_errors_as_a_second_opinion() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(1500, 4, generator=generator, dtype=torch.float64)
+    y = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    for kind in ("top_label", "classwise"):
+        for metric in (cls.ece, cls.mce, cls.ece_unweighted):
+            ours, theirs = (metric(y, logits=logits, kind=kind, backend=name) for name in ("torch", "netcal"))
+            assert theirs == pytest.approx(ours, abs=1e-9)
+    few = y < 2  # a slice with two of four labels is still about four classes
+    assert cls.ece(y[few], logits=logits[few], backend="netcal") == pytest.approx(
+        cls.ece(y[few], logits=logits[few]), abs=1e-9
+    )
+    with pytest.raises(UnsupportedError, match="no weights"):
+        cls.ece(y, logits=logits, backend="netcal", weights=torch.ones(1500))
+    with pytest.raises(UnknownNameError, match="torch, netcal"):
+        cls.ece(y, logits=logits, backend="sklearn")
+
+
+def test_regression_errors_by_the_definitions_of_netcal() -> None:
+    generator = torch.Generator().manual_seed(4)
+    sd = 0.5 + torch.rand(800, 2, generator=generator, dtype=torch.float64)
+    y = 1.3 * sd * torch.randn(800, 2, generator=generator, dtype=torch.float64)
+    given = {"mean": torch.zeros(800, 2, dtype=torch.float64), "variance": sd.square()}
+    expected: dict[str, list[float]] = {"ence": [], "uce": [], "qce": []}
+    for s, errors in zip(sd.T.numpy(), y.T.numpy(), strict=True):
+        bin_of = np.clip(((s - s.min()) / (s.max() - s.min()) * 10).astype(int), 0, 9)
+        cells = [(s[bin_of == b], errors[bin_of == b]) for b in range(10)]
+        gaps = [abs(np.sqrt((a**2).mean()) - np.sqrt((e**2).mean())) / np.sqrt((a**2).mean()) for a, e in cells]
+        expected["ence"].append(float(np.mean(gaps)))
+        spread = s**2
+        bin_of = np.clip(((spread - spread.min()) / (spread.max() - spread.min()) * 10).astype(int), 0, 9)
+        parts = [(spread[bin_of == b], errors[bin_of == b]) for b in range(10)]
+        expected["uce"].append(sum(abs(v.mean() - (e**2).mean()) * len(v) / 800 for v, e in parts))
+        levels = np.arange(1, 20) / 20
+        inside = (np.abs(errors / s)[:, None] <= [NormalDist().inv_cdf((1 + q) / 2) for q in levels]).mean(0)
+        expected["qce"].append(float(np.abs(inside - levels).mean()))
+    for name, metric in (("ence", dispersion.ence), ("uce", dispersion.uce)):
+        found = metric(y, **given, bins=10, backend="netcal")
+        assert found == pytest.approx(np.mean(expected[name]), rel=1e-9)
+    assert regression.qce(y, **given, backend="netcal") == pytest.approx(np.mean(expected["qce"]), abs=1e-9)
+    with pytest.raises(UndefinedError, match="equal deviations"):
+        dispersion.ence(y, mean=given["mean"], variance=torch.ones(800, 2), backend="netcal")
