@@ -26,10 +26,10 @@ def with_left_out_noise(task: Task, posterior: Posterior | None = None) -> tuple
     """
     from bayesdl.tuning.training import first_batches, network_residuals  # imports the methods, which import this
 
-    likelihood = task.likelihood
+    likelihood, posterior = task.likelihood, posterior or PointPosterior()
     if not isinstance(likelihood, Gaussian) or likelihood.noise is not None or task.data is None:
-        return with_residual_noise(task, posterior or PointPosterior())
-    level = residual_noise(task, posterior or PointPosterior(), likelihood)
+        return with_residual_noise(task, posterior)
+    level = residual_noise(task, posterior, likelihood)
     safe = level.clamp(min=1e-12)
     count = max(2, LIMIT // len(level))
     try:
