@@ -1,4 +1,4 @@
-"""Families of weight priors that `match` learns, of mean zero; weights are scaled by 1 / sqrt(fan-in)."""
+"""Families of weight priors that `match` learns; weights are scaled by 1 / sqrt(fan-in)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bayesdl.priors.coupling import AffineCoupling, LayerFlow
 from bayesdl.priors.spline import Spline
 
 BINS = 8  # of a spline
+SETTLED = 0.25  # std of hidden weights around their means at the start, where the means have size one
 MAPS, INNER = 4, 8  # couplings of a layer; inner units of each
 LARGEST = 10_000  # parameters of a layer under couplings
 WIDEST = 1e6  # variances beyond it are cut: their functions overflow, and no target asks for them
@@ -24,11 +25,16 @@ WIDEST = 1e6  # variances beyond it are cut: their functions overflow, and no ta
 @final
 @dataclass(frozen=True)
 class Slot:
-    """One parameter tensor: its name, shape, and the fan-in that divides its variance (1 for a bias)."""
+    """One parameter tensor: its name, shape, and the fan-in that divides its variance (1 for a bias).
+
+    Attributes:
+        output: whether it belongs to the layer whose outputs are the network's.
+    """
 
     name: str
     shape: tuple[int, ...]
     fan_in: int
+    output: bool = False
 
 
 class Family(nn.Module, ABC):
@@ -43,6 +49,10 @@ class Family(nn.Module, ABC):
     def __init__(self, slots: tuple[Slot, ...]) -> None:
         super().__init__()
         self.slots = slots
+
+    def start(self, generator: torch.Generator) -> None:
+        """Draw what the law starts from; most laws draw nothing."""
+        del generator
 
     @abstractmethod
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -95,6 +105,55 @@ class GaussianFamily(Family):
     def describe(self) -> dict[str, dict[str, float]]:
         found = self.deviations().detach()
         return {slot.name: {"std": float(value)} for slot, value in zip(self.slots, found, strict=True)}
+
+
+@final
+class LocatedFamily(Family):
+    """w = (m + std eps) / sqrt(fan-in): one std for each tensor, and a mean for each weight before the output layer.
+
+    The means of hidden layers are drawn standard normal and then learned: a network whose features are settled within
+    their std, and whose last layer, of mean zero, mixes them. With many of them its functions are nearly Gaussian, of a
+    covariance that independent weights of mean zero cannot have.
+    """
+
+    name: ClassVar[str] = "located"
+
+    def __init__(self, slots: tuple[Slot, ...]) -> None:
+        super().__init__(slots)
+        starts = [_inverse_softplus(1.0 if slot.output else SETTLED) for slot in slots]
+        self.raw = nn.Parameter(torch.tensor(starts, dtype=torch.float64))
+        self.means = nn.ParameterList(torch.zeros(slot.shape) for slot in slots if not slot.output)
+
+    def start(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for mean in self.means:
+                mean.copy_(torch.randn(mean.shape, generator=generator))
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        drawn, means = {}, iter(self.means)
+        for slot, scale in zip(self.slots, nn.functional.softplus(self.raw).float(), strict=True):
+            value = torch.randn(n, *slot.shape, generator=generator) * scale
+            drawn[slot.name] = (value if slot.output else value + next(means)) / math.sqrt(slot.fan_in)
+        return drawn
+
+    def prior(self) -> Prior:
+        scales, means = nn.functional.softplus(self.raw.detach()).tolist(), iter(self.means)
+        precision = {slot.name: slot.fan_in / scale**2 for slot, scale in zip(self.slots, scales, strict=True)}
+        if not len(self.means):
+            return GaussianPrior(precision=precision)
+        centres = {
+            slot.name: torch.zeros(slot.shape) if slot.output else next(means).detach() / math.sqrt(slot.fan_in)
+            for slot in self.slots
+        }
+        return GaussianPrior(precision=precision, mean=centres)
+
+    def describe(self) -> dict[str, dict[str, float]]:
+        found, means = {}, iter(self.means)
+        for slot, scale in zip(self.slots, nn.functional.softplus(self.raw.detach()).tolist(), strict=True):
+            found[slot.name] = {"std": scale}
+            if not slot.output:
+                found[slot.name]["size of means"] = float(next(means).detach().square().mean().sqrt())
+        return found
 
 
 @final
@@ -266,6 +325,7 @@ def _coupling_numbers(size: int, moves: int, source: torch.Generator) -> nn.Para
 
 FAMILIES: dict[str, type[Family]] = {
     "gaussian": GaussianFamily,
+    "located": LocatedFamily,
     "hierarchical": HierarchicalFamily,
     "spline": SplineFamily,
     "coupling": CouplingFamily,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ class Pushforward:
     Args:
         network: with the selection whose prior is meant; never written to.
         extra: standard deviations by name for parameters of layers without a fan-in.
+        example: one batch of inputs, to tell which layer's outputs are the network's; without it the last layer counts.
 
     Raises:
         UnsupportedError: batch norm, whose functions would depend on their batch.
         SelectionError: a selected parameter belongs to no layer with a fan-in.
     """
 
-    def __init__(self, network: Network, extra: Mapping[str, float] | None = None) -> None:
+    def __init__(self, network: Network, extra: Mapping[str, float] | None = None, example: Any = None) -> None:
         self.network = network
         self.extra = dict(extra or {})
         owners = _owners(network)
@@ -41,9 +43,9 @@ class Pushforward:
                     f"{name!r} belongs to a batch norm: a function under the prior would depend on its batch, or on "
                     "trained statistics. Use a network without it (group norm, layer norm)"
                 )
-        self.slots = tuple(
-            self._slot(n, t, owners.get(n)) for n, t in network.parameters.items() if self._free(n, owners)
-        )
+        slots = [self._slot(n, t, owners.get(n)) for n, t in network.parameters.items() if self._free(n, owners)]
+        last = _output_layer(network, example)
+        self.slots = tuple(replace(slot, output=slot.name.rpartition(".")[0] == last) for slot in slots)
         parameters = network.parameters
         self.held = {
             name: torch.ones_like(parameters[name]) if name.endswith("weight") else torch.zeros_like(parameters[name])
@@ -83,6 +85,16 @@ class Pushforward:
                 "the network's functions under the prior hold NaN or infinity: lower lr, or start narrower"
             )
         return outputs
+
+
+def _output_layer(network: Network, example: Any) -> str:
+    """Path of the layer whose outputs are the network's; of the last one with parameters where none is."""
+    if example is not None:
+        try:
+            return network.reselect("last_layer", example).names[0].rpartition(".")[0]
+        except SelectionError:  # a sum or an activation behind it
+            pass
+    return list(dict(network.template.named_parameters()))[-1].rpartition(".")[0]
 
 
 def _owners(network: Network) -> dict[str, nn.Module]:

@@ -53,9 +53,10 @@ def match(
             autoencoder the data themselves, `(N, ...)`: its reconstructions under the prior should be distributed as
             they are (Tran et al. 2021, "Model selection for Bayesian autoencoders"; they use distance="dsw").
         inputs: `(N, ...)`, standardised training inputs; the measurement sets come from these alone.
-        family: "gaussian" (one standard deviation a tensor), "hierarchical" (inverse-gamma variances), "spline" (a
-            learned shape) or "coupling" (a learned joint law of each layer, up to 10,000 parameters); the last two for
-            samplers and MAP only.
+        family: "gaussian" (one standard deviation a tensor), "located" (and a learned mean for every weight before the
+            output layer: closest to a process, at the price of features that are largely settled), "hierarchical"
+            (inverse-gamma variances), "spline" (a learned shape) or "coupling" (a learned joint law of each layer, up
+            to 10,000 parameters); the last two for samplers and MAP only.
         distance: "w1", "energy", "mmd", "gaussian-w2", "moments", "sw", "dsw", or a configured one.
         measurement: where functions are compared; default 100 points, 70 of them inputs (autoencoders: 32 inputs).
         steps: of the prior.
@@ -84,7 +85,7 @@ def match(
             f"patience={patience} with distance={distance!r}; expected at least 1, and a distance without a critic"
         )
     network = model if isinstance(model, Network) else Network(model, select=select, example=inputs[:1])
-    plain = Pushforward(network, extra)
+    plain = Pushforward(network, extra, inputs[:1])
     push: Push = plain
     source = generator or torch.Generator().manual_seed(0)
     if isinstance(target, Tensor):
@@ -93,6 +94,7 @@ def match(
     else:
         places = measurement or _default_places(inputs)
     law = make(family, push.slots)
+    law.start(source)
     own = fresh(source)
     before = _fit(push, law, target, places, own, num_functions)
     start = time.perf_counter()

@@ -56,7 +56,7 @@ class Task:
         return self.data
 
     def gaussian_prior(self, layer: str | None = None) -> GaussianPrior | None:
-        """The prior as a Gaussian, or None; named precisions become one per parameter.
+        """The prior as a Gaussian, or None; named precisions and means become flat.
 
         Args:
             layer: of a method that is about this layer alone; named precisions then become that of its weight.
@@ -67,17 +67,23 @@ class Task:
         if self.prior is None:
             return None
         if isinstance(self.prior, GaussianPrior):
-            if isinstance(self.prior.precision, Mapping) and layer is not None:
+            prior = self.prior
+            if isinstance(prior.mean, Mapping):
+                own = self.network.parameters
+                if layer is not None:
+                    own = {name: value for name, value in own.items() if name.rpartition(".")[0] == layer}
+                prior = replace(prior, mean=prior.centre(own))
+            if isinstance(prior.precision, Mapping) and layer is not None:
                 name = f"{layer}.weight" if layer else "weight"
-                if name not in self.prior.precision:
+                if name not in prior.precision:
                     raise ArgumentError(
-                        f"the prior names a precision for {sorted(self.prior.precision)} and none for {name!r}, the "
+                        f"the prior names a precision for {sorted(prior.precision)} and none for {name!r}, the "
                         "weight of the last layer"
                     )
-                return replace(self.prior, precision=self.prior.precision[name])
-            if isinstance(self.prior.precision, Mapping):
-                return replace(self.prior, precision=self.prior.vector(self.network.parameters))
-            return self.prior
+                return replace(prior, precision=prior.precision[name])
+            if isinstance(prior.precision, Mapping):
+                return replace(prior, precision=prior.vector(self.network.parameters))
+            return prior
         raise ArgumentError(
             f"prior is {type(self.prior).__name__}; this method needs a bdl.GaussianPrior (its posterior is Gaussian), "
             'such as bdl.functional.match(..., family="gaussian") finds; samplers and NUTS take any prior'

@@ -236,7 +236,9 @@ def build_sampler(job: Job, pairs: list[tuple[str, nn.Parameter]]) -> Sampler:
 
 def scalar_precision(prior: Prior) -> float | None:
     """Precision of a Gaussian prior around zero with one for all; None for other priors."""
-    if not isinstance(prior, GaussianPrior) or isinstance(prior.precision, Mapping):
+    if not isinstance(prior, GaussianPrior):
+        return None
+    if isinstance(prior.precision, Mapping) or isinstance(prior.mean, Mapping):
         return None
     precision, mean = torch.as_tensor(prior.precision), torch.as_tensor(prior.mean)
     return float(precision) if precision.numel() == 1 and not bool(mean.any()) else None

@@ -21,12 +21,12 @@ class GaussianPrior(Prior):
     Args:
         precision: inverse variance of the weights: a positive number, one per layer (block) in the order of
             `bayes.layers`, one per selected parameter in flat order, or a dictionary from parameter names to numbers.
-        mean: a number, or a flat vector over the selected parameters.
+        mean: a number, a flat vector over the selected parameters, or a dictionary from parameter names to tensors.
         report: how it was found, where `bdl.functional.match` found it.
     """
 
     precision: float | Sequence[float] | Tensor | Mapping[str, float] = 1.0
-    mean: float | Tensor = 0.0
+    mean: float | Tensor | Mapping[str, Tensor] = 0.0
     report: object = field(default=None, repr=False, compare=False)
 
     name: ClassVar[str] = "gaussian"
@@ -46,11 +46,14 @@ class GaussianPrior(Prior):
                 f"precision={self.precision!r}; expected a positive finite number, or a vector of them (per layer "
                 "or per parameter)"
             )
+        for key, centre in self.mean.items() if isinstance(self.mean, Mapping) else (("", self.mean),):
+            if not bool(torch.isfinite(torch.as_tensor(centre)).all()):
+                raise ArgumentError(f"the prior's mean{f' of {key!r}' if key else ''} holds NaN or infinity")
 
     def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
         flat = torch.cat([p.reshape(-1) for p in parameters.values()]).double()
         precision = self.per_parameter(parameters).to(flat)
-        offset = flat - torch.as_tensor(self.mean, dtype=flat.dtype, device=flat.device)
+        offset = flat - self.centre(parameters).to(flat)
         log_precision = precision.log().expand_as(flat)
         return 0.5 * (log_precision - precision * offset.square() - torch.log(flat.new_tensor(2 * torch.pi))).sum()
 
@@ -58,7 +61,7 @@ class GaussianPrior(Prior):
         sizes = [value.numel() for value in parameters.values()]
         noise = torch.randn(sum(sizes), dtype=torch.float64, generator=generator)
         spread = self.per_parameter(parameters).cpu().rsqrt()
-        flat = torch.as_tensor(self.mean, dtype=torch.float64).cpu() + noise * spread
+        flat = self.centre(parameters).cpu() + noise * spread
         return {n: d.view(v.shape).to(v) for (n, v), d in zip(parameters.items(), flat.split(sizes), strict=True)}
 
     def vector(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -77,6 +80,27 @@ class GaussianPrior(Prior):
             )
         pieces = [torch.full((value.numel(),), float(self.precision[n])).double() for n, value in parameters.items()]
         return torch.cat(pieces)
+
+    def centre(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The mean as given, a number or flat, or named means as one flat vector in the order given, `(P,)`; float64.
+
+        Raises:
+            ArgumentError: a parameter has no mean by its name, or one of another shape.
+        """
+        if not isinstance(self.mean, Mapping):
+            return torch.as_tensor(self.mean, dtype=torch.float64)
+        for name, value in parameters.items():
+            if name not in self.mean:
+                raise ArgumentError(
+                    f"the prior names a mean for {sorted(self.mean)} and none for {name!r}; select the same parameters "
+                    "that it was made for"
+                )
+            if self.mean[name].shape != value.shape:
+                raise ArgumentError(
+                    f"the prior's mean of {name!r} has shape {tuple(self.mean[name].shape)} and the parameter "
+                    f"{tuple(value.shape)}"
+                )
+        return torch.cat([self.mean[name].double().reshape(-1) for name in parameters])
 
     def per_parameter(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The precision as one number, `(1,)`, or of every weight in the order given, `(P,)`; float64.
@@ -104,5 +128,9 @@ class GaussianPrior(Prior):
     def map(self, function: Callable[[Tensor], Tensor]) -> GaussianPrior:
         """Apply `function` to the tensors held."""
         precision = function(self.precision) if isinstance(self.precision, Tensor) else self.precision
-        mean = function(self.mean) if isinstance(self.mean, Tensor) else self.mean
+        mean: float | Tensor | Mapping[str, Tensor] = self.mean
+        if isinstance(mean, Mapping):
+            mean = {name: function(value) for name, value in mean.items()}
+        elif isinstance(mean, Tensor):
+            mean = function(mean)
         return replace(self, precision=precision, mean=mean)

@@ -83,9 +83,9 @@ class GaussianForce(Force):
 
     def __init__(self, prior: GaussianPrior) -> None:
         self._prior = prior
-        # named precisions are looked up once the parameters are known
+        # what is named is looked up once the parameters are known
         precision = torch.zeros(2) if isinstance(prior.precision, Mapping) else as_numbers(prior.precision, "precision")
-        mean = torch.as_tensor(prior.mean)
+        mean = torch.ones(()) if isinstance(prior.mean, Mapping) else torch.as_tensor(prior.mean)
         self._scalar = float(precision) if precision.numel() == 1 and not bool(mean.any()) else None
         self._terms: dict[str, tuple[Tensor, Tensor]] = {}  # precision and mean by parameter name
 
@@ -102,8 +102,8 @@ class GaussianForce(Force):
         return list(torch._foreach_addcmul(block.grads, offset, precision, value=1.0 / num_data))
 
     def _split(self, names: list[str], params: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        precision = self._prior.per_parameter(dict(zip(names, params, strict=True))).cpu()
-        mean = torch.as_tensor(self._prior.mean, dtype=torch.float64).cpu().reshape(-1)
+        own = dict(zip(names, params, strict=True))
+        precision, mean = self._prior.per_parameter(own).cpu(), self._prior.centre(own).cpu().reshape(-1)
         sizes = [p.numel() for p in params]
         if mean.numel() not in (1, sum(sizes)):
             raise ArgumentError(f"the prior's mean has {mean.numel()} entries for {sum(sizes)} parameters")

@@ -9,7 +9,14 @@ from torch import nn
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, UnknownNameError, UnsupportedError
 from bayesdl.functional import GP, Grid, LogNormal, Measurement
-from bayesdl.functional.families import FAMILIES, CouplingFamily, GaussianFamily, HierarchicalFamily, Slot
+from bayesdl.functional.families import (
+    FAMILIES,
+    CouplingFamily,
+    GaussianFamily,
+    HierarchicalFamily,
+    LocatedFamily,
+    Slot,
+)
 from bayesdl.functional.functions import Pushforward
 from bayesdl.network import Network
 from tests.untouched import untouched
@@ -141,6 +148,56 @@ def test_gradient_of_the_hierarchical_draws():
     slope = torch.sigmoid(law.raw_shape.detach())  # of softplus
     assert float(law.raw_shape.grad) == pytest.approx(float(slope) * -rate / (shape - 1) ** 2, rel=0.05)
     assert float(law.raw_rate.grad) == pytest.approx(float(slope) / (shape - 1), rel=0.02)
+
+
+def test_located_weights_have_the_moments_of_their_prior():
+    slots = (Slot("0.weight", (3, 2), 2), Slot("0.bias", (3,), 1), Slot("2.weight", (1, 3), 3, output=True))
+    law = LocatedFamily(slots)
+    law.start(generator(7))
+    with torch.no_grad():
+        law.raw.copy_(torch.tensor([0.5, 0.2, 2.0]).double().expm1().log())
+    prior = law.prior()
+    expected = torch.randn(3, 2, generator=generator(7)) / math.sqrt(2.0)
+    torch.testing.assert_close(prior.mean["0.weight"], expected)
+    assert not bool(prior.mean["2.weight"].any())
+    assert prior.precision == pytest.approx({"0.weight": 2 / 0.25, "0.bias": 1 / 0.04, "2.weight": 3 / 4})
+    drawn = law.draw(20_000, generator(1))
+    for name, value in drawn.items():  # twelve entries, two moments, at five standard errors
+        spread = prior.precision[name] ** -0.5
+        assert bool(((value.mean(0) - prior.mean[name]).abs() < 5 * spread / math.sqrt(20_000)).all())
+        assert bool(((value.var(0) / spread**2 - 1).abs() < 5 * math.sqrt(2 / 20_000)).all())
+    assert law.describe()["0.weight"]["size of means"] == pytest.approx(
+        float((expected * 2**0.5).square().mean()) ** 0.5
+    )
+    # without hidden layers it is the Gaussian family
+    assert LocatedFamily(slots[2:]).prior() == GaussianFamily(slots[2:]).prior()
+
+
+@pytest.mark.slow
+def test_located_weights_come_closer_to_short_lengthscales():
+    torch.manual_seed(0)
+    layers = [nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1)]
+    options = {"distance": "gaussian-w2", "steps": 140, "num_functions": 128}
+    errors = [
+        matched(nn.Sequential(*layers), GP(lengthscale=0.4), family=family, **options).report.fit.covariance_error
+        for family in ("gaussian", "located")
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_the_output_layer_is_found_by_running():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(5, 2), nn.Linear(1, 5)
+
+        def forward(self, x):
+            return self.last(self.first(x).tanh())
+
+    push = Pushforward(Network(Backwards()), example=X[:1])
+    assert [slot.name for slot in push.slots if slot.output] == ["last.weight", "last.bias"]
+    push = Pushforward(Network(nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 2), nn.Softplus())), example=X[:1])
+    assert [slot.name for slot in push.slots if slot.output] == ["1.weight", "1.bias"]
 
 
 def test_couplings_draw_what_their_prior_draws_and_refuse_large_layers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -60,6 +61,25 @@ def test_moves() -> None:
     assert isinstance(prior.precision, torch.Tensor) and prior.precision.dtype is torch.float64
     assert isinstance(prior.mean, torch.Tensor) and prior.mean.dtype is torch.float64
     assert GaussianPrior(precision=2.0).map(torch.Tensor.double) == GaussianPrior(precision=2.0)
+
+
+def test_named_means(generator: torch.Generator) -> None:
+    centres = {"b": torch.tensor([1.0, 2.0]), "w": torch.linspace(0, 1, 6).reshape(2, 3), "other": torch.ones(1)}
+    flat = torch.cat([centres["w"].reshape(-1), centres["b"]])
+    named, plain = GaussianPrior({"w": 2.0, "b": 0.5}, centres), GaussianPrior([2.0] * 6 + [0.5] * 2, flat)
+    assert torch.equal(named.log_prob(THETA), plain.log_prob(THETA))
+    again = torch.Generator().set_state(generator.get_state())
+    drawn, expected = named.sample(THETA, generator), plain.sample(THETA, again)
+    assert all(torch.equal(drawn[name], expected[name]) for name in THETA)
+    assert named.map(torch.Tensor.double).mean["b"].dtype is torch.float64
+    with pytest.raises(ArgumentError, match="none for 'b'"):
+        GaussianPrior(1.0, {"w": centres["w"]}).log_prob(THETA)
+    with pytest.raises(ArgumentError, match=r"mean of 'b' has shape \(1,\) and the parameter \(2,\)"):
+        GaussianPrior(1.0, {**centres, "b": torch.ones(1)}).log_prob(THETA)
+    with pytest.raises(ArgumentError, match="mean of 'b' holds NaN"):
+        GaussianPrior(1.0, {"b": torch.tensor([math.nan])})
+    with pytest.raises(ArgumentError, match="mean holds NaN"):
+        GaussianPrior(1.0, torch.tensor([math.inf, 0.0]))
 
 
 def test_gradient_and_draws(generator: torch.Generator) -> None:
