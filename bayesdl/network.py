@@ -15,7 +15,7 @@ from bayesdl.clone import is_quantised, structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
 from bayesdl.explicit import explicit
 from bayesdl.freshness import digest, spread
-from bayesdl.outputs import OutputAxis, extract_output, known_batch_size, outputs_last
+from bayesdl.outputs import OutputAxis, extract_output, known_batch_size, outputs_last, without_absent_options
 from bayesdl.select import Selector, Subnetwork, describe, resolve
 from bayesdl.sharded import stripped
 from bayesdl.streaming import Change, Streamed, Whole, is_sharded
@@ -232,7 +232,7 @@ class Network:
         else:
             raw = module(*call.args, **kwargs)
         output = self.batch.read(raw, call) if isinstance(self.batch, HuggingFace) else extract_output(raw)
-        return outputs_last(output, size, self.output_axis)
+        return outputs_last(without_absent_options(output, call), size, self.output_axis)
 
     def _own(self, call: Any) -> Any:
         # an in-place activation at the front would write to the data; out of place it would compute something else

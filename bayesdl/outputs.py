@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from bayesdl.batch import flatten_tensors
+from bayesdl.batch import Call, flatten_tensors
 from bayesdl.errors import ShapeError
 
 OutputAxis = int | Literal["auto"] | None
+# of an option that a question does not have: probability 0, and still a number in entropies and derivatives
+ABSENT = -1e3
 
 
 def extract_output(raw: Any) -> Tensor:
@@ -28,6 +31,21 @@ def extract_output(raw: Any) -> Tensor:
         f"the network returned {type(raw).__name__}; expected a tensor or an object with .logits. Wrap it in a module "
         "that returns the outputs alone"
     )
+
+
+def without_absent_options(output: Tensor, call: Any) -> Tensor:
+    """Scores `(B, C)` of multiple choice, in which options that a question does not have are as good as impossible.
+
+    Where questions differ in their number of options, batches of tokens `(B, C, T)` are filled up: an option without
+    any attended token is such a filling, and its score is replaced by `ABSENT`.
+    """
+    kwargs = (call.kwargs or {}) if isinstance(call, Call) else {}
+    tokens, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if not isinstance(tokens, Tensor) or not isinstance(mask, Tensor) or tokens.dim() != 3:
+        return output
+    if mask.shape != tokens.shape or output.shape != tokens.shape[:2]:
+        return output
+    return torch.where((mask != 0).any(-1).to(output.device), output, ABSENT)
 
 
 def two_dimensional(output: Tensor, size: int | None = None) -> Tensor:

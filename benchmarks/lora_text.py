@@ -36,14 +36,8 @@ import bayesdl as bdl
 
 DRAWS, MEMBERS, LENGTH, SIZE = 10, 3, 40, 50
 OUTSIDE = "clinc150"
-KEYS = {
-    "accuracy": "accuracy",
-    "nll": "nll",
-    "ece": "ece",
-    "brier": "brier",
-    "auroc entropy": f"ood/{OUTSIDE}/entropy/auroc",
-    "auroc epistemic": f"ood/{OUTSIDE}/epistemic/auroc",
-}
+PLAIN_KEYS = {key: key for key in ("accuracy", "nll", "ece", "brier")}
+KEYS = PLAIN_KEYS | {f"auroc {score}": f"ood/{OUTSIDE}/{score}/auroc" for score in ("entropy", "epistemic")}
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ Wrapped = Callable[..., bdl.BayesianModel]
 
 
 def methods(
-    members: list[Any], batches: dict[str, list[Batch]], sizes: Sizes
+    members: list[Any], batches: dict[str, list[Batch]], sizes: Any
 ) -> Iterator[tuple[str, bdl.BayesianModel, float]]:
     """Name, model, and seconds to make it beyond one training (that of the ensemble: not counted here)."""
     model = members[0]
@@ -126,7 +120,6 @@ def one_seed(task: str, folder: Path, encoder: Encoder, sizes: Sizes, seed: int,
         trained(folder, encoder, data, sizes.epochs, MEMBERS * seed + member, options.device)
         for member in range(MEMBERS)
     ]
-    training = fitted[0][1]
     outside = out_of_scope(options.data).shuffled(0).part(0, sizes.outside)
     batches = {
         "train": encoder.batches(data.train, SIZE),
@@ -135,21 +128,35 @@ def one_seed(task: str, folder: Path, encoder: Encoder, sizes: Sizes, seed: int,
         "test": encoder.batches(data.test, SIZE),
         "outside": encoder.batches(outside, SIZE, labels=False),
     }
+    outside = {OUTSIDE: batches["outside"]}
+    return measured([model for model, _ in fitted], fitted[0][1], batches, outside, sizes, KEYS, f"{task} {seed}")
+
+
+def measured(
+    members: list[Any],
+    training: float,
+    batches: dict[str, list[Batch]],
+    outside: dict[str, list[Batch]],
+    sizes: Any,
+    keys: dict[str, str],
+    what: str,
+) -> dict[str, Any]:
+    """Every method on one test set, given networks and the CPU seconds that one of them took to train."""
     rows: dict[str, Any] = {}
     plain = math.nan
-    for name, bayes, seconds in methods([model for model, _ in fitted], batches, sizes):
+    for name, bayes, seconds in methods(members, batches, sizes):
         start = time.process_time()
-        found = bdl.evaluate(bayes, batches["test"], ood={OUTSIDE: batches["outside"]})
+        found = bdl.evaluate(bayes, batches["test"], ood=outside)
         spent = time.process_time() - start
         plain = spent if name == "MAP" else plain
-        seconds += (MEMBERS - 1) * training if name.startswith("ensemble") else 0.0
-        rows[name] = {short: found[key] for short, key in KEYS.items() if key in found}
+        seconds += (len(members) - 1) * training if name.startswith("ensemble") else 0.0
+        rows[name] = {short: found[key] for short, key in keys.items() if key in found}
         rows[name] |= {"made / training": seconds / training, "predicted / plain": spent / plain}
         if name.startswith("TFB"):
             report = bdl.lora.search_report(bayes)
             rows[name] |= {"sigma": report.sigma, "passes over the anchors": report.passes}
         rows[name] = {key: round(value, 4) for key, value in rows[name].items()}
-        print(task, seed, name, rows[name], flush=True)
+        print(what, name, rows[name], flush=True)
     return rows
 
 
@@ -165,7 +172,7 @@ def averaged(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return {"seeds": len(seeds), "mean and standard error": rows, "runs": seeds}
 
 
-def earlier(path: Path | None, sizes: Sizes) -> dict[str, Any]:
+def earlier(path: Path | None, sizes: Any) -> dict[str, Any]:
     """What a file holds of runs of these sizes."""
     if path is None or not path.exists():
         return {}

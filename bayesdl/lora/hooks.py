@@ -38,7 +38,9 @@ class Injection:
         self.layers = tuple(layers)
         self.draws, self.sigma, self.seed, self.form = draws, sigma, seed, form
         self.active = False
-        self.start, self.stop, self.rows, self.positions = 0, 0, 0, 0
+        self.start, self.stop, self.rows = 0, 0, 0
+        self.folds: tuple[int, ...] = ()
+        self.flats: tuple[int, ...] = ()
         self.expands = False
         self._fired: set[str] = set()
         self._held: dict[str, Tensor] = {}
@@ -63,17 +65,27 @@ class Injection:
                 del norm.__dict__["get_lora_weight"]
 
     @contextmanager
-    def drawing(self, start: int, stop: int, rows: int, positions: int = 0, expands: bool = False) -> Iterator[None]:
+    def drawing(
+        self,
+        start: int,
+        stop: int,
+        rows: int,
+        folds: tuple[int, ...] = (),
+        flats: tuple[int, ...] = (),
+        expands: bool = False,
+    ) -> Iterator[None]:
         """Noise for one forward pass.
 
         Args:
             start: first draw.
             stop: behind the last one.
             rows: of the whole pass, a multiple of the number of draws.
-            positions: T, where layers may see rows `(rows T, in)`.
+            folds: C, where layers may see rows `(rows C, ..., in)`: options of multiple choice, each a row of its own.
+            flats: T, where layers may see rows `(rows T, in)`.
             expands: whether rows may be repeated in place on the way (beams).
         """
-        self.start, self.stop, self.rows, self.positions, self.expands = start, stop, rows, positions, expands
+        self.start, self.stop, self.rows, self.expands = start, stop, rows, expands
+        self.folds, self.flats = folds, flats
         self._fired.clear()
         self._held.clear()
         self.active = self.sigma > 0
@@ -136,7 +148,8 @@ class Injection:
         leading = x.shape[0]
         if leading == self.rows or (self.expands and leading % self.rows == 0):
             return
-        if x.dim() == 2 and self.positions and leading == self.rows * self.positions:
+        share, rest = divmod(leading, self.rows)
+        if not rest and (share in self.folds or (x.dim() == 2 and share in self.flats)):
             return
         raise UnsupportedError(
             f"layer {layer.name!r} saw inputs {tuple(x.shape)} where {self.rows} rows of {self.stop - self.start} "

@@ -29,15 +29,18 @@ class Prefix:
     first: int
 
     @contextmanager
-    def shared(self, module: nn.Module, items: int, draws: int) -> Iterator[None]:
-        """Pre-hooks on a clone: earlier blocks see B rows, the first block with noise sees S B again."""
-        rows = items * draws
+    def shared(self, module: nn.Module, items: tuple[int, ...], draws: int) -> Iterator[None]:
+        """Pre-hooks on a clone: earlier blocks see B rows, the first block with noise sees S B again.
+
+        `items` are the numbers of rows that may stand for the items: B, or also B C where options become rows.
+        """
         blocks: Any = module.get_submodule(self.path)
+        rows = _Rows(items, draws)
         handles = []
         try:
-            for block in blocks[: self.first]:
-                handles.append(block.register_forward_pre_hook(_slicing(rows, items), with_kwargs=True))
-            handles.append(blocks[self.first].register_forward_pre_hook(_repeating(items, draws), with_kwargs=True))
+            for index, block in enumerate(blocks[: self.first]):
+                handles.append(block.register_forward_pre_hook(_slicing(rows, index == 0), with_kwargs=True))
+            handles.append(blocks[self.first].register_forward_pre_hook(_repeating(rows), with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -73,23 +76,39 @@ def agrees(shared: Tensor, plain: Tensor) -> bool:
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]]
 
 
-def _slicing(rows: int, items: int) -> PreHook:
-    def shorter(value: Any) -> Any:
-        return value[:items] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+@final
+class _Rows:
+    """How many rows stand for the items in one run through the blocks, as the first block sees it."""
 
+    def __init__(self, items: tuple[int, ...], draws: int) -> None:
+        self._known = {draws * size: size for size in reversed(items)}
+        self.draws, self.short = draws, items[0]
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.short = self._known.get(len(hidden), self.short)
+
+    def shorter(self, value: Any) -> Any:
+        long = isinstance(value, Tensor) and value.dim() and len(value) == self.draws * self.short
+        return value[: self.short] if long else value
+
+    def longer(self, value: Tensor) -> Tensor:
+        return value.repeat(self.draws, *(1,) * (value.dim() - 1)) if len(value) == self.short else value
+
+
+def _slicing(rows: _Rows, first: bool) -> PreHook:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tree_map(shorter, args), tree_map(shorter, kwargs)
+        if first:
+            rows.enter(args, kwargs)
+        return tree_map(rows.shorter, args), tree_map(rows.shorter, kwargs)
 
     return hook
 
 
-def _repeating(items: int, draws: int) -> PreHook:
-    def longer(value: Tensor) -> Tensor:
-        return value.repeat(draws, *(1,) * (value.dim() - 1)) if len(value) == items else value
-
+def _repeating(rows: _Rows) -> PreHook:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:  # hidden states come first
-            return (longer(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": longer(kwargs["hidden_states"])}
+            return (rows.longer(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": rows.longer(kwargs["hidden_states"])}
 
     return hook

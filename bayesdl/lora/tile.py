@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 
 TOKENS = 1 << 15  # tokens per forward pass where `max_rows` is not given
 LEADERS = ("input_ids", "inputs_embeds", "pixel_values")
-Sharing = Callable[[nn.Module, int, int], AbstractContextManager[None]]
+TOKEN_TYPES = (torch.int64, torch.int32)
+Sharing = Callable[[nn.Module, tuple[int, ...], int], AbstractContextManager[None]]
 
 
 @final
@@ -31,12 +33,16 @@ class Rows:
     Attributes:
         call: prepared inputs.
         count: B.
-        positions: T, or 0 where inputs have no second axis.
+        positions: tokens of an item: T, the C T of multiple choice `(B, C, T)`, or 0 where inputs have no second axis.
+        folds: second axes that a model may fold into its rows, so that layers see B C of them.
+        flats: how many rows an item may become where a layer sees rows alone, `(B T, in)`.
     """
 
     call: Any
     count: int
     positions: int
+    folds: tuple[int, ...] = ()
+    flats: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, call: Any) -> Rows:
@@ -55,11 +61,24 @@ class Rows:
         leader = tensors[0] if leader is None and tensors else leader
         if leader is None or not len(leader):
             raise ShapeError("the batch is empty, or holds no tensor; expected at least one example")
-        return cls(call, len(leader), int(leader.shape[1]) if leader.dim() > 1 else 0)
+        parts = [t for t in tensors if len(t) == len(leader) and (t is leader or t.dtype in TOKEN_TYPES)]
+        folded = [t for t in parts if t.dim() > (2 if t.dtype in TOKEN_TYPES else 3)]
+        flats = {t.shape[1] for t in parts if t.dim() > 1} | {t.shape[1] * t.shape[2] for t in folded}
+        tokens = [t[0].numel() for t in parts if t.dtype in TOKEN_TYPES and t.dim() < 4]
+        if leader.dim() > 1 and leader.dtype not in TOKEN_TYPES:
+            tokens.append(leader.shape[1])
+        folds = sorted({t.shape[1] for t in folded})
+        return cls(call, len(leader), max(tokens, default=0), tuple(folds), tuple(sorted(flats | set(folds))))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows that layers may see for the items."""
+        return (self.count, *(self.count * fold for fold in self.folds))
 
     def piece(self, start: int, stop: int) -> Rows:
         """Items start..stop-1."""
-        return Rows(self._mapped(lambda tensor: tensor[start:stop]), min(stop, self.count) - start, self.positions)
+        call = self._mapped(lambda tensor: tensor[start:stop])
+        return replace(self, call=call, count=min(stop, self.count) - start)
 
     def tiled(self, times: int) -> Any:
         """The call with every item repeated, sample-major."""
@@ -67,9 +86,10 @@ class Rows:
             return self.call
         return self._mapped(lambda tensor: tensor.repeat(times, *(1,) * (tensor.dim() - 1)))
 
-    def ambiguous(self, rows: int) -> bool:
-        """Whether another axis of some input has as many entries as the pass has rows."""
-        return any(rows in tensor.shape[1:] for tensor in flatten_tensors(self.call)[0])
+    def ambiguous(self, draws: int) -> bool:
+        """Whether another axis of some input has as many entries as a pass of so many draws may have rows."""
+        rows = {draws * size for size in self.sizes}
+        return any(rows & set(tensor.shape[1:]) for tensor in flatten_tensors(self.call)[0])
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Any:
         tensors, rebuild = flatten_tensors(self.call)
@@ -80,9 +100,17 @@ def without_cache(call: Any, module: nn.Module) -> Any:
     """The call with `use_cache=False` where the model has such a switch: nobody reads the keys and values."""
     config = getattr(module, "config", None)
     switch = getattr(config, "use_cache", None) if not isinstance(config, dict) else config.get("use_cache")
-    if not isinstance(call, Call) or call.args or switch is not True:
+    if not isinstance(call, Call) or call.args or switch is not True or not _takes_switch(module):
         return call
     return Call((), {"use_cache": False, **(call.kwargs or {})})
+
+
+def _takes_switch(module: nn.Module) -> bool:
+    below: Any = module.get_base_model() if hasattr(module, "get_base_model") else module
+    parameters = inspect.signature(below.forward).parameters.values()
+    # a network of one's own around a model of transformers may show its config, and pass nothing on
+    passed_on = hasattr(below, "config_class") and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return passed_on or any(p.name == "use_cache" for p in parameters)
 
 
 def run(
@@ -168,9 +196,9 @@ def _forward(
 ) -> Tensor:
     count = stop - start
     total = rows.count * count
-    shared = sharing is not None and count > 1 and not rows.ambiguous(total)
-    context = sharing(module, rows.count, count) if shared and sharing is not None else nullcontext()
-    with context, injection.drawing(start, stop, total, rows.positions):
+    shared = sharing is not None and count > 1 and not rows.ambiguous(count)
+    context = sharing(module, rows.sizes, count) if shared and sharing is not None else nullcontext()
+    with context, injection.drawing(start, stop, total, rows.folds, rows.flats):
         output = network.forward(module, rows.tiled(count))
     if len(output) != total:
         raise ShapeError(

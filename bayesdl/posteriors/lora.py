@@ -274,7 +274,7 @@ class AdapterPosterior(Posterior):
         if self.sigma == 0:
             return None
         held = self.cache.sharing
-        if held is None and Rows.of(call).ambiguous(2 * Rows.of(call).count):
+        if held is None and Rows.of(call).ambiguous(2):
             return None  # the comparison would compare plain tiling with itself: leave it to the next batch
         if held is None or held[0] is not network:
             held = self.cache.sharing = (network, self._checked_prefix(network, call, seed))

@@ -160,7 +160,7 @@ def test_half_precision_adds_behind_b() -> None:
             draws = adapter(rounded).cache.draws(rounded.network, adapter(rounded).layers)
             injection = adapter(bayes).injection(bayes.network, 0, form)
             injection.draws, injection.layers = draws, (layer,)
-            with injection.attached(module), injection.drawing(0, 6, 24, 5):
+            with injection.attached(module), injection.drawing(0, 6, 24, flats=(5,)):
                 down = layer.down(module)(value)
                 made.append(layer.up(module)(down))
             results.append(made[0].double())
