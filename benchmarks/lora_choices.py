@@ -35,11 +35,11 @@ KEYS = PLAIN_KEYS | {f"auroc {s}, {o}": f"ood/{o}/{s}/auroc" for o in OUTSIDE fo
 class Sizes:
     """How many of what."""
 
-    train: int = 150
-    held_out: int = 60
-    test: int = 120
-    outside: int = 40
-    anchors: int = 48
+    train: int = 120
+    held_out: int = 50
+    test: int = 100
+    outside: int = 30
+    anchors: int = 40
     epochs: int = 3
 
 

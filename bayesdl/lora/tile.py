@@ -106,7 +106,8 @@ def without_cache(call: Any, module: nn.Module) -> Any:
 
 
 def _takes_switch(module: nn.Module) -> bool:
-    below: Any = module.get_base_model() if hasattr(module, "get_base_model") else module
+    peft: Any = module
+    below = peft.get_base_model() if hasattr(peft, "get_base_model") else peft
     parameters = inspect.signature(below.forward).parameters.values()
     # a network of one's own around a model of transformers may show its config, and pass nothing on
     passed_on = hasattr(below, "config_class") and any(p.kind is p.VAR_KEYWORD for p in parameters)
