@@ -54,6 +54,7 @@ _PUBLIC = {
     "evidence_training": "bayesdl.marginal",
     "gathered": "bayesdl.sharded",
     "load": "bayesdl.files",
+    "load_prior": "bayesdl.priors.files",
     "replace": "bayesdl.last_layer",
 }
 _MODULES = (
@@ -105,6 +106,7 @@ __all__ = [
     "evidence_training",
     "gathered",
     "load",
+    "load_prior",
     "replace",
     "wrap",
 ]
@@ -147,6 +149,7 @@ if TYPE_CHECKING:
         Prior,
         StudentTPrior,
     )
+    from bayesdl.priors.files import load_prior
     from bayesdl.samplers.chain import Chain
     from bayesdl.sharded import gathered
 

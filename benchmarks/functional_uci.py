@@ -4,9 +4,11 @@
 
 FOLDER holds `uci/*.npz` (x, y, train_idx, test_idx). Networks of two layers of 50 tanh units. Inputs and targets are
 standardised by the training rows of each split, and a prior is matched to the training inputs of its split alone. Two
-chains of SGHMC with scale adaptation a split sample weights and noise (its variance by Gibbs steps), starting from the
-prior. The chains of all splits run in one stack of networks, one optimiser for all. The ensemble keeps a tenth of the
-training rows to choose when to stop and how much noise there is. RMSE and NLL in the units of the targets as published.
+chains of SGHMC with scale adaptation a split sample weights and noise (its variance by Gibbs steps). They start from
+the prior; hierarchies from the mode of their variances (`--start prior`: from draws of them, whose heavy tails put some
+chains where they stay). The chains of all splits run in one stack of networks, one optimiser for all. The ensemble
+keeps a tenth of the training rows to choose when to stop and how much noise there is. RMSE and NLL in the units of the
+targets as published.
 """
 
 from __future__ import annotations
@@ -158,13 +160,24 @@ def stacked_prior(found: list[Prior], shapes: Mapping[str, Tensor]) -> Prior:
     return bdl.GaussianPrior(precision=torch.cat(pieces))
 
 
-def sampled(data: Splits, found: list[Prior], steps: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
+def typical(prior: Prior, shapes: Mapping[str, Tensor]) -> Prior:
+    """A hierarchy with its variances at their mode; other priors as they are."""
+    if not isinstance(prior, HierarchicalPrior):
+        return prior
+    modes = {n: torch.tensor(prior.hyper(n)[1] / (prior.hyper(n)[0] + 1.0)) for n in shapes}
+    return bdl.GaussianPrior(precision={n: float(1.0 / v.mean()) for n, v in prior.variance(shapes, modes).items()})
+
+
+def sampled(
+    data: Splits, found: list[Prior], steps: tuple[int, int, int], seed: int, start: str = "typical"
+) -> dict[str, Tensor]:
     """RMSE, NLL `(S,)` and R-hat on predictions of SGHMC with one prior a split."""
     burn_in, thin, kept = steps
     generator = torch.Generator().manual_seed(seed)
     count, size = data.y.shape
     shapes = dict(network(data.x.shape[2]).named_parameters())
-    drawn = [p.sample(shapes, generator) for p in found for _ in range(CHAINS)]
+    starts = [typical(p, shapes) for p in found] if start == "typical" else found
+    drawn = [p.sample(shapes, generator) for p in starts for _ in range(CHAINS)]
     weights = {n: torch.stack([one[n] for one in drawn]).detach().requires_grad_() for n in shapes}
     prior = stacked_prior(found, shapes)
     lr = STEP * size / (CAP if isinstance(prior, Stacked) else 1.0)
@@ -297,7 +310,8 @@ def main() -> None:
     options_parser.add_argument("--data", type=Path, default=None, help="folder; without one nothing is run")
     options_parser.add_argument("--sets", default="yacht,energy,boston,concrete,wine")
     options_parser.add_argument("--splits", type=int, default=20)
-    options_parser.add_argument("--burn-in", type=int, default=1500)
+    options_parser.add_argument("--burn-in", type=int, default=6000)
+    options_parser.add_argument("--start", choices=("typical", "prior"), default="typical")
     options_parser.add_argument("--thin", type=int, default=100)
     options_parser.add_argument("--samples", type=int, default=20, help="of each chain")
     options_parser.add_argument("--match-steps", type=int, default=75)
@@ -308,10 +322,11 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     steps = (60, 20, 4) if options.quick else (options.burn_in, options.thin, options.samples)
-    matching, training = (5, 200) if options.quick else (options.match_steps, 2 * options.burn_in)
+    matching, training = (5, 200) if options.quick else (options.match_steps, 3000)
     figures: dict[str, Any] = {
         "burn-in, thin, samples of each chain": steps,
         "splits": 2 if options.quick else options.splits,
+        "start": options.start,
         "sets": {},
     }
     for name in options.sets.split(","):
@@ -320,9 +335,10 @@ def main() -> None:
         for row in ROWS:
             kind, family = row.split()
             found = priors(data, family.lower(), kind == "matched", matching)
-            runs[row] = sampled(data, found, steps, seed=0)
+            runs[row] = sampled(data, found, steps, 0, options.start)
             print(name, row, {key: summary(value) for key, value in runs[row].items()}, flush=True)
         runs["ensemble of five"] = ensemble(data, training, seed=0)
+        print(name, "ensemble", {key: summary(value) for key, value in runs["ensemble of five"].items()}, flush=True)
         figures["sets"][name] = compared(runs)
         print(name, json.dumps(figures["sets"][name]), flush=True)
         if options.json is not None:

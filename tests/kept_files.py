@@ -72,6 +72,14 @@ MODELS: dict[str, Callable[[], bdl.BayesianModel]] = {
 }
 
 
+def prior() -> bdl.Prior:
+    """With numbers by name and tensors by name, and the report of a match."""
+    target = bdl.functional.GP(outputs=2)
+    report = bdl.functional.evaluate(network(), bdl.GaussianPrior(4.0), target, X, num_functions=20)
+    shapes = {name: value.shape for name, value in network().named_parameters()}
+    return bdl.GaussianPrior(dict.fromkeys(shapes, 4.0), {n: numbers(*s) for n, s in shapes.items()}, report)
+
+
 def means(bayes: bdl.BayesianModel) -> list[list[float]]:
     """Predicted means, rounded."""
     return [[round(float(v), 6) for v in row] for row in bayes(X).mean]
@@ -98,6 +106,8 @@ def write(folder: Path) -> None:
     sums = bdl.curvature.Accumulator(network(), "categorical")
     sums.update((X[:3], LABELS[:3]))
     sums.save(folder / "fit.safetensors")
+    prior().save(folder / "prior.safetensors")
+    expected["prior"] = [[round(float(prior().log_prob({n: p.detach() for n, p in network().named_parameters()})), 6)]]
     Predictions.from_logits(numbers(6, 2), LABELS).save(folder / "predictions.npz")
     models = {"map": bdl.wrap(network(), "map", likelihood="categorical"), "kron": MODELS["kron"]()}
     report = bdl.compare(models, [(X, LABELS)], bootstrap=20, ood={"far": [(5 * X, LABELS)]}, progress=False)

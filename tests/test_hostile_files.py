@@ -28,6 +28,8 @@ from bayesdl import tensorfile
 from bayesdl.checkpoint import read_checkpoint
 from bayesdl.errors import BayesDLError, FileFormatError
 from bayesdl.evaluation import Predictions
+from bayesdl.priors import CouplingPrior, SplinePrior
+from bayesdl.priors.coupling import AffineCoupling, LayerFlow
 from bayesdl.samplers import SGHMC, SampleStore
 from tests.hostile import FILES, contents, damaged_bytes, damaged_documents, damaged_tensors, sign
 
@@ -139,6 +141,39 @@ DESCRIBED: dict[str, Kind] = {
     "chain, resume": Kind(make_chain, "chain/resume.safetensors", resume_chain),
     "chain, base, resume": Kind(make_chain, "chain/base.safetensors", resume_chain),
 }
+
+
+def layer_flow() -> CouplingPrior:
+    numbers = [torch.linspace(-1, 1, n) for n in (2 * 7, 7 * 2, 7 * 2, 7)]
+    shapes = ((2, 7), (7, 2), (7, 2), (7,))
+    maps = tuple(AffineCoupling(m, *(v.view(s) for v, s in zip(numbers, shapes, strict=True))) for m in (0, 1))
+    return CouplingPrior((LayerFlow(("0.bias", "0.weight"), (1.0, 2.0), maps),))
+
+
+def matched() -> bdl.Prior:
+    options = {"distance": "moments", "steps": 2, "num_functions": 4, "family": "located", "progress": False}
+    return bdl.functional.match(NET, bdl.functional.GP(outputs=2), X, **options)
+
+
+PRIORS: dict[str, Callable[[], bdl.Prior]] = {
+    "matched": matched,
+    "vector": lambda: bdl.GaussianPrior([1.0, 2.0], torch.ones(3)),
+    "hierarchical": lambda: bdl.HierarchicalPrior({"w": 1.0}, {"w": 2.0}, fan_in=True),
+    "spline": lambda: SplinePrior({"w": 1.0}, {"w": (0.1,) * 6}),
+    "coupling": layer_flow,
+    "horseshoe": lambda: bdl.HorseshoePrior(slab=1.0),
+}
+
+
+def kept_prior(make: Callable[[], bdl.Prior]) -> Kind:
+    return Kind(
+        lambda folder: make().save(folder / "p.safetensors"),
+        "p.safetensors",
+        lambda folder: bdl.load_prior(folder / "p.safetensors"),
+    )
+
+
+DESCRIBED.update({f"prior, {name}": kept_prior(make) for name, make in PRIORS.items()})
 
 
 def make_adapter(folder: Path) -> None:

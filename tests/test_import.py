@@ -27,7 +27,18 @@ PUBLIC = {
     *("Laplace", "Likelihood", "MAP", "MCDropout", "Poisson", "Predictive", "Prior", "Report", "SGMCMC", "SWAG", "TFB"),
     "BayesVLM",
     *("EvidenceTrainer", "MinibatchEvidence", "evidence_training", "gathered"),
-    *("Temperature", "VBLL", "__version__", "as_module", "compare", "evaluate", "load", "replace", "wrap"),
+    *(
+        "Temperature",
+        "VBLL",
+        "__version__",
+        "as_module",
+        "compare",
+        "evaluate",
+        "load",
+        "load_prior",
+        "replace",
+        "wrap",
+    ),
 }
 
 SCRIPT = """

@@ -15,7 +15,9 @@ from bayesdl.samplers import SGLD, SampleStore
 from tests.kept_files import FOLDER, LABELS, MODELS, X, means, network, numbers
 
 VERSIONS = sorted(path for path in FOLDER.iterdir() if path.is_dir())
-FILES = [path for version in VERSIONS for path in sorted(version.glob("*.safetensors")) if path.stem != "fit"]
+FILES = [
+    path for version in VERSIONS for path in sorted(version.glob("*.safetensors")) if path.stem not in ("fit", "prior")
+]
 
 
 def expected(version: Path) -> dict[str, list[list[float]]]:
@@ -53,6 +55,12 @@ def test_everything_else(version: Path, tmp_path: Path) -> None:
     sums = bdl.curvature.Accumulator(network(), "categorical")
     assert sums.resume(version / "fit.safetensors")
     assert sums.batches == 1
+
+    prior = bdl.load_prior(version / "prior.safetensors")
+    assert isinstance(prior, bdl.GaussianPrior)
+    found = prior.log_prob({name: value.detach() for name, value in network().named_parameters()})
+    assert float(found) == pytest.approx(expected(version)["prior"][0][0], abs=1e-5)
+    assert "covariance error" in str(prior.report)
 
     predictions = Predictions.load(version / "predictions.npz")
     assert predictions.targets is not None

@@ -19,7 +19,7 @@ from bayesdl.functional.functions import Pushforward
 from bayesdl.functional.gp import GP, Target
 from bayesdl.functional.measurement import Measurement, Places
 from bayesdl.functional.reconstruction import RECONSTRUCTED, Data, Reconstructions
-from bayesdl.functional.report import FUNCTIONS, Fit, MatchReport, compare, fresh, notes
+from bayesdl.functional.report import FUNCTIONS, Fit, MatchReport, compare, describe, fresh, notes
 from bayesdl.network import Network
 from bayesdl.priors import CouplingPrior, GaussianPrior, HierarchicalPrior, Prior, SplinePrior
 from bayesdl.select import Selector
@@ -105,7 +105,14 @@ def match(
     if push.held:
         found = (*found, f"held at one and zero: {sorted(push.held)}")
     name = distance if isinstance(distance, str) else type(distance).__name__
-    return _with_report(law.prior(), MatchReport(fit, before, name, tuple(trace), law.describe(), seconds, found))
+    setting = {
+        "family": family,
+        "target": describe(target),
+        "measurement": describe(places),
+        "draws": f"{num_functions} in each of {len(trace)} steps",
+    }
+    report = MatchReport(fit, before, name, tuple(trace), law.describe(), seconds, found, setting)
+    return _with_report(law.prior(), report)
 
 
 def evaluate(
@@ -236,7 +243,7 @@ def _fit(push: Push, law: Family, target: Target, places: Places, source: torch.
             f"the network's functions have shape {tuple(h.shape[1:])} (points, outputs) and the target's "
             f"{tuple(g.shape[1:])}: set outputs= of the target"
         )
-    return compare(h, g, target, points)
+    return compare(h, g, target, points, isinstance(push, Pushforward))
 
 
 def _default_places(inputs: Tensor) -> Places:

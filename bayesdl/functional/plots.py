@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bayesdl.errors import ArgumentError
 from bayesdl.evaluation import drawing, style
 from bayesdl.functional.gp import Target
+from bayesdl.functional.report import MatchReport
 from bayesdl.network import Network
 from bayesdl.priors import Prior
 from bayesdl.select import Selector
@@ -63,4 +64,29 @@ def draws(
     axes.plot(drawing.array(inputs[:, 0]), drawing.array(values.T), color=style.colour(0), linewidth=1.2, alpha=0.7)
     axes.set_xlabel("x")
     axes.set_ylabel("f(x)")
+    return axes
+
+
+def correlation(report: MatchReport, *, ax: Axes | None = None) -> Axes:
+    """How alike function values are at two points, by the distance of the points: matched, before, and the target's.
+
+    Args:
+        report: `prior.report` of a matched prior, or what `evaluate` returns.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        ArgumentError: an autoencoder's report: its features have no places.
+    """
+    if not report.fit.correlation:
+        raise ArgumentError("the report has no correlations by distance: features of an autoencoder have no places")
+    axes = drawing.dressed(ax, _SIZE)
+    distance, own, target = zip(*report.fit.correlation, strict=True)
+    axes.plot(distance, target, color=style.INK, linewidth=1.2, linestyle="--", label="target")
+    axes.plot(distance, own, color=style.colour(0), linewidth=1.4, label="matched" if report.before else "prior")
+    if report.before is not None:
+        distance, start, _ = zip(*report.before.correlation, strict=True)
+        axes.plot(distance, start, color=style.MUTED, linewidth=1.2, label="before")
+    axes.set_xlabel("distance")
+    axes.set_ylabel("correlation")
+    drawing.legend(axes)
     return axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import final
 
 import torch
@@ -14,6 +14,9 @@ from bayesdl.functional.gp import GP, Target
 
 FUNCTIONS = 2000
 STD_OFF = 0.2
+BINS = 15  # of distance
+SHOWN = 4  # of them in words
+LISTED = 16  # entries of a tensor
 
 
 @final
@@ -28,6 +31,9 @@ class Fit:
         covariance_error: |C - K|_F / |K|_F.
         floor: what as many draws of the target itself would show.
         kurtosis: mean excess kurtosis of the marginals, and the target's.
+        correlation: of the values at two points, by their distance: (distance, correlation, the target's) in
+            `BINS` equal bins of distance, mean over pairs and outputs; bins without a pair are left out. Empty for
+            autoencoders, whose features have no places.
     """
 
     std: tuple[float, float, float]
@@ -36,6 +42,7 @@ class Fit:
     covariance_error: float
     floor: float
     kurtosis: tuple[float, float]
+    correlation: tuple[tuple[float, float, float], ...] = ()
 
 
 @final
@@ -51,6 +58,7 @@ class MatchReport:
         parameters: of the family, by parameter name.
         seconds: spent in matching.
         notes: what to know.
+        setting: family, target, measurement and numbers of draws, in words.
     """
 
     fit: Fit
@@ -60,19 +68,29 @@ class MatchReport:
     parameters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    setting: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [_line("matched" if self.before else "prior", self.fit)]
         if self.before is not None:
             lines.insert(0, _line("before", self.before))
         lines.append(f"Monte Carlo floor of the covariance error {self.fit.floor:.2f}")
+        if self.fit.correlation:
+            shown = self.fit.correlation[:: max(1, len(self.fit.correlation) // SHOWN)][:SHOWN]
+            lines.append(
+                "correlation at distance " + ", ".join(f"{d:.2g}: {a:.2f} (target {b:.2f})" for d, a, b in shown)
+            )
         for name, values in self.parameters.items():
             lines.append(f"  {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in values.items()))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def compare(h: Tensor, g: Tensor, target: Target, inputs: Tensor) -> Fit:
-    """Moments of functions `h` `(n, M, C)` beside draws `g` of the target at the same points."""
+def compare(h: Tensor, g: Tensor, target: Target, inputs: Tensor, placed: bool = True) -> Fit:
+    """Moments of functions `h` `(n, M, C)` beside draws `g` of the target at the same points.
+
+    Args:
+        placed: whether the M values are at the inputs.
+    """
     h, g = h.double(), g.double()
     covariance = _covariance(h)
     if isinstance(target, GP) and target.fixed:
@@ -91,7 +109,31 @@ def compare(h: Tensor, g: Tensor, target: Target, inputs: Tensor) -> Fit:
         float((covariance - wanted).square().sum().sqrt() / size),
         float(floors.sum().sqrt() / size),
         (_kurtosis(h), _kurtosis(g)),
+        by_distance(inputs, covariance, wanted) if placed else (),
     )
+
+
+def by_distance(
+    inputs: Tensor, own: Tensor, wanted: Tensor, bins: int = BINS
+) -> tuple[tuple[float, float, float], ...]:
+    """Mean correlations of two covariances `(C, M, M)` of values at `inputs` `(M, ...)`, by Euclidean distance."""
+    flat = inputs.detach().double().cpu().flatten(1)
+    first, second = torch.triu_indices(len(flat), len(flat), 1)
+    apart = (flat[first] - flat[second]).norm(dim=1)
+    place = (apart / apart.max().clamp(min=torch.finfo(apart.dtype).tiny) * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(place, minlength=bins)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.bincount(place, values.cpu(), minlength=bins) / count
+
+    columns = (mean(apart), *(mean(_correlation(c)[:, first, second].mean(0)) for c in (own, wanted)))
+    rows = torch.stack(columns, 1)[count > 0].tolist()
+    return tuple((row[0], row[1], row[2]) for row in rows)
+
+
+def _correlation(covariance: Tensor) -> Tensor:
+    scale = covariance.diagonal(dim1=1, dim2=2).clamp(min=1e-24).rsqrt()
+    return covariance * scale.unsqueeze(1) * scale.unsqueeze(2)
 
 
 def notes(fit: Fit, before: Fit | None) -> tuple[str, ...]:
@@ -128,6 +170,20 @@ def _line(label: str, fit: Fit) -> str:
         f"{label}: std {fit.std[0]:.3g} ({low:.3g} to {high:.3g}; target {fit.target_std[0]:.3g}), covariance error "
         f"{fit.covariance_error:.2f}, excess kurtosis {fit.kurtosis[0]:.2f} (target {fit.kurtosis[1]:.2f})"
     )
+
+
+def describe(thing: object) -> str:
+    """A target or a measurement set in words: its class and settings, large tensors by their shape."""
+    if not is_dataclass(thing):
+        return type(thing).__name__
+
+    def word(value: object) -> str:
+        if isinstance(value, Tensor):
+            return str(value.tolist()) if value.numel() <= LISTED else f"shape {tuple(value.shape)}"
+        return str(getattr(value, "name", getattr(value, "__name__", repr(value))))
+
+    settings = ", ".join(f"{entry.name}={word(getattr(thing, entry.name))}" for entry in fields(thing))
+    return f"{type(thing).__name__}({settings})"
 
 
 def fresh(generator: torch.Generator) -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -35,6 +36,16 @@ class Prior(ABC):
     def sample(self, parameters: Mapping[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """One draw of every parameter, in the shapes, dtypes and devices of `parameters`."""
         raise UnsupportedError(f"{type(self).__name__} has a density and no way to draw from it: define `sample`")
+
+    def save(self, path: str | Path) -> None:
+        """Write the prior, and the report of its match, to a file that `bdl.load_prior` reads: safetensors plus JSON.
+
+        Raises:
+            UnsupportedError: a prior of the user's own, or the posterior of an earlier fit.
+        """
+        from bayesdl.priors.files import save_prior
+
+        save_prior(self, path)
 
 
 def fan_in(parameter: Tensor) -> int:

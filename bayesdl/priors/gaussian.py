@@ -46,9 +46,13 @@ class GaussianPrior(Prior):
                 f"precision={self.precision!r}; expected a positive finite number, or a vector of them (per layer "
                 "or per parameter)"
             )
-        for key, centre in self.mean.items() if isinstance(self.mean, Mapping) else (("", self.mean),):
-            if not bool(torch.isfinite(torch.as_tensor(centre)).all()):
-                raise ArgumentError(f"the prior's mean{f' of {key!r}' if key else ''} holds NaN or infinity")
+        means = self.mean if isinstance(self.mean, Mapping) else {"": as_numbers(self.mean, "mean")}
+        for key, centre in means.items():
+            of = f" of {key!r}" if key else ""
+            if not isinstance(centre, Tensor):
+                raise ArgumentError(f"the prior's mean{of} is {centre!r}; expected a tensor of the parameter's shape")
+            if not bool(torch.isfinite(centre).all()):
+                raise ArgumentError(f"the prior's mean{of} holds NaN or infinity")
 
     def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
         flat = torch.cat([p.reshape(-1) for p in parameters.values()]).double()

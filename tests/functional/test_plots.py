@@ -38,3 +38,23 @@ def test_lines_are_functions_of_the_prior_or_the_target():
         plots.draws(prior, X)
     with pytest.raises(ArgumentError, match="functions of one input"):
         plots.draws(GP(), torch.zeros(4, 2))
+
+
+def test_correlations_are_drawn_by_distance():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1))
+    options = {"distance": "moments", "steps": 2, "num_functions": 16, "progress": False}
+    report = bdl.functional.match(net, GP(), X, **options).report
+    target, own, before = plots.correlation(report).get_lines()
+    for line, fit, column in ((target, report.fit, 2), (own, report.fit, 1), (before, report.before, 1)):
+        assert list(line.get_xdata()) == [row[0] for row in fit.correlation]
+        assert list(line.get_ydata()) == [row[column] for row in fit.correlation]
+    alone = bdl.functional.evaluate(net, bdl.GaussianPrior(1.0), GP(), X, num_functions=50)
+    assert [line.get_label() for line in plots.correlation(alone).get_lines()] == ["target", "prior"]
+    plt.close("all")
+    data = torch.randn(8, 4, generator=generator())
+    coder = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4))
+    report = bdl.functional.match(coder, data, data, **{**options, "distance": "sw"}).report
+    with pytest.raises(ArgumentError, match="no places"):
+        plots.correlation(report)
