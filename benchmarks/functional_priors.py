@@ -1,6 +1,6 @@
 """Matched weight priors: families and distances at the time that the critic-based recipe takes; the price of a step.
 
-    python benchmarks/functional_priors.py [--steps N] [--lengthscales 0.6,1] [--families gaussian,located] [--json FILE]
+    python benchmarks/functional_priors.py [--steps N] [--lengthscales 0.6,1] [--families gaussian,located] [--json F]
 
 Checked first: on one linear layer, whose functions are exactly Gaussian, every distance finds the scale of a linear
 kernel. Then a network of three layers of 50 tanh units (the recipe's own example) is matched to RBF processes: the
