@@ -1,13 +1,15 @@
 """Out-of-distribution detection on images: methods x scores, near and far, with bootstrap errors.
 
-    python benchmarks/ood_detection.py --data FOLDER [--quick] [--only cifar10] [--json FILE]
+    python benchmarks/ood_detection.py --data FOLDER [--quick] [--only cifar10] [--json FILE [--resume]]
 
 FOLDER holds `mnist`, `fashion_mnist`, `notmnist`, `kannada_mnist`, `cifar10`, `cifar100/ood.npz`, `textures/ood.npz`
 (x, y) and `weights` with LeNet for MNIST and ResNet-20, 32 and 56 for CIFAR-10, trained by others. Nothing sees an
 out-of-distribution image before it is scored; temperatures and priors are chosen on 1,000 held-out test images, and
 the 2,000 that are scored are others. The network for Fashion-MNIST is trained here.
 
-First the numbers: the rank metrics equal scikit-learn's on the first method's scores.
+What needs the last layer alone reads the features of one pass over every set. First the numbers: the layer on those
+features gives what the network gives, a last-layer Laplace on them what it gives on the whole network, and the rank
+metrics equal scikit-learn's.
 """
 
 from __future__ import annotations
@@ -22,226 +24,139 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from _measure import compact, finish, parser
-from defaults import Block, LeNet, ResNet20, loader
-from fashion_last_layer import WIDTH, network
-from fashion_last_layer import fit as trained
+from _ood import QUICK, SETTINGS, TEST, Setting, Sizes
+from defaults import loader
 from torch import Tensor, nn
 
 import bayesdl as bdl
 from bayesdl.evaluation import OOD_METRICS, SCORES, FeatureDensity, Predictions, ood_score, score_metrics
+from bayesdl.evaluation.feature_density import Kind
 from bayesdl.evaluation.feature_statistics import FeatureReader
 from bayesdl.network import Network
 
-TEST, CLASSES = "test", 10
-KINDS = ("mahalanobis", "relative", "single", "density", "knn", "vim")
+CLASSES = 10
+KINDS: tuple[Kind, ...] = ("mahalanobis", "relative", "single", "density", "knn", "vim")
 METRICS = ("auroc", "ap_out", "fpr95")
+QUALITY = ("accuracy", "nll", "ece")
 # What the printed table shows; everything is in the JSON.
 SHOWN = ("max_prob", "entropy", "epistemic", "max_logit", "energy")
 GROUPS = {"near/auroc", "far/auroc"}
+OPTIONS: dict[str, Any] = {"likelihood": "categorical", "progress": False}
 Pair = tuple[Tensor, Tensor]
 Scored = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A trained network, what methods may read, the images scored, and which sets are near and far."""
+class Features:
+    """A setting behind its body: the last layer alone, and what it is given, read once."""
 
-    name: str
-    net: nn.Module
-    head: str
-    width: int
+    net: nn.Sequential
     train: Pair
     held: Pair
-    test: Pair
-    outside: dict[str, Tensor]
-    near: tuple[str, ...]
-    more: Callable[[], Iterator[tuple[str, Any]]]
+    scored: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, setting: Setting) -> Features:
+        """One pass over every image; checked against the network itself."""
+        reader = FeatureReader(Network(setting.net), setting.head, inputs=True)
+
+        def read(x: Tensor) -> Tensor:
+            return torch.cat([reader(part)[0] for part in x.split(100)]).float()
+
+        net = nn.Sequential(setting.net.get_submodule(setting.head)).eval()
+        scored = {place: read(x) for place, x in setting.scored.items()}
+        with torch.no_grad():
+            direct, behind = setting.net(setting.test[0][:200]), net(scored[TEST][:200])
+        assert float((direct - behind).abs().max()) < 1e-4 * float(direct.abs().max())
+        train, held = setting.train, setting.held
+        return cls(net, (read(train[0]), train[1]), (read(held[0]), held[1]), scored)
 
 
-def archive(path: Path, rows: slice) -> Pair:
-    """Pixels in [0, 1] (N, channels, height, width) and labels."""
-    with np.load(path) as file:
-        x, y = file["x"][rows], file["y"][rows]
-    pixels = torch.as_tensor(x).float() / 255
-    return pixels if pixels.dim() == 4 else pixels.unsqueeze(1), torch.as_tensor(y).long()
+Work = tuple[str, Callable[[], Any], bool]
+"""A row: its name, what makes a model of it (a list of them is a mixture), whether that reads features."""
 
 
-def grey(pixels: Tensor) -> Tensor:
-    """Colour images 32 x 32 as grey ones 28 x 28: mean of the channels, the middle."""
-    return pixels.mean(1, keepdim=True)[:, :, 2:-2, 2:-2]
+def last_layer(setting: Setting, features: Features) -> Iterator[Work]:
+    """Methods that change the last layer alone, or what comes after it."""
+    net, seen, held = features.net, loader(features.train), loader(features.held)
+    laplace = bdl.Laplace(select="last_layer")
+    yield "MAP", lambda: bdl.wrap(net, "map", **OPTIONS), True
+    yield "temperature", lambda: bdl.wrap(net, "temperature", held, **OPTIONS), True
+    yield "Laplace, last layer", lambda: bdl.wrap(net, laplace, seen, validation=held, **OPTIONS), True
+    yield "Laplace, last layer, training data alone", lambda: bdl.wrap(net, laplace, seen, **OPTIONS), True
+    yield "vbll, post hoc", lambda: bdl.wrap(net, "vbll", seen, validation=held, **OPTIONS), True
+    sghmc = bdl.SGMCMC("sghmc", num_samples=30)
+    yield "SGHMC, last layer", lambda: bdl.wrap(net, sghmc, loader(features.train, 125), **OPTIONS), True
+    width, labels = features.train[0].shape[1], features.train[1]
 
+    def generative() -> bdl.BayesianModel:
+        head = bdl.last_layer.Generative(width, CLASSES, num_data=len(labels), covariance="full", tensor_output=True)
+        head.fit(*features.train, shrinkage=1e-3)
+        return bdl.BayesianModel(bdl.replace(net, "0", head, keep_weights=False), head.posterior(), head.likelihood())
 
-def colour(pixels: Tensor) -> Tensor:
-    """Grey images 28 x 28 with a black border, three equal channels."""
-    return F.pad(pixels, (2, 2, 2, 2)).expand(-1, 3, -1, -1)
-
-
-def lenet(options: Any, sizes: Sizes) -> Setting:
-    """LeNet for MNIST. Near: other characters; far: clothes and textures."""
-    net = LeNet()
-    net.load_state_dict(torch.load(options.data / "weights/mnist_lenet/mnist_cnn.pt", weights_only=True))
-
-    def scaled(pixels: Tensor) -> Tensor:
-        return (pixels - 0.1307) / 0.3081
-
-    def part(name: str, rows: slice) -> Pair:
-        x, y = archive(options.data / name, rows)
-        return scaled(x), y
-
-    rows = slice(0, sizes.outside)
-    outside = {name: part(f"{name}/test.npz", rows)[0] for name in ("kannada_mnist", "notmnist", "fashion_mnist")}
-    outside["textures"] = scaled(grey(archive(options.data / "textures/ood.npz", rows)[0]))
-    train = part("mnist/train.npz", slice(0, sizes.train))
-    return Setting(
-        "mnist, LeNet", net.eval(), "fc2", 500, train,
-        part("mnist/test.npz", slice(0, sizes.held)),
-        part("mnist/test.npz", slice(sizes.held, sizes.held + sizes.test)),
-        outside, ("kannada_mnist", "notmnist"), lambda: iter(()),
-    )  # fmt: skip
-
-
-def fashion(options: Any, sizes: Sizes) -> Setting:
-    """The small network of `fashion_last_layer.py` with dropout, all others far."""
-    train = archive(options.data / "fashion_mnist/train.npz", slice(0, sizes.train))
-
-    def member(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return trained(network(0.2).train(), *train, sizes.steps, F.cross_entropy, seed)
-
-    nets = [member(seed) for seed in range(5)]
-    rows = slice(0, sizes.outside)
-    outside = {
-        name: archive(options.data / f"{name}/test.npz", rows)[0] for name in ("mnist", "notmnist", "kannada_mnist")
-    }
-    outside["textures"] = grey(archive(options.data / "textures/ood.npz", rows)[0])
-
-    def more() -> Iterator[tuple[str, Any]]:
-        yield "MC dropout", bdl.wrap(nets[0], "dropout", likelihood="categorical")
-        yield "ensemble of five", bdl.wrap(nets, "ensemble", likelihood="categorical")
-
-    held = archive(options.data / "fashion_mnist/test.npz", slice(0, sizes.held))
-    test = archive(options.data / "fashion_mnist/test.npz", slice(sizes.held, sizes.held + sizes.test))
-    return Setting("fashion_mnist, conv", nets[0], "8", WIDTH, train, held, test, outside, (), more)
-
-
-def resnet(options: Any, sizes: Sizes) -> Setting:
-    """ResNet-20 for CIFAR-10. Near: CIFAR-100; far: textures and MNIST."""
-    mean, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-
-    def scaled(pixels: Tensor) -> Tensor:
-        return (pixels - mean.view(3, 1, 1)) / spread.view(3, 1, 1)
-
-    def part(name: str, rows: slice) -> Pair:
-        x, y = archive(options.data / name, rows)
-        return scaled(x), y
-
-    rows = slice(0, sizes.outside)
-    outside = {
-        "cifar100": part("cifar100/ood.npz", rows)[0],
-        "textures": part("textures/ood.npz", rows)[0],
-        "mnist": scaled(colour(archive(options.data / "mnist/test.npz", rows)[0])),
-    }
-    nets = [given(options.data, n, name) for n, name in ((3, "20-12fca82f"), (5, "32-d509ac18"), (9, "56-4bfd9763"))]
-
-    def more() -> Iterator[tuple[str, Any]]:
-        yield "ensemble of ResNet-20, 32, 56", [bdl.wrap(net, "map", likelihood="categorical") for net in nets]
-        yield "ResNet-56, MAP", bdl.wrap(nets[2], "map", likelihood="categorical")
-        if not options.skip_all_layers:
-            few = loader((train[0][: sizes.curvature], train[1][: sizes.curvature]), 250)
-            held_few = loader((held[0][:300], held[1][:300]), 100)
-            yield (
-                "Laplace, all layers",
-                bdl.wrap(nets[0], "laplace", few, likelihood="categorical", validation=held_few, progress=False),
-            )
-
-    train = part("cifar10/train.npz", slice(0, sizes.train))
-    held = part("cifar10/test.npz", slice(0, sizes.held))
-    test = part("cifar10/test.npz", slice(sizes.held, sizes.held + sizes.test))
-    return Setting("cifar10, ResNet-20", nets[0], "linear", 64, train, held, test, outside, ("cifar100",), more)
-
-
-def given(folder: Path, blocks: int, name: str) -> nn.Module:
-    """A ResNet of `blocks` blocks a stage."""
-    net = ResNet20()
-    if blocks != 3:
-        for stage, (first, width, stride) in enumerate(((16, 16, 1), (16, 32, 2), (32, 64, 2)), start=1):
-            rest = [Block(width, width, 1) for _ in range(blocks - 1)]
-            setattr(net, f"layer{stage}", nn.Sequential(Block(first, width, stride), *rest))
-    path = folder / f"weights/cifar10_resnet/resnet{name}.th"
-    state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
-    net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    return net.eval()
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many images each part takes, and how long what is trained here is trained."""
-
-    train: int = 10_000
-    held: int = 1000
-    test: int = 2000
-    outside: int = 2000
-    curvature: int = 2000
-    steps: int = 2000
-    resamples: int = 500
-    swag: int = 10
-
-
-QUICK = Sizes(train=400, held=300, test=200, outside=150, curvature=200, steps=50, resamples=50, swag=3)
-SETTINGS = {"mnist": lenet, "fashion": fashion, "cifar10": resnet}
-
-
-def methods(setting: Setting, sizes: Sizes) -> Iterator[tuple[str, Any]]:
-    """Name and model (a list of models is a mixture of them) of every method that takes a trained network."""
-    seen, held = loader(setting.train), loader(setting.held)
-    options: dict[str, Any] = {"likelihood": "categorical", "progress": False}
-    yield "MAP", bdl.wrap(setting.net, "map", **options)
-    yield "temperature", bdl.wrap(setting.net, "temperature", held, **options)
-    last = bdl.Laplace(select="last_layer")
-    yield "Laplace, last layer", bdl.wrap(setting.net, last, seen, validation=held, **options)
-    yield "Laplace, last layer, training data alone", bdl.wrap(setting.net, last, seen, **options)
-    yield "vbll, post hoc", bdl.wrap(setting.net, "vbll", seen, validation=held, **options)
-    features, labels = features_of(setting, seen), setting.train[1]
-    generative = bdl.last_layer.Generative(
-        setting.width, CLASSES, num_data=len(labels), covariance="full", tensor_output=True
-    )
-    generative.fit(features, labels, shrinkage=1e-3)
-    prototype = bdl.last_layer.Prototype(setting.width, tensor_output=True)
-    prototype.observe(features, labels)
-    for name, head in (("generative head", generative), ("prototype head", prototype)):
+    def prototype() -> bdl.BayesianModel:
+        head = bdl.last_layer.Prototype(width, tensor_output=True)
+        head.observe(*features.train)
         changed = bdl.replace(setting.net, setting.head, head, keep_weights=False)
-        yield name, bdl.BayesianModel(changed, head.posterior(), head.likelihood())
-    few = loader((setting.train[0][: 2 * sizes.curvature], setting.train[1][: 2 * sizes.curvature]), 125)
-    swag = bdl.SWAG(epochs=4, lr=2e-3, collects=5, num_samples=sizes.swag)
-    yield "SWAG", bdl.wrap(setting.net, swag, few, **options)
-    yield from setting.more()
+        return bdl.BayesianModel(changed, head.posterior(), head.likelihood())
+
+    yield "generative head", generative, True
+    # It has no weights, and a network of no weights is none: the whole network it is.
+    yield "prototype head", prototype, False
 
 
-def features_of(setting: Setting, data: list[Any]) -> Tensor:
-    """What the last layer is given."""
-    reader = FeatureReader(Network(setting.net), setting.head, inputs=True)
-    return torch.cat([z for z, _, _ in reader.over(data, progress=False, targets=False)]).float()
+def whole(setting: Setting, sizes: Sizes) -> Iterator[Work]:
+    """Methods over all layers, and further networks."""
+    net, (x, y) = setting.net, setting.train
+
+    def first(count: int, size: int) -> list[Pair]:
+        return loader((x[:count], y[:count]), size)
+
+    held = loader((setting.held[0][:300], setting.held[1][:300]), 100)
+    swag = bdl.SWAG(epochs=4, lr=2e-3, collects=5, num_samples=sizes.samples)
+    sghmc = bdl.SGMCMC("sghmc", num_samples=sizes.samples, burn_in=40, thin=16)
+    few = first(sizes.curvature, 100)
+    yield "Laplace, all layers", lambda: bdl.wrap(net, "laplace", few, validation=held, **OPTIONS), False
+    yield "SWAG", lambda: bdl.wrap(net, swag, first(sizes.trained, 125), **OPTIONS), False
+    yield "SGHMC, all layers", lambda: bdl.wrap(net, sghmc, first(sizes.train, 125), **OPTIONS), False
+    if setting.members:
+        yield "MC dropout", lambda: bdl.wrap(net, "dropout", **OPTIONS), False
+        yield "ensemble of five", lambda: bdl.wrap(list(setting.members), "ensemble", **OPTIONS), False
+    if setting.deeper:
+        nets = [net, *(other for _, other in setting.deeper)]
+        names = ", ".join(["ResNet-20", *(name.removeprefix("ResNet-") for name, _ in setting.deeper)])
+        yield f"ensemble of {names}", lambda: [bdl.wrap(each, "map", **OPTIONS) for each in nets], False
+        name, deepest = setting.deeper[-1]
+        yield f"{name}, MAP", lambda: bdl.wrap(deepest, "map", **OPTIONS), False
 
 
-def feature_scores(setting: Setting) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every score of features on every set; the features are read once, and the last layer stands for the network."""
-    head, labels = setting.net.get_submodule(setting.head), setting.train[1]
-    sets = {TEST: setting.test[0], **setting.outside}
-    known = features_of(setting, loader(setting.train))
-    read = {place: [(features_of(setting, [(part,) for part in x.split(500)]),)] for place, x in sets.items()}
+def check_last_layer(setting: Setting, features: Features) -> float:
+    """Largest difference in probability of a last-layer Laplace on 500 features to one on the whole network."""
+    laplace, prior = bdl.Laplace(select="last_layer"), bdl.GaussianPrior(precision=1.0)
+    count, rows = slice(0, 500), slice(0, 100)
+    made = [
+        bdl.wrap(net, laplace, loader((x[count], setting.train[1][count]), 250), prior=prior, **OPTIONS)(inputs).probs
+        for net, x, inputs in (
+            (setting.net, setting.train[0], setting.test[0][rows]),
+            (features.net, features.train[0], features.scored[TEST][rows]),
+        )
+    ]
+    return float((made[0] - made[1]).abs().max())
+
+
+def feature_scores(features: Features) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every score of features on every set; the last layer stands for the network."""
     for kind in KINDS:
-        density = FeatureDensity(kind=kind).fit(head, loader((known, labels)), progress=False)
-        yield kind, {place: density.scores(batches) for place, batches in read.items()}
+        density = FeatureDensity(kind=kind).fit(features.net[0], loader(features.train), progress=False)
+        yield kind, {place: density.scores([(z,)]) for place, z in features.scored.items()}
 
 
-def scored(setting: Setting, model: Any) -> tuple[Scored, Predictions]:
+def scored(model: Any, sets: dict[str, Tensor], y: Tensor) -> tuple[Scored, Predictions]:
     """Every score that the method has on every set, and its predictions on the test images."""
-    sets = {TEST: setting.test[0], **setting.outside}
     found: Scored = {}
     for place, x in sets.items():
-        made = predicted(model, x, setting.test[1] if place == TEST else None)
+        made = predicted(model, x, y if place == TEST else None)
         if place == TEST:
             test = made
         for name in SCORES:
@@ -255,19 +170,17 @@ def scored(setting: Setting, model: Any) -> tuple[Scored, Predictions]:
 def predicted(model: Any, x: Tensor, y: Tensor | None) -> Predictions:
     """Predictions of a model, or of an equal mixture of several networks."""
     models = model if isinstance(model, list) else [model]
-    made = [each.predict(list(x.split(200)), generator=torch.Generator().manual_seed(0)) for each in models]
+    made = [each.predict(list(x.split(100)), generator=torch.Generator().manual_seed(0)) for each in models]
     if len(made) == 1:
         return Predictions.from_predictive(made[0], y)
     return Predictions.from_logits(torch.stack([each.latent.mean for each in made]), y)
 
 
-def separation(setting: Setting, scores: dict[str, Tensor], sizes: Sizes) -> dict[str, list[float]]:
+def separation(setting: Setting, scores: dict[str, Tensor], drawn: dict[str, Tensor]) -> dict[str, list[float]]:
     """[value, bootstrap standard error] of the AUROC of each set and of every metric near and far.
 
     Near and far are plain means over sets; the test images are resampled in common.
     """
-    generator = torch.Generator().manual_seed(0)
-    drawn = {key: resampled(len(value), sizes.resamples, generator) for key, value in scores.items()}
     values: dict[str, Tensor] = {}
     errors: dict[str, Tensor] = {}
     for place in setting.outside:
@@ -286,13 +199,17 @@ def separation(setting: Setting, scores: dict[str, Tensor], sizes: Sizes) -> dic
     return {key: [round(float(values[key]), 4), round(float(errors[key].std()), 4)] for key in kept}
 
 
-def resampled(count: int, resamples: int, generator: torch.Generator) -> Tensor:
-    """Weights (R, N) of a multinomial bootstrap."""
-    draws = torch.randint(count, (resamples, count), generator=generator)
-    return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape).double())
+def resampled(setting: Setting, resamples: int) -> dict[str, Tensor]:
+    """Weights (R, N) of a multinomial bootstrap of every set, the same for all methods and scores."""
+    generator, drawn = torch.Generator().manual_seed(0), {}
+    for place, x in setting.scored.items():
+        draws = torch.randint(len(x), (resamples, len(x)), generator=generator)
+        weights = torch.zeros(resamples, len(x), dtype=torch.float64)
+        drawn[place] = weights.scatter_add_(1, draws, torch.ones(draws.shape).double())
+    return drawn
 
 
-def check(scores: dict[str, Tensor], place: str) -> float:
+def check_ranks(scores: dict[str, Tensor], place: str) -> float:
     """Largest difference to scikit-learn in AUROC and average precision."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -304,32 +221,34 @@ def check(scores: dict[str, Tensor], place: str) -> float:
 
 
 def run(setting: Setting, sizes: Sizes, figures: dict[str, Any], keep: Callable[[], None]) -> None:
-    """All feature scores and all methods of one setting into `figures`, kept after each: the last ones take longest."""
-    figures |= {"images": {TEST: len(setting.test[0])}, "near": setting.near, "features": {}, "methods": {}}
-    figures["images"] |= {place: len(x) for place, x in setting.outside.items()}
-    start = time.perf_counter()
-    for kind, values in feature_scores(setting):
-        figures["features"][kind] = separation(setting, values, sizes)
-        report(setting, kind, {kind: figures["features"][kind]}, start)
-    for name, model in methods(setting, sizes):
-        scores, test = scored(setting, model)
+    """All feature scores and all methods of one setting into `figures`, kept after each row; rows there stay."""
+    figures |= {"images": {place: len(x) for place, x in setting.scored.items()}, "near": list(setting.near)}
+    rows, start = figures.setdefault("methods", {}), time.process_time()
+    drawn, features = resampled(setting, sizes.resamples), Features.of(setting)
+    figures["last layer on features, difference in probability"] = check_last_layer(setting, features)
+    assert figures["last layer on features, difference in probability"] < 1e-5, figures
+    if "features" not in figures:
+        figures["features"] = {kind: separation(setting, found, drawn) for kind, found in feature_scores(features)}
+    for name, make, behind in (*last_layer(setting, features), *whole(setting, sizes)):
+        if name in rows:
+            continue
+        scores, test = scored(make(), features.scored if behind else setting.scored, setting.test[1])
         if "difference to scikit-learn" not in figures:
-            worst = max(check(scores["entropy"], place) for place in setting.outside)
+            worst = max(check_ranks(scores["entropy"], place) for place in setting.outside)
             assert worst < 1e-9, worst
             figures["difference to scikit-learn"] = worst
-        quality = bdl.evaluation.evaluate_metrics(test, ("accuracy", "nll", "ece"))
-        figures["methods"][name] = {key: round(value, 4) for key, value in quality.items()} | {
-            "scores": {score: separation(setting, values, sizes) for score, values in scores.items()}
+        quality = bdl.evaluation.evaluate_metrics(test, QUALITY)
+        rows[name] = {key: round(value, 4) for key, value in quality.items()} | {
+            "scores": {score: separation(setting, values, drawn) for score, values in scores.items()}
         }
-        report(setting, name, figures["methods"][name]["scores"], start)
+        print(f"{time.process_time() - start:6.0f} s of CPU  {setting.name}: {name}  {brief(rows[name])}", flush=True)
         keep()
 
 
-def report(setting: Setting, name: str, scores: dict[str, dict[str, list[float]]], start: float) -> None:
+def brief(row: dict[str, Any]) -> str:
     """One line of progress."""
-    keys = [f"{group}/auroc" for group in ("near", "far")]
-    shown = {score: [found[key][0] for key in keys if key in found] for score, found in scores.items()}
-    print(f"{time.perf_counter() - start:6.0f} s  {setting.name}: {name}  {json.dumps(shown)}", flush=True)
+    shown = {score: pair(values) for score, values in row["scores"].items()}
+    return json.dumps({key: row[key] for key in QUALITY} | shown)
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -355,19 +274,13 @@ def pair(values: dict[str, list[float]]) -> str:
     return " / ".join(f"{100 * values[key][0]:.1f}" for key in ("near/auroc", "far/auroc") if key in values)
 
 
-def kept(figures: dict[str, Any], path: Path | None) -> None:
-    """Write what there is so far."""
-    if path is not None:
-        path.write_text(compact(figures) + "\n")
-
-
 def main() -> None:
     """Run the settings, print tables and JSON."""
     options_parser = parser(__doc__.splitlines()[0])
     options_parser.add_argument("--data", type=Path, default=None, help="folder; without one nothing is run")
     options_parser.add_argument("--quick", action="store_true", help="few images: shows that it runs")
     options_parser.add_argument("--only", choices=tuple(SETTINGS), default=None)
-    options_parser.add_argument("--skip-all-layers", action="store_true", help="leave Laplace over all layers out")
+    options_parser.add_argument("--resume", action="store_true", help="keep the rows that the file of --json has")
     options = options_parser.parse_args()
     if options.data is None:
         print("nothing to measure without --data FOLDER")
@@ -376,12 +289,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     sizes = QUICK if options.quick else Sizes()
     figures: dict[str, Any] = {"metrics": {name: OOD_METRICS[name].definition for name in METRICS}, "settings": {}}
+    if options.resume and options.json is not None and options.json.exists():
+        figures["settings"] = json.loads(options.json.read_text())["settings"]
+
+    def keep() -> None:
+        if options.json is not None:
+            options.json.write_text(compact(figures) + "\n")
+
     for name, make in SETTINGS.items():
         if options.only in (None, name):
             setting = make(options, sizes)
-            found = figures["settings"][setting.name] = {}
-            run(setting, sizes, found, lambda: kept(figures, options.json))
-            print(table(found), flush=True)
+            run(setting, sizes, figures["settings"].setdefault(setting.name, {}), keep)
+            print(table(figures["settings"][setting.name]), flush=True)
     finish(figures, options)
 
 
