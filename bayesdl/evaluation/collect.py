@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bayesdl.errors import ArgumentError, BayesDLError, LabelError, ShapeError
+from bayesdl.errors import ArgumentError, LabelError, ShapeError
 from bayesdl.evaluation import cost as costs
 from bayesdl.evaluation import validation
+from bayesdl.evaluation.cells import place
+from bayesdl.evaluation.failures import FAILURES, reason
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.predictive import Predictive
 
-TEST, CALIBRATION = "test", "calibration"
+TEST, CALIBRATION, COST = "test", "calibration", "cost"
 _COST_EXAMPLES = 512  # enough to time a method, few enough that a slow one is not run over the whole test set again
 _COST_BATCHES = 16
-# What a method, its file or its loader raises when it fails; an interrupt or a failed assertion is not among them.
-_FAILURES = (
-    BayesDLError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError,
-    TypeError, ValueError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,8 @@ class Collected:
     `about[row]` holds `method`, `temperature` and `cost` (a dict of floats) where they are known. `calibration` holds
     held-out predictions by row, `scores[name][row][data set]` the OOD scores (N,) of feature densities.
     `failures[row][data set]` says why a method has no predictions there; one that failed on `test` has none at all.
+    `failures[row]["cost"]` says why it has predictions but could not be timed. `shortfalls` are sentences about scores
+    that failed.
     """
 
     predictions: dict[str, dict[str, Predictions]]
@@ -45,6 +44,7 @@ class Collected:
     calibration: Mapping[str, Predictions] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
     failures: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    shortfalls: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -113,11 +113,11 @@ def collect(
                 steps.set_postfix_str(f"{row}, {name}")
                 try:
                     found = _predictions(str(row), method, name, source)
-                except _FAILURES as error:
+                except FAILURES as error:
                     if not keep_going:
                         raise
                     first_error = first_error or error
-                    failures.setdefault(str(row), {})[name] = _reason(error)
+                    failures.setdefault(str(row), {})[name] = reason(error)
                     if name == TEST:  # the first: without it nothing else can be shown
                         steps.update(len(sources))
                         break
@@ -135,11 +135,11 @@ def collect(
         timed = {row: model for row, model in models.items() if TEST in predictions[row]}
         if cost and timed:
             steps.set_postfix_str("cost")
-            notes = _add_costs(timed, data, predictions, about)
+            notes = _add_costs(timed, data, predictions, about, failures if keep_going else None)
             steps.update(len(models))
     held = {row: sets.pop(CALIBRATION) for row, sets in predictions.items() if CALIBRATION in sets}
     whole = Collected(predictions, about, shifts, notes, held, failures=failures)
-    return replace(whole, scores=_feature_scores(scores, whole, sources)) if scores else whole
+    return _with_feature_scores(scores, whole, sources, keep_going=keep_going) if scores else whole
 
 
 def grouped(found: Collected, group: Any) -> Collected:
@@ -151,11 +151,12 @@ def grouped(found: Collected, group: Any) -> Collected:
     return replace(found, predictions=rows)
 
 
-def _feature_scores(
-    scores: Mapping[str, Any], found: Collected, sources: Mapping[str, Any]
-) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """OOD scores by name, row and data set, each density read once over every loader."""
+def _with_feature_scores(
+    scores: Mapping[str, Any], found: Collected, sources: Mapping[str, Any], *, keep_going: bool
+) -> Collected:
+    """With OOD scores by name, row and data set, each density read once over every loader."""
     made: dict[str, dict[str, dict[str, Tensor]]] = {}
+    shortfalls = list(found.shortfalls)
     for name, given in scores.items():
         by_row = given if isinstance(given, Mapping) else dict.fromkeys(found.rows, given)
         done: dict[int, dict[str, Tensor]] = {}
@@ -170,13 +171,18 @@ def _feature_scores(
             if row not in found.ran:
                 continue
             if id(density) not in done:
-                done[id(density)] = {
-                    key: density.scores(source).cpu()
-                    for key, source in sources.items()
-                    if (key == TEST or key.startswith("ood/")) and _is_loader(source, name, key)
-                }
+                done[id(density)] = {}
+                for key, source in sources.items():
+                    if (key != TEST and not key.startswith("ood/")) or not _is_loader(source, name, key):
+                        continue
+                    try:
+                        done[id(density)][key] = density.scores(source).cpu()
+                    except FAILURES as error:
+                        if not keep_going:
+                            raise
+                        shortfalls.append(f"The score {name} of {row} failed on {place(key) or key}: {reason(error)}")
             made.setdefault(_set_name(name), {})[row] = done[id(density)]
-    return made
+    return replace(found, scores=made, shortfalls=tuple(shortfalls))
 
 
 def _is_loader(source: Any, score: str, key: str) -> bool:
@@ -288,19 +294,17 @@ def _about(method: Any, sets: Mapping[str, Predictions], *, model: bool) -> dict
     return {"method": name} if isinstance(name, str) else {}
 
 
-def _reason(error: BaseException) -> str:
-    """Kind and message of an error on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def _add_costs(
     models: Mapping[str, Any],
     data: Iterable[Any],
     predictions: dict[str, dict[str, Predictions]],
     about: dict[str, dict[str, Any]],
+    failures: dict[str, dict[str, str]] | None,
 ) -> tuple[str, ...]:
-    """Time and memory of all models on a few batches held in memory; returns how they were measured, in words."""
+    """Time and memory of all models on a few batches held in memory; returns how they were measured, in words.
+
+    What fails becomes one of the `failures`; without a place for them it is raised.
+    """
     batches: list[Any] = []
     seen = 0
     for batch in data:
@@ -312,8 +316,14 @@ def _add_costs(
     def predictor(model: Any) -> Callable[[Sequence[Any]], int]:
         return lambda some: int(model.predict(some).mean.shape[0])
 
+    def failed(row: str, error: BaseException) -> None:
+        if failures is not None:
+            failures.setdefault(row, {})[COST] = reason(error)
+
     devices = {row: torch.device(model.device) for row, model in models.items() if hasattr(model, "device")}
-    measured = costs.measure({row: predictor(model) for row, model in models.items()}, batches, devices=devices)
+    predictors = {row: predictor(model) for row, model in models.items()}
+    on_error = None if failures is None else failed
+    measured = costs.measure(predictors, batches, devices=devices, on_error=on_error)
     for row, found in measured.items():
         values = {"ms_per_example": found.milliseconds, "peak_mib": found.peak_mib}
         known = {key: value for key, value in values.items() if not math.isnan(value)}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.evaluation.cells import place
-from bayesdl.evaluation.collect import TEST, Collected, collect, grouped, one
+from bayesdl.evaluation.collect import COST, TEST, Collected, collect, grouped, one
 from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
@@ -77,8 +77,8 @@ def compare(
         progress: show a progress bar.
         on_error: "raise" ends the comparison with the error of the first method that fails to predict. "row" keeps its
             row without values, with the reason in `rep.failures` and every table, and compares the others; a method
-            that fails on an OOD or shifted set alone has a note. What is wrong with the comparison itself (other test
-            targets, no method left) is raised in any case.
+            that fails on an OOD or shifted set alone, or while its cost is measured, has a note. What is wrong with
+            the comparison itself (other test targets, no method left) is raised in any case.
 
     Returns:
         A `Report`. A value that is undefined for a method is NaN there, with its reason in `rep.cell(row, key).note`.
@@ -231,9 +231,8 @@ def _details(
             about[row]["confidence_gap"] = gap
             if ties := predictions.num_tied:
                 notes.append(f"{row}: {ties} examples have several most probable classes; the lowest index counts.")
-    for row, reasons in found.failures.items():
-        where = [(name, reason) for name, reason in reasons.items() if name != TEST]
-        notes += [f"{row} failed on {place(name) or name}: {reason}" for name, reason in where]
+    shortfalls = _shortfalls(found)
+    notes += shortfalls
     if bootstrap:
         notes.append(_bootstrap_note(bootstrap, first.group is not None))
         if len(test) > 1 and not enough_resamples(bootstrap, len(test)):
@@ -258,8 +257,20 @@ def _details(
         "data": _fingerprint(first),
         "versions": _versions(),
         "notes": notes,
+        **({"shortfalls": shortfalls} if shortfalls else {}),
         **({"failures": failed} if failed else {}),
     }
+
+
+def _shortfalls(found: Collected) -> list[str]:
+    """A sentence for whatever failed but the test data of a method, which are `failures`."""
+    told = []
+    for row, reasons in found.failures.items():
+        for name, reason in reasons.items():
+            if name != TEST:
+                where = "while its cost was measured" if name == COST else f"on {place(name) or name}"
+                told.append(f"{row} failed {where}: {reason}")
+    return [*told, *found.shortfalls]
 
 
 def _bootstrap_note(count: int, clustered: bool) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bayesdl.errors import ArgumentError
+from bayesdl.evaluation.failures import FAILURES
 
 _MIB = 2.0**20
 _STATM = "/proc/self/statm"
@@ -135,6 +136,7 @@ def measure(
     devices: Mapping[str, torch.device] | None = None,
     seconds: float = 1.0,
     repeats: int = 5,
+    on_error: Callable[[str, BaseException], None] | None = None,
 ) -> dict[str, Cost]:
     """Time every `predict(batches)` after a warm-up, synchronised, and watch its memory in a run of its own.
 
@@ -146,6 +148,7 @@ def measure(
         devices: where each method runs; the CPU where left out.
         seconds: time budget of each method's timed runs; one slow run is enough when it alone exceeds the budget.
         repeats: at most this many timed runs.
+        on_error: called with the name and the error of a method that fails, which has no cost then; None raises it.
 
     Raises:
         ArgumentError: no batches, `repeats` below 1, or not one example predicted.
@@ -156,17 +159,34 @@ def measure(
     peaks: dict[str, PeakMemory] = {}
     first: dict[str, float] = {}
     examples: dict[str, int] = {}
-    for name, predict in predicts.items():
-        predict(batches[:1])
+    failed: set[str] = set()
+
+    def attempt(work: Callable[[str], None], name: str) -> None:
+        try:
+            work(name)
+        except FAILURES as error:
+            if on_error is None:
+                raise
+            failed.add(name)
+            on_error(name, error)
+
+    def begin(name: str) -> None:
+        predicts[name](batches[:1])
         with PeakMemory(where[name]) as peaks[name]:
-            first[name], examples[name] = _run(predict, batches, where[name])
+            first[name], examples[name] = _run(predicts[name], batches, where[name])
         if examples[name] < 1:
             raise ArgumentError("measure needs at least one example, but the batches hold none")
+
+    def again(name: str) -> None:
+        times[name].append(_run(predicts[name], batches, where[name])[0])
+
     times: dict[str, list[float]] = {name: [] for name in predicts}
+    for name in predicts:
+        attempt(begin, name)
     for done in range(repeats):
-        for name, predict in predicts.items():
-            if (done + 1) * first[name] <= seconds:
-                times[name].append(_run(predict, batches, where[name])[0])
+        for name in predicts:
+            if name not in failed and (done + 1) * first[name] <= seconds:
+                attempt(again, name)
     return {
         name: Cost(
             milliseconds=1e3 * statistics.median(times[name] or [first[name]]) / examples[name],
@@ -176,4 +196,5 @@ def measure(
             note=peaks[name].note,
         )
         for name in predicts
+        if name not in failed
     }

@@ -52,7 +52,8 @@ def join_seeds(reports: Sequence[Report], level: float) -> Report:
             )
         replicates[column.key] = values
         _mark(column, cells, values, first.rows)
-    notes = [*first.details.get("notes", ()), _NOTE.format(len(reports))]
+    later = [(i, text) for i, r in enumerate(reports[1:], start=2) for text in r.details.get("shortfalls", ())]
+    notes = [*first.details.get("notes", ()), *(f"Seed {i}: {text}" for i, text in later), _NOTE.format(len(reports))]
     details = {**first.details, "spread": SEEDS, "num_seeds": len(reports), "level": level, "notes": notes}
     predictions = first.predictions
     if failures := _failures(reports):

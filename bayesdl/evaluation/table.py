@@ -14,7 +14,7 @@ from torch import Tensor
 from bayesdl.evaluation import bootstrap, render
 from bayesdl.evaluation.bootstrap import Resamples
 from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of, place
-from bayesdl.evaluation.collect import TEST, Collected
+from bayesdl.evaluation.collect import COST, TEST, Collected
 from bayesdl.evaluation.metrics import METRICS, Metric, metric_values
 from bayesdl.evaluation.ood import OOD_METRICS, SCORES, ood_metrics, score_metrics
 from bayesdl.evaluation.predictions import Predictions
@@ -132,7 +132,7 @@ class Table:
 
     def _add_features(self, dataset: str, score: str, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Metrics of a score that is no function of predictions: the same for all rows that share a density."""
-        found = {row: score_metrics(sets[TEST], sets[dataset]) for row, sets in rows.items()}
+        found = {row: score_metrics(s[TEST], s[dataset]) for row, s in rows.items() if {TEST, dataset} <= set(s)}
         for name, metric in OOD_METRICS.items():
             column = Column(
                 key=f"{dataset}/{score}/{name}",
@@ -147,7 +147,7 @@ class Table:
             )
             for row in self.found.rows:
                 value = float(found[row][name]) if row in found else math.nan
-                reason = "no feature density" if row in self.found.ran else "failed"
+                reason = "failed" if row in rows or row not in self.found.ran else "no feature density"
                 self.cells[row][column.key] = _cell(value, reason)
             self._finish(column, {})
 
@@ -220,7 +220,8 @@ class Table:
     def add_costs(self) -> None:
         """Fit time, prediction time, memory, passes, parameters: whatever at least one method knows."""
         known = {row: about.get("cost", {}) for row, about in self.found.about.items()}
-        reasons = {row: "not known" if row in self.found.ran else "failed" for row in known}
+        failed = {row for row in known if row not in self.found.ran or COST in self.found.failures.get(row, {})}
+        reasons = {row: "failed" if row in failed else "not known" for row in known}
         for column in _COSTS:
             if not any(column.key in costs for costs in known.values()):
                 continue

@@ -185,3 +185,70 @@ def test_a_method_that_fails_for_one_seed_has_no_mean_over_seeds() -> None:
     assert "part" not in rep.predictions
     found = rep.difference("poor", "good", "nll")
     assert found.p == found.adjusted and not math.isnan(found.p)  # Holm over one test, not two
+
+
+class Untimed(StandIn):
+    """Predicts with targets as ever, and fails after `good` plain predictions, which only the clock asks for."""
+
+    def __init__(self, good: int) -> None:
+        super().__init__(torch.eye(3))
+        self.good = good
+
+    def predict(self, loader: Any) -> Any:
+        self.good -= 1
+        if self.good < 0:
+            raise MemoryError("no room for the second time")
+        return super().predict(loader)
+
+
+@pytest.mark.parametrize("good", [0, 1, 2])  # fails as it warms up, at its first and at its second timed run
+def test_failing_while_costs_are_measured_costs_those_cells_alone(good: int) -> None:
+    words = "slow failed while its cost was measured: MemoryError: no room for the second time"
+    with pytest.raises(MemoryError):
+        compare({"slow": Untimed(good), "good": StandIn(torch.eye(3))}, loader(), bootstrap=0, progress=False)
+    rep = compare(
+        {"slow": Untimed(good), "good": StandIn(torch.eye(3))}, loader(), bootstrap=0, progress=False, on_error="row"
+    )
+    assert not rep.failures and rep.ran == ("slow", "good") and words in rep.details["notes"]
+    assert rep["slow"]["nll"] == rep["good"]["nll"]
+    for key in ("ms_per_example", "peak_mib"):
+        if key in rep.columns:  # memory cannot be read everywhere
+            assert rep.cell("slow", key).note == "failed" and rep.cell("good", key).value is not None
+    assert "ms_per_example" in rep.columns and rep.cell("slow", "fit_seconds").value == 1.5
+    assert words in rep.to_markdown() and Report.from_json(rep.to_json()) == rep
+
+
+def test_the_notes_of_later_seeds_say_what_failed() -> None:
+    seeds = {"slow": [StandIn(torch.eye(3)), Untimed(0)], "good": [StandIn(torch.eye(3)), StandIn(torch.eye(3))]}
+    rep = compare(seeds, loader(), progress=False, on_error="row")
+    assert rep.cell("slow", "ms_per_example").note == "failed" and rep.cell("slow", "nll").value is not None
+    (note,) = [note for note in rep.details["notes"] if note.startswith("Seed 2: ")]
+    assert note == "Seed 2: slow failed while its cost was measured: MemoryError: no room for the second time"
+
+
+class Density:
+    """OOD scores by the length of an input; inputs beyond `limit` are too much for it."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def scores(self, loader: Any) -> Tensor:
+        lengths = torch.cat([x for x, _ in loader]).norm(dim=1)
+        if float(lengths.max()) > self.limit:
+            raise ValueError("too far")
+        return lengths
+
+
+@pytest.mark.parametrize(("limit", "near", "far"), [(math.inf, True, True), (9.0, True, False), (0.0, False, False)])
+def test_a_failing_feature_score_costs_its_columns_alone(limit: float, near: bool, far: bool) -> None:
+    outside = {"near": loader(100, seed=3), "far": loader(100, seed=3, scale=10.0)}
+    given: dict[str, Any] = {"ood": outside, "scores": {"length": Density(limit)}, "bootstrap": 0, **QUIET}
+    if not far:
+        with pytest.raises(ValueError, match="too far"):
+            compare({"good": StandIn(torch.eye(3))}, loader(), **given)
+    rep = compare({"good": StandIn(torch.eye(3))}, loader(), on_error="row", **given)
+    found = {name: rep.cell("good", f"ood/{name}/length/auroc") for name in outside}
+    assert [found["near"].value is not None, found["far"].value is not None] == [near, far]
+    assert {cell.note for cell in found.values() if cell.value is None} <= {"failed"}
+    told = [note for note in rep.details["notes"] if note.startswith("The score length of good failed on ")]
+    assert len(told) == {True: 0, False: 1}[far] + (0 if near else 2) and all("too far" in note for note in told)
