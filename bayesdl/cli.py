@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import bayesdl
+from bayesdl.cli_compare import add_compare, compare_files, compare_methods
+from bayesdl.cli_options import add_common, bootstrap, device, names, progress
 from bayesdl.errors import ArgumentError, BayesDLError, FileFormatError
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bayesdl {bayesdl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,compare,evaluate,report}")
     _add_demo(commands)
-    _add_compare(commands)
+    compare = add_compare(commands)
+    compare.set_defaults(run=_compare)
     _add_evaluate(commands)
     _add_report(commands)
     return parser
@@ -50,47 +53,8 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="compare methods on embedded data, offline, in under two minutes")
     demo.add_argument("--regression", action="store_true", help="the diabetes table instead of the digits")
     demo.add_argument("--no-cache", action="store_true", help="train the networks anew and do not keep them")
-    _add_common(demo, out="bayesdl-report", bootstrap=1000)
+    add_common(demo, out="bayesdl-report", resamples=1000)
     demo.set_defaults(run=_demo)
-
-
-def _add_compare(commands: Any) -> None:
-    compare = commands.add_parser(
-        "compare", help="compare methods on your own network, or predictions that lie in files"
-    )
-    compare.add_argument("files", nargs="*", metavar="PREDICTIONS", help="files of predictions, one a row")
-    compare.add_argument("--names", metavar="A,B", help="names of the rows; the files' names otherwise")
-    compare.add_argument("--model", metavar="MODULE:FACTORY", help="callable that returns the network")
-    compare.add_argument(
-        "--weights", nargs="+", default=[], metavar="FILE", help=".safetensors or torch file; several: an ensemble"
-    )
-    compare.add_argument(
-        "--data",
-        metavar="MODULE:LOADERS",
-        help="callable that returns the loaders train, test and, to tune temperature and Laplace's prior, val",
-    )
-    compare.add_argument("--methods", default="map,laplace", metavar="A,B", help="default: %(default)s")
-    compare.add_argument("--likelihood", default="categorical", help="default: %(default)s")
-    compare.add_argument(
-        "--ood",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=WHAT",
-        help="set that is out of distribution: NAME=MODULE:LOADER, or ROW:NAME=FILE where predictions are compared",
-    )
-    compare.add_argument("--reference", metavar="ROW", help="print every row's difference to this one")
-    compare.add_argument(
-        "--calibration",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="ROW=FILE",
-        help="predictions of held-out data, to which the temperature of a row's twin is fitted",
-    )
-    compare.add_argument("--twins", action="store_true", help="temperature-scaled twins of all rows, cross-fitted")
-    _add_common(compare, out="bayesdl-report", bootstrap=1000)
-    compare.set_defaults(run=_compare)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -111,27 +75,6 @@ def _add_report(commands: Any) -> None:
     )
     report.add_argument("--debug", action="store_true", help="show where an error comes from")
     report.set_defaults(run=_report)
-
-
-def _add_common(parser: argparse.ArgumentParser, *, out: str, bootstrap: int) -> None:
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(out),
-        metavar="OUT",
-        help="folder for page, numbers and predictions, or one .html, .md, .tex, .csv or .json; default: %(default)s",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--bootstrap",
-        type=int,
-        default=bootstrap,
-        metavar="R",
-        help="resamples behind each interval, default: %(default)s",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,10 +112,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # the networks are too small to share, and no sum's order depends on the machine's cores
     settings = Settings(
         seed=arguments.seed,
-        device=_device(arguments.device),
+        device=device(arguments.device),
         cache=None if arguments.no_cache else cache_directory() / "demo",
-        bootstrap=_bootstrap(arguments.bootstrap),
-        progress=_progress(arguments),
+        bootstrap=bootstrap(arguments.bootstrap),
+        progress=progress(arguments),
     )
     _check_out(arguments.out)
     _print(f"{DIABETES_STORY if arguments.regression else DIGITS_STORY}\n")
@@ -184,85 +127,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     if bool(arguments.files) == bool(arguments.model):
         raise ArgumentError("give either files of predictions, or --model with --weights and --data")
     _check_out(arguments.out)
-    report = _compare_files(arguments) if arguments.files else _compare_methods(arguments)
+    report = compare_files(arguments) if arguments.files else compare_methods(arguments)
     _show(report, arguments.out, reference=arguments.reference)
-
-
-def _compare_methods(arguments: argparse.Namespace) -> Report:
-    import torch
-
-    from bayesdl import cli_model
-    from bayesdl.evaluation.compare import compare
-    from bayesdl.wrap import wrap
-
-    if not arguments.weights or not arguments.data:
-        raise ArgumentError("--model needs --weights FILE and --data MODULE:LOADERS")
-    bootstrap, device = _bootstrap(arguments.bootstrap), _device(arguments.device)
-    names = _names(arguments.methods, "--methods")
-    networks = cli_model.load_networks(arguments.model, arguments.weights, device)
-    data = cli_model.load_data(arguments.data)
-    ood = cli_model.load_ood(arguments.ood)
-    progress = _progress(arguments)
-    rows: dict[str, Any] = {}
-    for name in names:
-        rows[name] = wrap(
-            cli_model.network_for(name, networks),
-            name,
-            cli_model.data_for(name, data),
-            likelihood=arguments.likelihood,
-            validation=data.val,
-            generator=torch.Generator().manual_seed(arguments.seed),
-            progress=progress,
-        )
-    return compare(
-        rows,
-        data.test,
-        ood=ood or None,
-        twins=True if arguments.twins else None,
-        bootstrap=bootstrap,
-        generator=torch.Generator().manual_seed(arguments.seed),
-        progress=progress,
-    )
-
-
-def _compare_files(arguments: argparse.Namespace) -> Report:
-    import torch
-
-    from bayesdl import cli_model
-    from bayesdl.evaluation.compare import compare
-
-    names = _names(arguments.names, "--names") if arguments.names else [Path(file).stem for file in arguments.files]
-    if len(set(names)) != len(arguments.files) or len(names) != len(arguments.files):
-        raise ArgumentError(
-            f"{len(arguments.files)} files and the row names {', '.join(names)}: expected one different name for each; "
-            "use --names"
-        )
-    ood: dict[str, dict[str, str]] = {}
-    for key, file in cli_model.named_entries(arguments.ood, "--ood", "FILE").items():
-        row, _, name = key.partition(":")
-        if row not in names or not name:
-            raise ArgumentError(f"--ood {key}={file}: expected ROW:NAME=FILE with one of the rows {', '.join(names)}")
-        ood.setdefault(name, {})[row] = file
-    held = cli_model.named_entries(arguments.calibration, "--calibration", "FILE")
-    if unknown := [row for row in held if row not in names]:
-        raise ArgumentError(f"--calibration {unknown[0]}=: expected one of the rows {', '.join(names)}")
-    return compare(
-        dict(zip(names, arguments.files, strict=True)),
-        None,
-        ood=ood or None,
-        calibration=held or None,
-        twins=True if arguments.twins else None,
-        bootstrap=_bootstrap(arguments.bootstrap),
-        generator=torch.Generator().manual_seed(arguments.seed),
-        progress=_progress(arguments),
-    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from bayesdl import cli_model
     from bayesdl.evaluation.compare import evaluate
 
-    metrics = _names(arguments.metrics, "--metrics") if arguments.metrics else None
+    metrics = names(arguments.metrics, "--metrics") if arguments.metrics else None
     ood = cli_model.named_entries(arguments.ood, "--ood", "FILE")
     values = evaluate(arguments.file, None, ood=ood or None, metrics=metrics)
     if arguments.json:
@@ -358,34 +231,6 @@ def _print(renderable: Any) -> None:
 
     width = None if sys.stdout.isatty() else _PIPED_WIDTH
     Console(file=sys.stdout, width=width).print(renderable)
-
-
-def _names(text: str, option: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) != len(names):
-        raise ArgumentError(f"{option} {text}: expected different names with commas between them")
-    return names
-
-
-def _bootstrap(count: int) -> int:
-    if count < 0:
-        raise ArgumentError(f"--bootstrap {count}: expected 0 or more")
-    return count
-
-
-def _progress(arguments: argparse.Namespace) -> bool:
-    """Bars are for eyes: a log file would keep every one of their redrawings."""
-    return not arguments.quiet and sys.stderr.isatty()
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ArgumentError(f"--device {name}: torch cannot use it here: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _check_out(out: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from torch import Tensor, nn
 
@@ -27,6 +27,19 @@ class Loaders:
     test: Iterable[Any]
     train: Iterable[Any] | None = None
     val: Iterable[Any] | None = None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class NotFitted:
+    """In place of a method that could not be fitted: it fails with that error wherever it is asked to predict."""
+
+    method_name: str
+    error: Exception
+
+    def predict_with_targets(self, data: Iterable[Any]) -> NoReturn:
+        """Raises the error."""
+        raise self.error
 
 
 def resolve(spec: str, option: str) -> Any:
@@ -143,10 +156,21 @@ def load_ood(entries: Sequence[str]) -> dict[str, Iterable[Any]]:
     Raises:
         ArgumentError: an entry has another form, or a name comes twice.
     """
-    sets: dict[str, Iterable[Any]] = {}
-    for name, spec in named_entries(entries, "--ood", "module:loader").items():
-        sets[name] = _iterable(_called(spec, f"--ood {name}="), f"--ood {name}={spec}")
-    return sets
+    return _loaders(entries, "--ood")
+
+
+def load_shift(entries: Sequence[str]) -> dict[str, Iterable[Any]]:
+    """`name/severity=module:loader` for each shifted copy of the test data; see `load_ood`."""
+    return _loaders(entries, "--shift")
+
+
+def load_loader(spec: str, option: str) -> Iterable[Any]:
+    """A loader, or a callable that returns one.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    return _iterable(_called(spec, option), f"{option} {spec}")
 
 
 def network_for(method: str, networks: Sequence[nn.Module]) -> nn.Module | list[nn.Module]:
@@ -200,6 +224,13 @@ def reasons(file: str, values: Mapping[str, float]) -> dict[str, str]:
     undefined = [key for key, value in values.items() if math.isnan(value) and key in METRICS]
     found = metric_values(Predictions.load(file), undefined) if undefined else {}
     return {key: value.reason for key, value in found.items()}
+
+
+def _loaders(entries: Sequence[str], option: str) -> dict[str, Iterable[Any]]:
+    named = named_entries(entries, option, "module:loader")
+    return {
+        name: _iterable(_called(spec, f"{option} {name}="), f"{option} {name}={spec}") for name, spec in named.items()
+    }
 
 
 def _called(spec: str, option: str) -> Any:

@@ -19,6 +19,8 @@ from scipy.special import log_softmax
 
 import bayesdl
 from bayesdl.cli import main
+from bayesdl.evaluation.compare import compare
+from bayesdl.evaluation.report import Report
 
 TARGETS = np.random.default_rng(0).integers(0, 3, 40)
 
@@ -252,3 +254,104 @@ def test_wrong_networks_and_methods_are_told_in_one_line(
     arguments = ["--model", "own_for_cli:build", "--data", "own_for_cli:loaders", "--weights", "w0.safetensors"]
     message = failing(["compare", *arguments, "--methods", "map", *change], capsys)
     assert all(word in message for word in words), message
+
+
+def report_of(arguments: Sequence[str]) -> Report:
+    """What `bayesdl compare` wrote."""
+    assert main(["compare", *arguments, "--quiet", "--out", "report.json"]) == 0
+    return Report.from_json(Path("report.json").read_text())
+
+
+def test_the_options_of_compare_on_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"a": 2.0, "b": 1.0}
+    for name, shift in rows.items():
+        save_predictions(here / f"{name}.npz", 1, shift=shift)
+        save_predictions(here / f"{name}-held.npz", 5, shift=shift)
+        save_predictions(here / f"{name}-blur.npz", 6, shift=shift / 2)
+        save_predictions(here / f"{name}-far.npz", 7, targets=None)
+    sets = {"ood": "far", "shift": "blur/3", "calibration": ""}
+    arguments = ["a.npz", "b.npz"]
+    for option, name in sets.items():
+        file = name.partition("/")[0] or "held"
+        arguments += [f"--{option}", *(f"{row}{':' * bool(name)}{name}={row}-{file}.npz" for row in rows)]
+    found = report_of(
+        [*arguments, "--metrics", "nll,ece", "--level", "0.8", "--score", "max_prob", "--bootstrap", "50"]
+    )
+    expected = compare(
+        {row: f"{row}.npz" for row in rows},
+        ood={"far": {row: f"{row}-far.npz" for row in rows}},
+        shift={"blur": {"3": {row: f"{row}-blur.npz" for row in rows}}},
+        calibration={row: f"{row}-held.npz" for row in rows},
+        metrics=["nll", "ece"], level=0.8, score="max_prob", bootstrap=50, progress=False,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert found == expected and found.rows == ("a", "a + T", "b", "b + T") and "accuracy" not in found.columns
+    assert found["a"]["shift/blur/3/nll"] != found["a"]["nll"]
+    assert report_of([*arguments, "--no-twins", "--bootstrap", "0"]).rows == ("a", "b")
+    assert report_of(["a.npz", "b.npz", "--twins", "--bootstrap", "0"]).rows == ("a", "a + T", "b", "b + T")
+    capsys.readouterr()
+    for wrong, words in (
+        (["--level", "95"], "level=95.0"),
+        (["--score", "nope"], "score='nope'"),
+        (["--metrics", "nll,nope"], "'nope'"),
+        (["--shift", "a:blur=a-blur.npz"], "NAME/SEVERITY"),
+        (["--shift", "blur/3=a-blur.npz"], "ROW:NAME/SEVERITY=FILE"),
+    ):
+        assert words in failing(["compare", "a.npz", "b.npz", *wrong], capsys)
+
+
+def test_seeds_in_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, shift in (("a", 4.0), ("b", 0.5)):
+        for seed in (1, 2, 3):
+            save_predictions(here / f"{name}-{seed}.npz", seed, shift=shift)
+            save_predictions(here / f"{name}-far-{seed}.npz", 7 + seed, targets=None)
+    lists = {name: [f"{name}-{seed}.npz" for seed in (1, 2, 3)] for name in "ab"}
+    far = {name: [f"{name}-far-{seed}.npz" for seed in (1, 2, 3)] for name in "ab"}
+    sets = [f"{name}:far={','.join(files)}" for name, files in far.items()]
+    found = report_of([*(",".join(files) for files in lists.values()), "--ood", *sets])
+    assert found.rows == ("a", "b") and found.details["num_seeds"] == 3
+    assert found == compare(lists, ood={"far": far}, bootstrap=1000, progress=False)
+    capsys.readouterr()
+    assert "one for each seed" in failing(["compare", "a-1.npz,a-2.npz", "b-1.npz,b-2.npz", "--ood", *sets], capsys)
+    assert "same two or more" in failing(["compare", "a-1.npz,a-2.npz", "b-1.npz"], capsys)
+    assert "commas" in failing(["compare", "a-1.npz,", "b-1.npz"], capsys)
+
+
+def test_a_file_that_cannot_be_read_is_a_row(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_predictions(here / "a.npz", 1)
+    assert "gone.npz" in failing(["compare", "a.npz", "gone.npz"], capsys)
+    found = report_of(["a.npz", "gone.npz", "--on-error", "row", "--bootstrap", "0"])
+    assert found.ran == ("a",) and "gone.npz" in found.failures["gone"]
+    assert "gone failed: " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:the temperature")  # random weights are best forgotten
+def test_the_options_of_compare_on_a_network(own_network: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (own_network / "own_for_cli.py").open("a") as file:
+        file.write("\nbroken = {'test': part(2)}\nheld = part(4)\nblurred = part(5)\n")
+    sys.modules.pop("own_for_cli")
+    network = ["--model", "own_for_cli:build", "--weights", "w0.safetensors", "--bootstrap", "0"]
+    loaders = ["--data", "own_for_cli:loaders", "--methods", "map,laplace", "--metrics", "nll", "--no-cost"]
+    more = [
+        "--calibration",
+        "own_for_cli:held",
+        "--shift",
+        "blur/1=own_for_cli:blurred",
+        "--ood",
+        "far=own_for_cli:far",
+    ]
+    found = report_of([*network, *loaders, *more, "--score", "epistemic"])
+    assert found.rows == ("map", "map + T", "laplace", "laplace + T") and found.details["score"] == "epistemic"
+    assert "shift/blur/1/nll" in found.columns and "ms_per_example" not in found.columns
+    assert "fitted to 60 calibration examples" in "".join(found.details["notes"])
+    arguments = [*network, "--data", "own_for_cli:broken", "--methods", "map,laplace"]  # no training data
+    capsys.readouterr()
+    assert "laplace" in failing(["compare", *arguments], capsys).lower()
+    found = report_of([*arguments, "--on-error", "row"])
+    assert found.rows == ("map", "laplace") and found.ran == ("map",) and "data" in found.failures["laplace"]
+    assert "laplace failed: " in capsys.readouterr().out
+    # what is wrong with the command is no failure of a method
+    for wrong, word in (("map,nope", "nope"), ("map,ensemble", "--weights"), ("map,temperature", "validation")):
+        assert word in failing(["compare", *arguments[:-1], wrong, "--on-error", "row"], capsys)
+    two = ["--calibration", "own_for_cli:held", "own_for_cli:far"]
+    assert "one MODULE:LOADER" in failing(["compare", *network, *loaders, *two], capsys)

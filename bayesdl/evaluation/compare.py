@@ -20,7 +20,7 @@ from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
-from bayesdl.evaluation.seeds import join_seeds, split_seeds
+from bayesdl.evaluation.seeds import join_seeds, of_seed, split_seeds
 from bayesdl.evaluation.table import SIGNIFICANCE, Resampler, Table, enough_resamples
 from bayesdl.evaluation.twins import with_twins
 
@@ -57,6 +57,7 @@ def compare(
     Args:
         methods: name -> `BayesianModel`, `Predictions`, or path to saved predictions; or name -> a list of these, one a
             training seed, equally long for all: cells are then means with standard errors over seeds, tests paired t.
+            Predictions by method on other sets are then lists as well; a loader serves all seeds.
         data: loader of the test data, read once per model in the same order; None if all methods are predictions.
         ood: name -> loader of out-of-distribution data (labels are ignored), or name -> {method: Predictions}.
         shift: name -> loaders by growing severity, as {severity: loader} or a list; in place of a loader, predictions
@@ -101,16 +102,19 @@ def compare(
     if reference is not None and reference not in methods:
         raise UnknownNameError(f"reference={reference!r} is no method; there are {', '.join(map(str, methods))}")
     if isinstance(methods, Mapping) and any(isinstance(value, (list, tuple)) for value in methods.values()):
-        if calibration is not None and isinstance(calibration, Mapping):
-            raise ArgumentError("calibration: with lists of seeds a loader is expected, which every seed's model reads")
-        reports = [
-            compare(
-                seed, data, ood=ood, shift=shift, metrics=metrics, bootstrap=0, level=level, generator=generator,
-                cost=cost, score=score, scores=scores, calibration=calibration, twins=twins, group=group,
-                progress=progress, on_error=on_error,
-            )
-            for seed in split_seeds(methods)
-        ]  # fmt: skip
+        seeds = split_seeds(methods)
+        reports = []
+        for index, members in enumerate(seeds):
+            given = {
+                name: of_seed(source, index, len(seeds), name)
+                for name, source in {"ood": ood, "shift": shift, "calibration": calibration}.items()
+            }
+            reports.append(
+                compare(
+                    members, data, **given, metrics=metrics, bootstrap=0, level=level, generator=generator, cost=cost,
+                    score=score, scores=scores, twins=twins, group=group, progress=progress, on_error=on_error,
+                )
+            )  # fmt: skip
         return _with_reference(join_seeds(reports, level), reference)
     found = collect(
         methods, data, ood, shift, cost=cost, progress=progress, calibration=calibration, scores=scores,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from bayesdl.errors import ArgumentError
 from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of
+from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
 from bayesdl.evaluation.table import SIGNIFICANCE, holm
 
@@ -24,6 +26,44 @@ def split_seeds(methods: Mapping[str, Any]) -> list[dict[str, Any]]:
         told = ", ".join(f"{row}: {n or 'no list'}" for row, n in lengths.items())
         raise ArgumentError(f"seeds are compared in pairs, so every method needs the same two or more; got {told}")
     return [{row: value[i] for row, value in methods.items()} for i in range(next(iter(lengths.values())))]
+
+
+def of_seed(source: Any, index: int, count: int, where: str) -> Any:
+    """What one seed's models are scored on: loaders serve all seeds, predictions by method come as a list a method.
+
+    Args:
+        source: a loader, {method: [Predictions of each seed]}, or severities of either; `where` names it in an error.
+        index, count: of the seed.
+
+    Raises:
+        ArgumentError: predictions that are no list of `count`.
+    """
+    if isinstance(source, Mapping):
+        return {key: _member(value, index, count, f"{where}[{key!r}]") for key, value in source.items()}
+    return source
+
+
+def _member(value: Any, index: int, count: int, where: str) -> Any:
+    if _holds(value):
+        if len(value) != count:
+            raise ArgumentError(f"{where}: {len(value)} predictions were given, expected {count}, one for each seed")
+        return value[index]
+    if _is_given(value):
+        raise ArgumentError(f"{where}: expected a list of {count} predictions, one for each seed, got one alone")
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, Mapping) for part in value):
+        # Severities of a shift as a list; a loader that is a list of batches holds no predictions and stays as it is.
+        if any(_is_given(one) or _holds(one) for part in value for one in part.values()):
+            return [of_seed(part, index, count, f"{where}[{place}]") for place, part in enumerate(value)]
+        return value
+    return of_seed(value, index, count, where)
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(_is_given(one) for one in value)
+
+
+def _is_given(value: Any) -> bool:
+    return isinstance(value, (Predictions, str, os.PathLike))
 
 
 def join_seeds(reports: Sequence[Report], level: float) -> Report:

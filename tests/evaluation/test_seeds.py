@@ -11,6 +11,7 @@ import torch
 
 from bayesdl.errors import ArgumentError
 from bayesdl.evaluation.compare import compare
+from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.seeds import paired_t, signed_ranks
 from bayesdl.evaluation.table import holm
 from tests.evaluation.made_up import classes
@@ -68,3 +69,33 @@ def test_a_report_over_seeds_gives_either_test() -> None:
     single = compare({row: members[0] for row, members in seeds.items()}, bootstrap=50, progress=False)
     with pytest.raises(ArgumentError, match="over training seeds"):
         single.difference("sharp", "right", "nll", test="wilcoxon")
+
+
+def test_predictions_of_every_seed_on_every_set() -> None:
+    def made(sharpness: float, seed: int, shift: float = 0.0) -> Predictions:
+        return classes(60, sharpness=sharpness, seed=seed, shift=shift)
+
+    names = {"right": 1.0, "sharp": 3.0}
+    seeds = {name: [made(s, 0), made(s + 0.1, 0)] for name, s in names.items()}
+    ood = {"far": {name: [made(s, 5, 0.5), made(s + 0.1, 6, 0.7)] for name, s in names.items()}}
+    shift = {"blur": [{name: [made(s, 0, 0.2), made(s, 0, 0.4)] for name, s in names.items()}]}
+    held = {name: [made(s, 8), made(s, 9)] for name, s in names.items()}
+    rep = compare(seeds, ood=ood, shift=shift, calibration=held, bootstrap=0, progress=False)
+    assert rep.rows == ("right", "right + T", "sharp", "sharp + T")
+    for index in (0, 1):
+        alone = compare(
+            {name: found[index] for name, found in seeds.items()},
+            ood={"far": {name: found[index] for name, found in ood["far"].items()}},
+            shift={"blur": [{name: found[index] for name, found in shift["blur"][0].items()}]},
+            calibration={name: found[index] for name, found in held.items()},
+            bootstrap=0,
+            progress=False,
+        )
+        assert alone.columns == rep.columns and {"ood/far/auroc", "shift/blur/1/nll"} <= set(rep.columns)
+        for column in rep.columns:
+            for place, row in enumerate(rep.rows):
+                assert rep.replicates[column][place][index] == pytest.approx(alone[row][column], abs=0, nan_ok=True)
+    with pytest.raises(ArgumentError, match=r"ood\['far'\]\['sharp'\]: expected a list of 2 predictions"):
+        compare(seeds, ood={"far": {**ood["far"], "sharp": ood["far"]["sharp"][0]}}, progress=False)
+    with pytest.raises(ArgumentError, match=r"calibration\['right'\]: 3 predictions were given, expected 2"):
+        compare(seeds, calibration={**held, "right": [*held["right"], held["right"][0]]}, progress=False)
