@@ -59,6 +59,7 @@ from bayesdl.evaluation.metrics import (
     metric_values,
     metrics_for,
 )
+from bayesdl.evaluation.mixing import mix
 from bayesdl.evaluation.multiple_choice import MultipleChoice, multiple_choice, option_log_probs
 from bayesdl.evaluation.ood import (
     DEFAULT_SCORE,
@@ -174,6 +175,7 @@ __all__ = [
     "metric_values",
     "metrics_for",
     "miscal_area",
+    "mix",
     "mixture_cdf",
     "mixture_quantile",
     "model_joint_nll",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.evaluation.cells import place
 from bayesdl.evaluation.collect import COST, TEST, Collected, collect, grouped, one
 from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
+from bayesdl.evaluation.mixing import fingerprint
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
@@ -235,6 +236,10 @@ def _details(
             about[row]["confidence_gap"] = gap
             if ties := predictions.num_tied:
                 notes.append(f"{row}: {ties} examples have several most probable classes; the lowest index counts.")
+    data = fingerprint(first)
+    if flattered := [row for row in found.ran if about[row].get("selected_on") == data]:
+        notes.append(f"{', '.join(flattered)}: members were selected on these very test data, which flatters them.")
+        warnings.warn(f"{notes[-1]} Select on other data", stacklevel=3)
     shortfalls = _shortfalls(found)
     notes += shortfalls
     if bootstrap:
@@ -258,7 +263,7 @@ def _details(
         "shift_metrics": list(watched),
         "methods": about,
         "device": ", ".join(devices),
-        "data": _fingerprint(first),
+        "data": data,
         "versions": _versions(),
         "notes": notes,
         **({"shortfalls": shortfalls} if shortfalls else {}),
@@ -287,12 +292,6 @@ def _bootstrap_note(count: int, clustered: bool) -> str:
         "same resamples, two-sided, adjusted by Holm over the methods of the column. The best is picked from the same "
         "data, so among many equal methods one is left unmarked a little more often than in 5 % of data sets."
     )
-
-
-def _fingerprint(predictions: Predictions) -> str:
-    """A short hash of the targets, by which two reports can be seen to be about the same data."""
-    targets = predictions.labelled().cpu().contiguous()
-    return hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:12]
 
 
 def _versions() -> dict[str, str]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from bayesdl.errors import ArgumentError
-from bayesdl.evaluation import validation
+from bayesdl.evaluation import losses, validation
+from bayesdl.evaluation.mixing import check_candidates, fingerprint, mix
+from bayesdl.evaluation.predictions import Predictions
 
 Rule = Literal["greedy", "optimal", "top"]
 # Weights below this are dropped from the optimum: they change the mixture by less than its own tolerance.
 NEGLIGIBLE = 1e-6
+# With so many examples for each free weight, choosing flatters by less than 0.005 nats an example.
+FEW = 100
 # Impossible examples cost this many nats each in the greedy search, so that it goes where fewest are left.
 IMPOSSIBLE = 1e6
 
@@ -22,16 +28,28 @@ IMPOSSIBLE = 1e6
 @final
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Weights (K,) of the candidates, float64, summing to 1, the NLL of their mixture, and that after every step."""
+    """Weights (K,) of the candidates, float64, summing to 1, the NLL of their mixture, and that after every step.
+
+    `data` is the fingerprint of the validation targets, where predictions were given.
+    """
 
     weights: Tensor
     nll: float
     path: tuple[float, ...]
+    data: str = ""
 
     @property
     def members(self) -> tuple[int, ...]:
         """The candidates chosen."""
         return tuple(int(k) for k in self.weights.nonzero()[:, 0])
+
+    def mixture(self, candidates: Sequence[Predictions]) -> Predictions:
+        """The chosen mixture of the same candidates' predictions on other data; see `bayesdl.evaluation.mix`.
+
+        It remembers what it was selected on: `compare` on those data warns.
+        """
+        about = {"method": "ensemble selection", "selected_on": self.data} if self.data else {}
+        return mix(candidates, self.weights, meta={"about": about} if about else {})
 
 
 def select_members(
@@ -44,10 +62,14 @@ def select_members(
 ) -> Selection:
     """Choose members of an ensemble by the NLL of their mixture (Caruana et al. 2004; Egele et al. 2022).
 
-    Weights chosen on some data flatter the mixture there: score it on others.
+    Weights chosen on some data flatter the mixture there: score it on others, `selection.mixture(test_predictions)`.
+    A warning tells where "greedy" or "optimal" found no more than chance does on few examples (fewer than 100 for each
+    member but one): the mixture's gain over the best candidate is below its standard error over examples, or below
+    half a nat for each free weight.
 
     Args:
-        log_likelihoods: (K, N), log p_k(y_n) of candidate k on validation example n; -inf is legal.
+        log_likelihoods: (K, N), log p_k(y_n) of candidate k on validation example n, -inf is legal; or a list of
+            labelled `Predictions`, one of each candidate on the same validation examples.
         rule: "greedy": start with the best candidate, add with replacement the one that lowers the NLL of the mixture
             most (or raises it least: two steps may gain where one does not), ties to the lowest index, and return to
             the step of least NLL; weights are multiplicities. Never worse than the best candidate alone.
@@ -59,7 +81,12 @@ def select_members(
     Raises:
         ShapeError, NonFiniteError, ArgumentError: bad input. UndefinedError: some example is impossible under all.
     """
-    table = validation.wide(validation.tensor(log_likelihoods, "log_likelihoods"))
+    given = log_likelihoods
+    if isinstance(given, Sequence) and given and all(isinstance(one, Predictions) for one in given):
+        check_candidates(given)
+        table, data = torch.stack([-losses.nll(one) for one in given]), fingerprint(given[0])
+    else:
+        table, data = validation.wide(validation.tensor(given, "log_likelihoods")), ""
     validation.rank(table, "log_likelihoods", (2,))
     validation.not_empty(table, "log_likelihoods")
     bad = ~(table < torch.inf)
@@ -72,12 +99,31 @@ def select_members(
         best = (-table.clamp_min(-IMPOSSIBLE)).mean(1).argsort(stable=True)[:limit]
         counts = torch.zeros(len(table), dtype=torch.float64, device=table.device)
         counts[best] = 1.0
-        return _selected(table, counts, ())
-    if rule == "optimal":
-        return _optimal(table, 10 * picks, tolerance)
-    if rule != "greedy":
+        return replace(_selected(table, counts, ()), data=data)
+    if rule not in ("greedy", "optimal"):
         raise ArgumentError(f"rule={rule!r}: expected 'greedy', 'optimal' or 'top'")
-    return _greedy(table, limit, picks, tolerance)
+    found = _optimal(table, 10 * picks, tolerance) if rule == "optimal" else _greedy(table, limit, picks, tolerance)
+    _warn_of_chance(table, found)
+    return replace(found, data=data)
+
+
+def _warn_of_chance(table: Tensor, found: Selection) -> None:
+    """A warning where the mixture's gain over the best candidate is what picking among so many gains by itself.
+
+    A maximum-likelihood fit of k weights gains k / 2 nats in all on data that are no different (Wilks 1938).
+    """
+    best = table[int((-table.clamp_min(-IMPOSSIBLE)).mean(1).argmin())]
+    if len(found.members) < 2 or bool(best.isinf().any()):
+        return
+    gains = (table + found.weights.log()[:, None]).logsumexp(0) - best
+    n, gain, free = len(gains), float(gains.mean()), len(found.members) - 1
+    error = float(gains.std()) / math.sqrt(n) if n > 1 else math.inf
+    if n < FEW * free and gain < max(error, free / (2 * n)):
+        warnings.warn(
+            f"on {n} examples the mixture of {free + 1} members gains {gain:.2g} +- {error:.2g} nats over the best "
+            "candidate alone, which chance explains; give more validation data, or use equal weights",
+            stacklevel=3,
+        )
 
 
 def _greedy(table: Tensor, limit: int, picks: int, tolerance: float) -> Selection:
