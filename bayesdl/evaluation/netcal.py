@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ _CLASSES = {
     "enir": ("netcal.binning", "ENIR"),
 }
 _CONFIDENCE = {"ece": "ECE", "mce": "MCE", "unweighted": "ACE"}
+# Quantiles of a bent Gaussian are sought within so many deviations, where its distribution function is a float64 still.
+_REACH, _HALVINGS = 37.0, 30
 _NARROW = 1e-9  # relative spread of deviations below which netcal's bin edges would coincide
 
 
@@ -54,6 +58,18 @@ def fit_columns(method: str, probs: Tensor, labels: Tensor) -> tuple[Callable[[T
     return tuple(columns)
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Law:
+    """A fitted law of one output given the mean and deviation (N,) of its Gaussian forecast.
+
+    `cdf(mean, deviation, y)` and `quantile(mean, deviation, q)` are (N,).
+    """
+
+    cdf: Callable[[Tensor, Tensor, Tensor], Tensor]
+    quantile: Callable[[Tensor, Tensor, float], Tensor]
+
+
 def fit_deviations(
     mean: Tensor, deviation: Tensor, y: Tensor, *, epochs: int, generator: torch.Generator | None
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
@@ -61,29 +77,79 @@ def fit_deviations(
 
     A Gaussian process over means and deviations gives the factor of each deviation. Raises `MissingDependencyError`.
     """
+    fitted = _processes("GPNormal", mean, deviation, y, epochs, generator)
+    return tuple(_deviation(process, seed) for process, seed in fitted)
+
+
+def fit_laws(
+    kind: str, mean: Tensor, deviation: Tensor, y: Tensor, *, epochs: int, generator: torch.Generator | None
+) -> tuple[Law, ...]:
+    """A law for each output, by netcal's "GPBeta" (Song et al. 2019) or "GPCauchy" (Kueppers et al. 2022).
+
+    GPBeta bends the Gaussian distribution function by a beta map, GPCauchy replaces the Gaussian by a Cauchy law around
+    its mean; a Gaussian process over means and deviations gives their parameters. Raises `MissingDependencyError`.
+    """
+    made = _beta_law if kind == "GPBeta" else _cauchy_law
+    return tuple(made(process, seed) for process, seed in _processes(kind, mean, deviation, y, epochs, generator))
+
+
+def _processes(
+    kind: str, mean: Tensor, deviation: Tensor, y: Tensor, epochs: int, generator: torch.Generator | None
+) -> Iterator[tuple[Any, int]]:
+    """A fitted process for each output, and the seed that it is sampled with."""
     require("gpytorch")
-    kind = require("netcal.regression").GPNormal
+    make = getattr(require("netcal.regression"), kind)
     seed = int(torch.randint(1 << 31, (), generator=generator or torch.Generator().manual_seed(0)))
-    maps = []
     for d in range(mean.shape[1]):
-        process = kind(n_inducing_points=min(12, len(mean)), n_epochs=epochs)
+        process = make(n_inducing_points=min(12, len(mean)), n_epochs=epochs)
         parts = (mean[:, d].cpu().numpy(), deviation[:, d].cpu().numpy()), y[:, d].cpu().numpy()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + d)
             _quiet(process.fit, *parts)
-        maps.append(_deviation(process, seed + d))
-    return tuple(maps)
+        yield process, seed + d
+
+
+def _transformed(process: Any, seed: int, mean: Tensor, deviation: Tensor, *more: Any) -> Any:
+    # The process is sampled: the same forecasts get the same answer.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _quiet(process.transform, (mean.cpu().numpy(), deviation.cpu().numpy()), *more)
 
 
 def _deviation(process: Any, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
     def transform(mean: Tensor, deviation: Tensor) -> Tensor:
-        # The process is sampled: the same forecasts get the same deviations.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            moved = _quiet(process.transform, (mean.cpu().numpy(), deviation.cpu().numpy()))
+        moved = _transformed(process, seed, mean, deviation)
         return torch.as_tensor(moved).to(deviation).reshape(deviation.shape)
 
     return transform
+
+
+def _beta_law(process: Any, seed: int) -> Law:
+    def cdf(mean: Tensor, deviation: Tensor, y: Tensor) -> Tensor:
+        levels = _transformed(process, seed, mean, deviation, y.cpu().numpy()[None])[2]
+        return torch.as_tensor(levels).to(y).reshape(y.shape).clamp(0.0, 1.0)
+
+    def quantile(mean: Tensor, deviation: Tensor, q: float) -> Tensor:
+        low, high = torch.full_like(mean, -_REACH), torch.full_like(mean, _REACH)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            below = cdf(mean, deviation, mean + middle * deviation) < q
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return mean + (low + high) / 2 * deviation
+
+    return Law(cdf, quantile)
+
+
+def _cauchy_law(process: Any, seed: int) -> Law:
+    scale = _deviation(process, seed)
+
+    def cdf(mean: Tensor, deviation: Tensor, y: Tensor) -> Tensor:
+        return 0.5 + ((y - mean) / scale(mean, deviation)).atan() / math.pi
+
+    def quantile(mean: Tensor, deviation: Tensor, q: float) -> Tensor:
+        return mean + scale(mean, deviation) * math.tan(math.pi * (q - 0.5))
+
+    return Law(cdf, quantile)
 
 
 def detection_ece(matched: Any, confidence: Any, boxes: Any = None, *, bins: int = 20) -> float:

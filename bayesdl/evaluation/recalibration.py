@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -23,9 +23,13 @@ from bayesdl.errors import ArgumentError, ShapeError, UnsupportedError
 from bayesdl.evaluation import binning, isotonic, validation
 from bayesdl.evaluation.predictions import Predictions
 
+if TYPE_CHECKING:
+    from bayesdl.evaluation.netcal import Law
+
 Method = Literal[
     "temperature", "vector", "matrix", "dirichlet", "isotonic", "histogram", "platt", "beta", "bbq", "enir"
 ]
+RegressionMethod = Literal["variance_scaling", "isotonic_quantile", "gp_normal", "gp_beta", "gp_cauchy"]
 _LINEAR = ("vector", "matrix", "dirichlet")
 _NETCAL = ("platt", "beta", "bbq", "enir")
 # Temperatures are sought in [1 / LIMIT, LIMIT].
@@ -187,26 +191,29 @@ class RegressionRecalibration:
         factor: (D,), by which variances are multiplied ("variance_scaling").
         knots, levels: (D, n + 2), PIT values and their empirical levels ("isotonic_quantile").
         deviations: one map of mean and deviation (N,) to deviation (N,) for each output ("gp_normal").
+        laws: a law for each output, given mean and deviation ("gp_beta", "gp_cauchy").
     """
 
     factor: Tensor | None = None
     knots: Tensor | None = None
     levels: Tensor | None = None
     deviations: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
+    laws: tuple[Law, ...] = ()
 
     def apply(self, predictions: Predictions) -> Predictions:
         """Predictions with every component's variance scaled; "gp_normal": one Gaussian of the mean and new deviation.
 
-        Raises `UnsupportedError` for quantile maps.
+        Raises `UnsupportedError` for what is no Gaussian mixture.
         """
         if self.factor is None and not self.deviations:
-            raise UnsupportedError("an isotonic map of quantiles is no Gaussian mixture; use .quantile and .pit")
+            what = "a bent or a Cauchy law" if self.laws else "an isotonic map of quantiles"
+            raise UnsupportedError(f"{what} is no Gaussian mixture; use .quantile and .pit")
         if predictions.means is None or predictions.variances is None:
             raise UnsupportedError(f"predictions of a {predictions.task} task have no variances")
         kept = {name: getattr(predictions, name) for name in ("targets", "group", "name", "meta")}
         if self.factor is None:
-            mean, spread = predictions.mean, predictions.variance.sqrt()
-            moved = [made(m, s) for made, m, s in zip(self.deviations, mean.T, spread.T, strict=True)]
+            mean = predictions.mean
+            moved = [made(m, s) for made, m, s in zip(self.deviations, *_columns(predictions), strict=True)]
             variances = torch.stack(moved, 1).square()[None]
             return Predictions(task=predictions.task, means=mean[None], variances=variances, **kept)
         return Predictions(
@@ -219,6 +226,9 @@ class RegressionRecalibration:
 
     def pit(self, predictions: Predictions) -> Tensor:
         """(N, D), recalibrated PIT values of the targets."""
+        if self.laws:
+            given = zip(self.laws, *_columns(predictions), validation.wide(predictions.labelled()).T, strict=True)
+            return torch.stack([law.cdf(mean, spread, y) for law, mean, spread, y in given], 1)
         if self.knots is None or self.levels is None:
             made = self.apply(predictions)
             return made.mixture.cdf(validation.wide(made.labelled()))
@@ -229,6 +239,9 @@ class RegressionRecalibration:
     def quantile(self, predictions: Predictions, q: float) -> Tensor:
         """(N, D), recalibrated quantiles."""
         q = validation.fraction(q, "q")
+        if self.laws:
+            laws = zip(self.laws, *_columns(predictions), strict=True)
+            return torch.stack([law.quantile(mean, spread, q) for law, mean, spread in laws], 1)
         if self.knots is None or self.levels is None:
             return self.apply(predictions).mixture.quantile(q)
         parts = []
@@ -240,7 +253,7 @@ class RegressionRecalibration:
 
 def recalibrate_regression(
     predictions: Predictions,
-    method: Literal["variance_scaling", "isotonic_quantile", "gp_normal"] = "variance_scaling",
+    method: RegressionMethod = "variance_scaling",
     *,
     epochs: int = 200,
     generator: torch.Generator | None = None,
@@ -250,10 +263,12 @@ def recalibrate_regression(
     "variance_scaling": the factor mean of (y - mean)^2 / variance, the maximum-likelihood one of Gaussians (Laves et
     al. 2020), for the variance of every member. "isotonic_quantile": PIT values are mapped to their empirical levels
     (Kuleshov et al. 2018). "gp_normal": the factor of each deviation varies with mean and deviation, by a Gaussian
-    process of netcal (Kueppers et al. 2022), which takes gpytorch and minutes for thousands of examples.
+    process of netcal (Kueppers et al. 2022), which takes gpytorch and minutes for thousands of examples. "gp_beta":
+    such a process bends the distribution function by a beta map (Song et al. 2019), for noise that is skewed.
+    "gp_cauchy": Cauchy laws of such scales, for heavy tails. The last two have `pit` and `quantile` alone.
 
     Args:
-        epochs, generator: of "gp_normal"; global random states are put back.
+        epochs, generator: of the Gaussian processes; global random states are put back.
 
     Raises:
         UnsupportedError: predictions without Gaussian components. ArgumentError: another method.
@@ -264,14 +279,16 @@ def recalibrate_regression(
     y = validation.wide(predictions.labelled())
     if method == "variance_scaling":
         return RegressionRecalibration(((y - predictions.mean).square() / predictions.variance).mean(0))
-    if method == "gp_normal":
-        from bayesdl.evaluation.netcal import fit_deviations
-
-        spread = predictions.variance.sqrt()
-        made = fit_deviations(predictions.mean, spread, y, epochs=epochs, generator=generator)
-        return RegressionRecalibration(deviations=made)
+    if method not in get_args(RegressionMethod):
+        raise ArgumentError(f"method={method!r}: expected one of {', '.join(get_args(RegressionMethod))}")
     if method != "isotonic_quantile":
-        raise ArgumentError(f"method={method!r}: expected 'variance_scaling', 'isotonic_quantile' or 'gp_normal'")
+        from bayesdl.evaluation.netcal import fit_deviations, fit_laws
+
+        given = predictions.mean, predictions.variance.sqrt(), y
+        if method == "gp_normal":
+            return RegressionRecalibration(deviations=fit_deviations(*given, epochs=epochs, generator=generator))
+        kind = "GPBeta" if method == "gp_beta" else "GPCauchy"
+        return RegressionRecalibration(laws=fit_laws(kind, *given, epochs=epochs, generator=generator))
     ordered = predictions.mixture.cdf(y).sort(0).values.T
     n, d = ordered.shape[1], len(ordered)
     ends = ordered.new_zeros(d, 1), ordered.new_ones(d, 1)
@@ -279,6 +296,11 @@ def recalibrate_regression(
     steps = torch.arange(1, n + 1, dtype=ordered.dtype, device=ordered.device) / (n + 1)
     levels = torch.cat([ends[0], steps.expand(d, n), ends[1]], 1)
     return RegressionRecalibration(None, torch.cat([ends[0], ordered, ends[1]], 1), levels)
+
+
+def _columns(predictions: Predictions) -> tuple[Tensor, Tensor]:
+    """Means and deviations (D, N)."""
+    return predictions.mean.T, predictions.variance.sqrt().T
 
 
 def _logits(value: Any) -> Tensor:

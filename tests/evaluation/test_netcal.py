@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from bayesdl.errors import UnknownNameError, UnsupportedError
 from bayesdl.evaluation import (
@@ -78,6 +80,34 @@ def test_a_gaussian_process_mends_deviations_where_they_are_wrong(capfd: pytest.
     assert nll[0] < nll[1] - 0.1 < nll[2]
     ratio = moved.variance.sqrt()[:, 0] / deviation
     assert float(ratio[mean < -0.3].median()) > 1.5 * float(ratio[mean > 0.3].median())
+
+
+@pytest.mark.slow
+def test_bent_and_cauchy_laws_mend_noise_that_is_not_gaussian() -> None:
+    pytest.importorskip("gpytorch")
+    generator = torch.Generator().manual_seed(0)
+    mean, normal = torch.randn(2, 400, dtype=torch.float64, generator=generator)
+    deviation = 0.3 + 0.2 * mean.abs()
+    tails = normal / torch.randn(400, dtype=torch.float64, generator=generator)  # a standard Cauchy variable
+
+    def distance(pit: Tensor) -> float:  # of Kolmogorov and Smirnov, to the uniform law
+        level = pit[:, 0].sort().values
+        steps = torch.arange(1, len(level) + 1, dtype=level.dtype) / len(level)
+        return float(torch.maximum((steps - level).abs(), (steps - 1 / len(level) - level).abs()).max())
+
+    # Noise whose median is far below its mean; and noise without a variance.
+    for method, noise in (("gp_beta", (normal.exp() - math.exp(0.5)) / 2), ("gp_cauchy", tails)):
+        found = Predictions.from_gaussian(mean, deviation.square(), mean + deviation * noise)
+        state = torch.get_rng_state()
+        fitted = recalibrate_regression(found, method, epochs=100)  # type: ignore[arg-type]
+        assert torch.equal(state, torch.get_rng_state()) and torch.equal(fitted.pit(found), fitted.pit(found))
+        scaled = recalibrate_regression(found).pit(found)
+        assert distance(fitted.pit(found)) < 0.5 * distance(scaled)
+        for q in (0.05, 0.5, 0.9):  # the quantile is where the distribution function is q
+            at = Predictions.from_gaussian(mean, deviation.square(), fitted.quantile(found, q)[:, 0])
+            torch.testing.assert_close(fitted.pit(at), torch.full((400, 1), q).double(), atol=1e-6, rtol=0)
+        with pytest.raises(UnsupportedError, match="pit"):
+            fitted.apply(found)
 
 
 def test_calibration_errors_as_a_second_opinion() -> None:
