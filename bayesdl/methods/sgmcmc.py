@@ -152,7 +152,7 @@ class SGMCMC(Method):
             chain=0,
             progress=task.progress,
         )
-        job, chosen = self._with_step(job, network)
+        job, chosen = self._with_step(job, network, group)
         jobs = [replace(job, chain=c) for c in range(self.chains)]
         shared, way = share_passes(jobs, group)
         jobs = [replace(one, together=shared) for one in jobs]
@@ -165,7 +165,7 @@ class SGMCMC(Method):
             cost=(("steps", steps), ("chains", float(self.chains)), ("lr", job.lr)),
         )
 
-    def _with_step(self, job: Job, network: Network) -> tuple[Job, tuple[Finding, ...]]:
+    def _with_step(self, job: Job, network: Network, group: Group | None) -> tuple[Job, tuple[Finding, ...]]:
         """The job with its learning rate (and the start of a preconditioner), checked against the curvature."""
         energy, generator = job.energy, chain_generator(job.base, 0, INIT)
         scales, stretch = None, 1.0  # preconditioner; factor of a step
@@ -173,7 +173,7 @@ class SGMCMC(Method):
             module = independent_copy(job.module, job.names)
             pairs, _ = prepare_module(module, job.names)
             source = endless(network, job.data, job.base, 0)
-            squares = gradient_squares(network, module, energy, pairs, source)
+            squares = gradient_squares(network, module, energy, pairs, source, group)
             if self.kind == "psgld":
                 job = replace(job, squares=squares)
                 eps = float(self.options.get("eps", PSGLD_EPS))
@@ -182,7 +182,7 @@ class SGMCMC(Method):
                 stretch = self._factor(job, sum(float(value.sum()) for value in squares.values()))
         try:
             with repeatable(job.data, job.base):
-                largest = largest_curvature(network, energy, job.data, job.prior, generator, scales)
+                largest = largest_curvature(network, energy, job.data, job.prior, generator, scales, group)
         except UnsupportedError as error:
             if self.lr is None:
                 raise UnsupportedError(f"the step size cannot be chosen, pass lr=...: {error}") from error

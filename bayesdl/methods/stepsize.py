@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from bayesdl.batch import batch_size
 from bayesdl.curvature.krylov import lanczos
 from bayesdl.curvature.operators import operator
+from bayesdl.distributed import Group, together
 from bayesdl.errors import StepSizeError
 from bayesdl.methods.energy import Energy
+from bayesdl.methods.pieces import Pieces
 from bayesdl.network import Network
 from bayesdl.priors import GaussianPrior, Prior, ScaleMixturePrior
 from bayesdl.samplers.forces import Block, GaussianForce
@@ -31,6 +33,7 @@ def largest_curvature(
     prior: Prior,
     generator: torch.Generator,
     scales: Mapping[str, Tensor] | None = None,
+    group: Group | None = None,
 ) -> float:
     """Largest eigenvalue of D^1/2 (GGN - Hessian of log p(theta)) D^1/2 at the network's weights, from below.
 
@@ -41,28 +44,38 @@ def largest_curvature(
         prior: its curvature is added.
         generator: of the start vector.
         scales: D by parameter name; None is the identity.
+        group: processes that share the work and all get the number that one alone would, to the bit.
 
     Raises:
         UnsupportedError: the network has no curvature products; the chain then needs its lr from the user.
     """
     held = list(_front(network, data))
-    products = operator(network, held, energy.likelihood, allow_partial=True)
-    factor = energy.num_data / products.num_data
-    flat = products.layout.flatten
+    pieces = Pieces(group, len(held))
+    parts = pieces.cut(held)
+    with together(group):  # with more processes than pieces, one for its layout
+        products = {i: operator(network, parts[i], energy.likelihood, allow_partial=True) for i in pieces.own or [0]}
+    first, device = next(iter(products.values())), None if group is None else group.device
+    counted = pieces.total(
+        lambda i: torch.tensor(products[i].num_data, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    )
+    factor = energy.num_data / int(counted)
+    layout = first.layout
+    flat = layout.flatten
     root = 1.0
     if not isinstance(prior, ScaleMixturePrior):
-        bend = _prior_curvature(prior, network.parameters, flat, products.layout.to_dict)
+        bend = _prior_curvature(prior, network.parameters, flat, layout.to_dict)
     else:
         # its steps are h min(variance, cap), so that in their units the prior's curvature is at most 1
         root = math.sqrt(prior.step_cap)
         bend = lambda v: v / prior.step_cap  # noqa: E731
-    diagonal = root if scales is None else root * flat(scales).to(products.dtype).sqrt().unsqueeze(1)
+    diagonal = root if scales is None else root * flat(scales).to(first.dtype).sqrt().unsqueeze(1)
 
     def product(v: Tensor) -> Tensor:
         turned = diagonal * v
-        return diagonal * (factor * products.matmat(turned) + bend(turned).to(turned))
+        curved = pieces.total(lambda i: products[i].matmat(turned), turned)
+        return diagonal * (factor * curved + bend(turned).to(turned))
 
-    start = torch.randn(products.layout.numel, 1, generator=generator).to(products.device, products.dtype)
+    start = torch.randn(layout.numel, 1, generator=generator).to(first.device, first.dtype)
     return float(lanczos(product, start, STEPS).eigen()[0].max())
 
 
@@ -72,20 +85,29 @@ def gradient_squares(
     energy: Energy,
     parameters: list[tuple[str, nn.Parameter]],
     source: Iterator[Any],
+    group: Group | None = None,
 ) -> dict[str, Tensor]:
     """Mean over the batches of one pass of the squared gradient of the mean loss, by parameter name.
 
     Args:
         source: `(number, inputs, target)`, at least one pass long.
+        group: as for `largest_curvature`.
     """
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters}
     leaves = [parameter for _, parameter in parameters]
-    for _, inputs, target in islice(source, energy.num_batches):
-        with torch.enable_grad():
-            found = torch.autograd.grad(energy.loss(network, module, inputs, target), leaves)
-        for (name, _), grad in zip(parameters, found, strict=True):
-            total[name].add_(grad.square(), alpha=1 / energy.num_batches)
-    return total
+    pieces = Pieces(group, energy.num_batches)
+    sums: dict[int, Tensor] = {}
+    with together(group):
+        for batch, (_, inputs, target) in enumerate(islice(source, energy.num_batches)):
+            piece = pieces.of(batch)
+            if piece not in pieces.own:
+                continue
+            with torch.enable_grad():
+                found = torch.autograd.grad(energy.loss(network, module, inputs, target), leaves)
+            squares = torch.cat([grad.reshape(-1) for grad in found]).square().div_(energy.num_batches)
+            sums[piece] = sums[piece] + squares if piece in sums else squares
+    total = pieces.total(lambda i: sums[i], torch.cat([leaf.detach().reshape(-1) for leaf in leaves]))
+    split = total.split([leaf.numel() for leaf in leaves])
+    return {name: part.view(leaf.shape) for (name, leaf), part in zip(parameters, split, strict=True)}
 
 
 def stability_limit(sampler: str, momentum: float) -> float:

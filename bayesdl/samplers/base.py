@@ -6,7 +6,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bayesdl.errors import ArgumentError, FileFormatError, NonFiniteError, UnreachedParameterError, UnsupportedError
+from bayesdl.errors import ArgumentError, FileFormatError
 from bayesdl.samplers.arguments import (
     Schedule,
     Shared,
@@ -28,7 +28,8 @@ from bayesdl.samplers.arguments import (
     refuse_unknown,
     weight_decay_message,
 )
-from bayesdl.samplers.forces import Block, force_of, global_norm
+from bayesdl.samplers.forces import Block, force_of
+from bayesdl.samplers.gathering import adopt, check_finite, gather
 from bayesdl.samplers.noise import NoiseStream
 from bayesdl.samplers.record import StepRecord
 from bayesdl.samplers.restoring import check_state
@@ -95,6 +96,7 @@ class Sampler(Optimizer, ABC):
         self._scalars: dict[str, float] = {"time": 0.0}
         self._hooks: OrderedDict[int, Callable[[Sampler], None]] = OrderedDict()
         self._record: StepRecord | None = None
+        self._chains: Sequence[Sampler] = ()  # whose parameters are rows of this one's; see `bayesdl.samplers.stacked`
         self._lr_functions: list[Callable[[int], float] | None] = []
         defaults = {"lr": lr, "prior_precision": (1.0 if precision is None else precision) if prior is None else None}
         super().__init__(params, {**defaults, **(own or {})})
@@ -144,19 +146,19 @@ class Sampler(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._apply_schedules()
-        blocks = self._gather()
-        self._check_finite(blocks)
+        blocks = gather(self.param_groups, self.iteration, self.allow_unused)
+        check_finite(blocks, self.iteration)
         temperature = self.temperature
         check_temperature(temperature)
         for block in blocks:
-            self._adopt(block)
+            adopt(block, self.state)
         self._force.prepare(blocks, self._gibbs)
         room = iter(self._noise.workspace([p for block in blocks for p in block.params]))
         for block in blocks:
             block.forces = self._force(block, self.num_data, [next(room) for _ in block.params])
         self._monitor(blocks)
         self._precondition(blocks)
-        self._record = self._describe(blocks, temperature)
+        self._record = (self._chains[0] if self._chains else self)._describe(blocks[0].lr, temperature)
         for hook in list(self._hooks.values()):
             hook(self)
         self._update(blocks, temperature / self.num_data)
@@ -248,9 +250,9 @@ class Sampler(Optimizer, ABC):
         self._hooks[handle.id] = hook
         return handle
 
-    def follow(self, record: StepRecord) -> None:
+    def follow(self, lr: float, temperature: float) -> None:
         """Count a step that another sampler makes with these parameters; called before it moves them, as hooks are."""
-        self._record = record
+        self._record = record = self._describe(lr, temperature)
         for hook in list(self._hooks.values()):
             hook(self)
         self.iteration += 1
@@ -301,8 +303,8 @@ class Sampler(Optimizer, ABC):
         """What the repr says beyond the shared line."""
         return ""
 
-    def _describe(self, blocks: list[Block], temperature: float) -> StepRecord:
-        psi, lr = self._psi(), blocks[0].lr
+    def _describe(self, lr: float, temperature: float) -> StepRecord:
+        psi = self._psi()
         weight = psi * math.sqrt(lr) if self.underdamped else psi * lr
         h = lr / self.num_data * (psi * psi if self.underdamped else psi)
         return StepRecord(self.iteration, lr, h, temperature, psi, weight, self._scalars["time"])
@@ -313,59 +315,16 @@ class Sampler(Optimizer, ABC):
                 group["lr"] = function(self.iteration)
             group["lr"] = as_rate(group["lr"], f"parameter group {index}")
 
-    def _gather(self) -> list[Block]:
-        """Parameters and gradients by group."""
-        blocks: list[Block] = []
-        for index, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
-            grads = []
-            for name, parameter in zip(names, group["params"], strict=True):
-                grad = parameter.grad
-                if grad is None:
-                    grad = self._absent(name, parameter)
-                elif grad.is_sparse:
-                    raise UnsupportedError(f"parameter {name!r} has a sparse gradient; samplers need dense ones "
-                                           "(sparse=False): prior and noise move every weight")  # fmt: skip
-                grads.append(grad)
-            if grads:
-                blocks.append(Block(len(blocks), group, names, list(group["params"]), grads, group["lr"]))
-        if not blocks:
-            raise ArgumentError("the sampler has no parameters")
-        return blocks
+    def _rows(self, tensors: Sequence[Tensor], *, cut: bool = False) -> list[tuple[Sampler, list[Tensor]]]:
+        """Tensors of the parameters by chain: this sampler's own, or a row for each of the chains that it moves.
 
-    def _absent(self, name: str, parameter: Tensor) -> Tensor:
-        if self.allow_unused:
-            return torch.zeros_like(parameter)
-        why = "" if parameter.requires_grad else " and requires_grad=False"
-        raise UnreachedParameterError(
-            f"parameter {name!r} of shape {tuple(parameter.shape)} has no gradient{why} at step {self.iteration}: call "
-            "backward() first, leave it out of the sampler, or pass allow_unused=True to run it on its prior alone"
-        )
-
-    def _check_finite(self, blocks: list[Block]) -> None:
-        """One global norm; the search for the place starts only if that is not finite."""
-        norm = global_norm([grad for block in blocks for grad in block.grads])
-        if math.isfinite(norm):
-            return
-        for block in blocks:
-            for name, grad in zip(block.names, block.grads, strict=True):
-                if not bool(torch.isfinite(grad).all()):
-                    bad = int((~torch.isfinite(grad)).sum())
-                    raise NonFiniteError(
-                        f"step {self.iteration}: {bad} of {grad.numel()} gradients of parameter {name!r} are NaN or "
-                        "infinite; nothing was updated (look at the loss, the data and the learning rate)"
-                    )
-        raise NonFiniteError(f"step {self.iteration}: the norm of the gradient overflows; nothing was updated")
-
-    def _adopt(self, block: Block) -> None:
-        """Float32 copies in place of half-precision parameters, with float32 gradients."""
-        for index, parameter in enumerate(block.params):
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                state = self.state[parameter]
-                if "master" not in state:
-                    state["master"] = parameter.detach().float()
-                block.params[index] = state["master"]
-                block.grads[index] = block.grads[index].float()
+        With `cut` a row comes as the chain's parameters, for norms that have to be rounded as the chain would alone.
+        """
+        if not self._chains:
+            return [(self, list(tensors))]
+        (matrix,) = tensors
+        sizes = [p.numel() for group in self._chains[0].param_groups for p in group["params"]]
+        return [(one, list(row.split(sizes)) if cut else [row]) for one, row in zip(self._chains, matrix, strict=True)]
 
     def _precondition(self, blocks: list[Block]) -> None:
         """Multiply forces by the diagonal preconditioner D of the sampler and of the prior's scales."""

@@ -19,20 +19,24 @@ class MomentumSampler(Sampler):
 
     def _momenta(self, block: Block, temperature: float) -> list[Tensor]:
         """m of a block for this step; `temperature` is T / N, and h T = lr psi^2 T / N."""
-        step = block.lr * self._psi() ** 2
         key = f"step {block.index}"
-        before = self._scalars.get(key, step)
-        self._scalars[key] = step
-        momenta, factor = [], math.sqrt(step / before) if before > 0 else math.inf
+        sizes = {chain: block.lr * chain._psi() ** 2 for chain, _ in self._rows(block.params)}
+        before = {chain: chain._scalars.get(key, step) for chain, step in sizes.items()}
+        for chain, step in sizes.items():
+            chain._scalars[key] = step
+        momenta, stopped = [], min(before.values()) == 0
         for index, (parameter, moving) in enumerate(zip(block.group["params"], block.params, strict=True)):
             state: dict[str, Any] = self.state[parameter]
-            if "momentum" not in state or factor == math.inf:
-                start = self._noise.draw_apart(moving) * math.sqrt(step * temperature)
-                if block.scales is not None:
-                    start = start * block.scales[index].sqrt()
-                state["momentum"] = start
-            elif factor != 1.0:
-                state["momentum"].mul_(factor)
+            fresh = "momentum" not in state or stopped
+            if fresh:
+                state["momentum"] = self._noise.draw_apart(moving)
+            for chain, rows in self._rows([state["momentum"]]):
+                step = sizes[chain]
+                factor = math.sqrt(step * temperature) if fresh else math.sqrt(step / before[chain])
+                if fresh or factor != 1.0:
+                    torch._foreach_mul_(rows, factor)
+            if fresh and block.scales is not None:
+                state["momentum"].mul_(block.scales[index].sqrt())
             momenta.append(state["momentum"])
         return momenta
 

@@ -95,10 +95,10 @@ class SASGLD(MomentumSampler):
             raise ArgumentError("a parameter group has its own momentum; the adaptive sampler has one for all")
 
     def _monitor(self, blocks: list[Block]) -> None:
-        norm = global_norm([force for block in blocks for force in block.forces])
-        monitor = norm**self.s / self.omega
-        before = self._scalars.get("zeta", monitor / self.alpha)  # zero would make the first step the largest possible
-        self._scalars["zeta"] = float(relax(before, monitor, blocks[0].lr, self.alpha))
+        for chain, forces in self._rows([force for block in blocks for force in block.forces], cut=True):
+            monitor = global_norm(forces) ** self.s / self.omega
+            before = chain._scalars.get("zeta", monitor / self.alpha)  # zero would make the first step the largest
+            chain._scalars["zeta"] = float(relax(before, monitor, blocks[0].lr, self.alpha))
         if self.iteration == 1 and not self._hooks and self.smallest != self.largest:
             warnings.warn(
                 "the sampler adapts its step and no chain takes account of it: averages over its steps are biased; use "
@@ -111,25 +111,30 @@ class SASGLD(MomentumSampler):
         return float(time_factor(self._scalars["zeta"], self.smallest, self.largest, self.r))
 
     def _update(self, blocks: list[Block], temperature: float) -> None:
-        psi = self._psi()
         if self.underdamped:
-            self._with_momentum(blocks, temperature, psi)
+            self._with_momentum(blocks, temperature)
             return
         for block in blocks:
-            torch._foreach_add_(block.params, block.forces, alpha=-(psi * block.lr))
+            for (chain, rows), (_, forces) in zip(self._rows(block.params), self._rows(block.forces), strict=True):
+                torch._foreach_add_(rows, forces, alpha=-(chain._psi() * block.lr))
         for block, noise in self._drawn(blocks, temperature):
-            torch._foreach_add_(block.params, noise, alpha=math.sqrt(2 * (psi * block.lr) * temperature))
+            for (chain, rows), (_, drawn) in zip(self._rows(block.params), self._rows(noise), strict=True):
+                torch._foreach_add_(rows, drawn, alpha=math.sqrt(2 * (chain._psi() * block.lr) * temperature))
 
-    def _with_momentum(self, blocks: list[Block], temperature: float, psi: float) -> None:
+    def _with_momentum(self, blocks: list[Block], temperature: float) -> None:
         momenta = [self._momenta(block, temperature) for block in blocks]
-        decay = self.momentum**psi
         for block, m in zip(blocks, momenta, strict=True):
-            torch._foreach_add_(m, block.forces, alpha=-psi * psi * block.lr)
+            for (chain, rows), (_, forces) in zip(self._rows(m), self._rows(block.forces), strict=True):
+                torch._foreach_add_(rows, forces, alpha=-chain._psi() * chain._psi() * block.lr)
             torch._foreach_add_(block.params, m, alpha=0.5)
-            torch._foreach_mul_(m, decay)
+            for chain, rows in self._rows(m):
+                torch._foreach_mul_(rows, self.momentum ** chain._psi())
         for block, noise in self._drawn(blocks, temperature):
-            heat = (1 - decay * decay) * psi * psi * block.lr * temperature
-            torch._foreach_add_(momenta[block.index], noise, alpha=math.sqrt(heat))
+            for (chain, rows), (_, drawn) in zip(self._rows(momenta[block.index]), self._rows(noise), strict=True):
+                psi = chain._psi()
+                decay = self.momentum**psi
+                heat = (1 - decay * decay) * psi * psi * block.lr * temperature
+                torch._foreach_add_(rows, drawn, alpha=math.sqrt(heat))
         for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(block.params, m, alpha=0.5)
 

@@ -17,6 +17,11 @@ Number = float | Tensor
 _SMALL = 1e-6  # below, (1 - e^-2f) / f equals 2 (1 - f) to rounding
 
 
+def _share(f: float) -> float:
+    """(1 - e^-2f) / f."""
+    return 2 - 2 * f if abs(f) < _SMALL else -math.expm1(-2 * f) / f
+
+
 def sgnht(
     theta: Tensor, m: Tensor, f: Tensor, g: Tensor, noise: Tensor, step: Number, f0: Number, temperature: Number = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,24 +71,30 @@ class SGNHT(MomentumSampler):
             raise ArgumentError("a parameter group has its own momentum; the thermostat has one friction for all")
 
     def _update(self, blocks: list[Block], temperature: float) -> None:
-        f = self._scalars["friction"]
-        share = 2 - 2 * f if abs(f) < _SMALL else -math.expm1(-2 * f) / f
         momenta = [self._momenta(block, temperature) for block in blocks]
         for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(m, block.forces, alpha=-block.lr)
             torch._foreach_add_(block.params, m, alpha=0.5)
-            torch._foreach_mul_(m, math.exp(-f))
+            for chain, rows in self._rows(m):
+                torch._foreach_mul_(rows, math.exp(-chain._scalars["friction"]))
         for block, noise in self._drawn(blocks, temperature):
-            spread = math.sqrt((1 - self.momentum) * block.lr * temperature * share)
-            torch._foreach_add_(momenta[block.index], noise, alpha=spread)
-        heat, total, size = 0.0, 0.0, 0
+            for (chain, rows), (_, drawn) in zip(self._rows(momenta[block.index]), self._rows(noise), strict=True):
+                spread = (1 - self.momentum) * block.lr * temperature * _share(chain._scalars["friction"])
+                torch._foreach_add_(rows, drawn, alpha=math.sqrt(spread))
         for block, m in zip(blocks, momenta, strict=True):
             torch._foreach_add_(block.params, m, alpha=0.5)
-            energy, count = kinetic(m, block.scales)
-            total, size = total + energy, size + count
-            heat += count * block.lr * temperature
         if temperature > 0:  # while exploring without noise there is no temperature to hold
-            self._scalars["friction"] = f + (total - heat) / size
+            self._hold(blocks, momenta, temperature)
+
+    def _hold(self, blocks: list[Block], momenta: list[list[Tensor]], temperature: float) -> None:
+        """Move the friction of every chain by what its kinetic energy exceeds that of the temperature."""
+        for number, (chain, _) in enumerate(self._rows(blocks[0].params)):
+            excess, size = 0.0, 0
+            for block, m in zip(blocks, momenta, strict=True):
+                scales = None if block.scales is None else self._rows(block.scales, cut=True)[number][1]
+                energy, count = kinetic(self._rows(m, cut=True)[number][1], scales)
+                excess, size = excess + energy - count * block.lr * temperature, size + count
+            chain._scalars["friction"] += excess / size
 
     def _remark(self) -> str:
         return f", friction={self.friction:.4g}"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesdl as bdl
+from bayesdl.curvature.operators import CurvatureOperator
 from bayesdl.methods import parallel
+from bayesdl.methods.energy import Energy
 
 
 def network() -> nn.Module:
@@ -69,3 +72,42 @@ def the_first_process_decides_how_chains_run(rank: int, size: int) -> None:
     assert asked == ([2] if rank == 0 else [])  # chains 0 and 2 are the first process's
     for name, value in fit[1].posterior.snapshots.items():
         assert torch.allclose(fit[0].posterior.snapshots[name], value, atol=1e-5), name
+
+
+def the_search_for_the_step_is_divided(rank: int, size: int) -> None:
+    """Each process takes its share of the products and of the gradients; steps and chains are those of one process."""
+    products, gradients = [0], [0]
+    times, loss = CurvatureOperator.matmat, Energy.loss
+
+    def counted(self: CurvatureOperator, v: Tensor) -> Tensor:
+        products[0] += 1
+        return times(self, v)
+
+    def noted(self: Energy, *arguments: Any) -> Tensor:
+        gradients[0] += 1
+        return loss(self, *arguments)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    with mock.patch.object(CurvatureOperator, "matmat", counted), mock.patch.object(Energy, "loss", noted):
+        for kind in ("sghmc", "psgld", "sa-sgld"):
+            found: dict[bool, tuple[list[int], bdl.BayesianModel]] = {}
+            for across in (True, False):
+                products[0] = gradients[0] = 0
+                method = bdl.SGMCMC(kind, num_samples=2, thin=1, chains=6, burn_in=1, parallel="sequential")
+                arguments: dict[str, Any] = {"likelihood": bdl.Gaussian(noise=0.3), "progress": False}
+                data = DataLoader(loader().dataset, batch_size=3, shuffle=True)  # 10 batches, in 8 pieces
+                generator = torch.Generator().manual_seed(7)
+                bayes = bdl.wrap(plain, method, data, generator=generator, distributed=across, **arguments)
+                found[across] = [products[0], gradients[0]], bayes
+            (mine, together), (all_, alone) = found[True], found[False]
+            pieces = len(range(rank, 8, size))
+            assert (mine[0], all_[0]) == (pieces * 8, 64), (mine, all_)  # 8 steps of the search
+            steps, own = 3, len(range(rank, 6, size))
+            assert all_[1] == 6 * steps + (0 if kind == "sghmc" else 10)
+            share = 0 if kind == "sghmc" else sum(b * 8 // 10 in range(rank, 8, size) for b in range(10))
+            assert mine[1] == own * steps + share, mine
+            assert dict(together.record.cost)["lr"] == dict(alone.record.cost)["lr"]
+            for name, value in alone.posterior.snapshots.items():
+                assert torch.equal(together.posterior.snapshots[name], value), name
