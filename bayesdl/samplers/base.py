@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bayesdl.errors import ArgumentError, FileFormatError
+from bayesdl.errors import ArgumentError, FileFormatError, NonFiniteError, StepSizeError
 from bayesdl.samplers.arguments import (
     Schedule,
     Shared,
@@ -28,8 +28,9 @@ from bayesdl.samplers.arguments import (
     refuse_unknown,
     weight_decay_message,
 )
+from bayesdl.samplers.counts import StepCounts
 from bayesdl.samplers.forces import Block, force_of
-from bayesdl.samplers.gathering import adopt, check_finite, gather
+from bayesdl.samplers.gathering import adopt, finite_norm, gather
 from bayesdl.samplers.noise import NoiseStream
 from bayesdl.samplers.record import StepRecord
 from bayesdl.samplers.restoring import check_state
@@ -85,6 +86,7 @@ class Sampler(Optimizer, ABC):
         self.num_data = int(num_data)
         self.prior = prior
         self.iteration = 0
+        self.counts = StepCounts()
         self.temperature_schedule: Schedule = shared.get("temperature", 1.0)
         self.gibbs_every = at_least_one(shared.get("gibbs_every", 20), "gibbs_every")
         self.allow_unused = shared.get("allow_unused", False)
@@ -147,17 +149,12 @@ class Sampler(Optimizer, ABC):
                 loss = closure()
         self._apply_schedules()
         blocks = gather(self.param_groups, self.iteration, self.allow_unused)
-        check_finite(blocks, self.iteration)
-        temperature = self.temperature
-        check_temperature(temperature)
-        for block in blocks:
-            adopt(block, self.state)
-        self._force.prepare(blocks, self._gibbs)
-        room = iter(self._noise.workspace([p for block in blocks for p in block.params]))
-        for block in blocks:
-            block.forces = self._force(block, self.num_data, [next(room) for _ in block.params])
-        self._monitor(blocks)
-        self._precondition(blocks)
+        try:
+            norm, temperature = self._prepare(blocks)
+        except (NonFiniteError, StepSizeError):
+            self.counts.refused += 1
+            raise
+        self.counts.note(norm)
         self._record = (self._chains[0] if self._chains else self)._describe(blocks[0].lr, temperature)
         for hook in list(self._hooks.values()):
             hook(self)
@@ -209,6 +206,7 @@ class Sampler(Optimizer, ABC):
             "num_data": self.num_data,
             "iteration": self.iteration,
             "scalars": dict(self._scalars),
+            "counts": self.counts.state(),
             "noise": self._noise.state(),
             "gibbs": self._gibbs.get_state(),
             "prior": self._force.state(),
@@ -238,6 +236,7 @@ class Sampler(Optimizer, ABC):
                     self.state[parameter][key] = value.detach().to(parameter.device, copy=True)
         self.iteration = int(own["iteration"])
         self._scalars = dict(own["scalars"])
+        self.counts = StepCounts.from_state(own.get("counts"))
         self._noise.load(own["noise"])
         self._gibbs.set_state(own["gibbs"].cpu())
         self._force.load(own["prior"])
@@ -308,6 +307,21 @@ class Sampler(Optimizer, ABC):
         weight = psi * math.sqrt(lr) if self.underdamped else psi * lr
         h = lr / self.num_data * (psi * psi if self.underdamped else psi)
         return StepRecord(self.iteration, lr, h, temperature, psi, weight, self._scalars["time"])
+
+    def _prepare(self, blocks: list[Block]) -> tuple[float, float]:
+        """Forces and preconditioners of the blocks; the norm of the gradients, and T."""
+        norm = finite_norm(blocks, self.iteration)
+        temperature = self.temperature
+        check_temperature(temperature)
+        for block in blocks:
+            adopt(block, self.state)
+        self._force.prepare(blocks, self._gibbs)
+        room = iter(self._noise.workspace([p for block in blocks for p in block.params]))
+        for block in blocks:
+            block.forces = self._force(block, self.num_data, [next(room) for _ in block.params])
+        self._monitor(blocks)
+        self._precondition(blocks)
+        return norm, temperature
 
     def _apply_schedules(self) -> None:
         for index, (group, function) in enumerate(zip(self.param_groups, self._lr_functions, strict=True)):

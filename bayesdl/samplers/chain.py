@@ -17,6 +17,7 @@ from bayesdl.posteriors import SamplePosterior
 from bayesdl.samplers.assembling import PROBE
 from bayesdl.samplers.base import Sampler
 from bayesdl.samplers.collecting import RULES, Rule
+from bayesdl.samplers.counts import step_findings
 from bayesdl.samplers.cyclical import Cyclical
 from bayesdl.samplers.log_prior import log_prior
 from bayesdl.samplers.memory import MemorySamples
@@ -131,6 +132,7 @@ class Chain:
         self._replicas = Replicas(net)
         self._pending: list[Pending] = []
         self._moved = self._begun = False
+        self._idle = 0  # calls of step before which nothing had moved
         self._handle = None if self._mover is None else self._mover.register_pre_update_hook(self._before_update)
 
     @property
@@ -176,6 +178,7 @@ class Chain:
         if self._mover is None:
             self._before_update(None)
         if not self._moved:
+            self._idle += 1
             return False
         pending, self._pending, self._moved = self._pending, [], False
         self._rule.call(bool(sampling))
@@ -219,7 +222,8 @@ class Chain:
         outputs = None if self._extras.probe is None or not self.kept else self.probes()
         found = summary(self.kept, outputs, None if likelihood is None else resolve(likelihood), targets)
         odd = [] if self._mover is None else miscounted(self._loader, self._mover.num_data)
-        return Diagnosis((*found.findings, *odd))
+        steps = step_findings(getattr(self._mover, "counts", None), self.steps + self._idle, self._idle)
+        return Diagnosis((*found.findings, *odd, *steps))
 
     def checkpoint(self) -> None:
         """Write the resume file now, between two steps; `step` does so with every sample.
@@ -270,6 +274,7 @@ class Chain:
                 raise ArgumentError(f"the store holds no state of {name!r}, which was added since the chain began")
             load_state(thing, tree["states"][name])
         self._rule.load(tree["rule"])
+        self._idle = int(tree.get("idle", 0))  # stores of earlier versions did not count them
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints of somebody else's, beside those of network and sampler: counters, and samples in memory."""
@@ -277,7 +282,7 @@ class Chain:
             return {}
         held = isinstance(self._samples, MemorySamples)
         base = dict(self._tensors.base) if held else {}
-        return {"rule": self._rule.state(), "samples": self._samples.state(), "base": base}
+        return {"rule": self._rule.state(), "samples": self._samples.state(), "base": base, "idle": self._idle}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state was taken; network and sampler must be as they were then.
@@ -291,6 +296,7 @@ class Chain:
         if not state_dict:
             return
         self._rule.load(state_dict["rule"])
+        self._idle = int(state_dict.get("idle", 0))
         if isinstance(self._samples, MemorySamples):
             self._samples.load(state_dict["samples"])
             self._tensors.begin(state_dict["base"])
@@ -366,6 +372,7 @@ class Chain:
     def _tree(self) -> dict[str, Any]:
         return {
             "rule": self._rule.state(),
+            "idle": self._idle,
             "parameters": dict(self._tensors.parameters),
             "buffers": self._tensors.buffers(),
             "states": {name: state_of(thing) for name, thing in self._states().items()},

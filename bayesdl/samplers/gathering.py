@@ -42,11 +42,11 @@ def gather(groups: Sequence[dict[str, Any]], iteration: int, allow_unused: bool)
     return blocks
 
 
-def check_finite(blocks: Sequence[Block], iteration: int) -> None:
-    """Raise `NonFiniteError` for NaN or infinity: one global norm, and only if that is not finite a search."""
+def finite_norm(blocks: Sequence[Block], iteration: int) -> float:
+    """The norm of all gradients; raises `NonFiniteError` for NaN or infinity, which only then are searched for."""
     norm = global_norm([grad for block in blocks for grad in block.grads])
     if math.isfinite(norm):
-        return
+        return norm
     for block in blocks:
         for name, grad in zip(block.names, block.grads, strict=True):
             if not bool(torch.isfinite(grad).all()):
