@@ -45,9 +45,9 @@ def alternate(work: dict[str, Callable[[], Any]], repeats: int, device: str) -> 
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repeats):
         for name, function in work.items():
-            start = _now(device)
+            start = now(device)
             function()
-            seconds[name].append(_now(device) - start)
+            seconds[name].append(now(device) - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -79,7 +79,8 @@ def compact(figures: dict[str, Any]) -> str:
     return lists.sub(lambda found: f"[{' '.join(found[1].split())}]", json.dumps(figures, indent=2))
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
+    """Seconds: of this process's CPU time, or of the clock once a GPU is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         return time.perf_counter()

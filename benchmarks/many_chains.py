@@ -1,8 +1,8 @@
 """Steps of several chains: one chain after another, or all in one vectorised pass a step (bdl.SGMCMC(parallel=...)).
 
 SGHMC chains on perceptrons, convolutional networks and transformers, at three batch sizes, each with its own batches;
-then eight chains of every sampler, moved all in one step and each by a step of its own. The time of a step is that of a
-long run less that of a short one. Checked first: at T = 0 both ways end in the same weights.
+then eight chains of every sampler, moved all in one step and each by a step of its own. Steps of both ways alternate,
+so that a noisy minute hits both. Checked first: at T = 0 both ways end in the same weights.
 
     python benchmarks/many_chains.py [--quick] [--device cuda] [--json benchmarks/results/many_chains.json]
 
@@ -11,7 +11,8 @@ The bounds of `parallel="auto"` on a CPU are read off this table; cells where it
 
 from __future__ import annotations
 
-import time
+import contextlib
+import statistics
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -19,14 +20,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _measure import alternate, finish, parser
+from _measure import finish, now, parser
 from torch import Tensor, nn
 
 import bayesdl as bdl
-from bayesdl.methods import batched
+from bayesdl.methods import batched, parallel, sgmcmc
+from bayesdl.methods.chains import Job, advance, start
 
 LR, BATCHES_A_PASS = 1e-4, 2
-SHORT, LONGEST, SECONDS = 4, 34, 0.5  # steps of a run; what the steps between them may take
+STEPS, SECONDS = (6, 40), 1.5  # fewest and most timed steps of each way, and the seconds after which they are enough
 CHAINS, MORE = 8, (2, 4, 32)
 BATCHES = (1, 16, 128)
 SAMPLERS = ("sgld", "sghmc", "baoab", "sgnht", "psgld", "sa-sgld", "entropy-mcmc")
@@ -176,27 +178,43 @@ def setting(name: str, size: int, device: str) -> tuple[nn.Module, Any]:
     ]
 
 
-def relative(net: nn.Module, data: Any, options: Any, **own: Any) -> float:
-    """Time of a step one after another over that in one pass."""
-    begun = time.process_time()
-    sampled(net, data, "sequential", SHORT, **own)
-    each = (time.process_time() - begun) / SHORT  # with what a run costs besides: enough for a number of steps
-    more = 2 if options.quick else max(4, min(LONGEST - SHORT, int(SECONDS / each)))
-    work: dict[str, Callable[[], Any]] = {
-        f"{way} {steps}": partial(sampled, net, data, way, steps, **own)
-        for way in ("sequential", "batched")
-        for steps in (SHORT, SHORT + more)
-    }
-    seconds = alternate(work, 2 if options.quick else options.repeats, options.device)
-    long = SHORT + more
-    apart, shared = (seconds[f"{way} {long}"] - seconds[f"{way} {SHORT}"] for way in ("sequential", "batched"))
+class Captured(Exception):
+    """The chains are ready to run."""
+
+
+def chains_of(net: nn.Module, data: Any, chains: int, kind: str = "sghmc") -> list[Job]:
+    """The chains that `wrap` would run."""
+    held: list[Job] = []
+
+    def capture(jobs: list[Job], group: None) -> None:
+        held.extend(jobs)
+        raise Captured
+
+    with mock.patch.object(sgmcmc, "share_passes", capture), contextlib.suppress(Captured):
+        sampled(net, data, "auto", 10**6, chains=chains, kind=kind)
+    return held
+
+
+def relative(jobs: list[Job], options: Any) -> float:
+    """Median time of a step of all chains one after another over that in one pass, in alternating steps."""
+    lives = [start(job) for job in jobs]
+    fewest, most = (2, 2) if options.quick else STEPS
+    spent: list[tuple[float, float]] = []
+    begun = now(options.device)
+    with batched.quiet():
+        together = batched.start_together(jobs)
+        for step in range(most + 1):
+            times = [now(options.device)]
+            for job, live in zip(jobs, lives, strict=True):
+                advance(job, live, step)
+            times.append(now(options.device))
+            batched.step_together(together, step)
+            times.append(now(options.device))
+            spent.append((times[1] - times[0], times[2] - times[1]))
+            if step >= fewest and times[2] - begun > SECONDS:
+                break
+    apart, shared = (statistics.median(pair[way] for pair in spent[1:]) for way in (0, 1))
     return round(apart / shared, 2)
-
-
-def shares(net: nn.Module, data: Any, chains: int) -> bool:
-    """Whether `auto` batches."""
-    found = sampled(net, data, "auto", 2, chains=chains).diagnose().findings
-    return any("share one pass" in finding.text for finding in found)
 
 
 def main() -> None:
@@ -217,8 +235,9 @@ def main() -> None:
             assert found < 1e-5, f"the two ways differ by {found}"
             figures["largest_difference"] = max(found, figures["largest_difference"])
         label = f"{name}, batch {size}, {chains} chains"
-        cells[label] = relative(net, data, options, chains=chains)
-        together = shares(net, data, chains)
+        jobs = chains_of(net, data, chains)
+        cells[label] = relative(jobs, options)
+        together = parallel.share_passes(jobs, None)[0]
         if together:
             figures["auto_batches"].append(label)
         gain = cells[label] if together else 1 / cells[label]
@@ -228,9 +247,10 @@ def main() -> None:
     net, data = setting("MLP 8-50-50-10", 16, options.device)
     figures["samplers, MLP 8-50-50-10, batch 16"] = kinds = {}
     for kind in SAMPLERS:
-        kinds[kind] = {"one step of one matrix": relative(net, data, options, kind=kind)}
+        jobs = chains_of(net, data, CHAINS, kind)
+        kinds[kind] = {"one step of one matrix": relative(jobs, options)}
         with mock.patch.object(batched, "_stacked_sampler", lambda chains: None):
-            kinds[kind]["a step for each chain"] = relative(net, data, options, kind=kind)
+            kinds[kind]["a step for each chain"] = relative(jobs, options)
         print(kind, kinds[kind], flush=True)
     finish(figures, options)
 

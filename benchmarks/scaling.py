@@ -106,7 +106,9 @@ def chains(rank: int, size: int, options: Any) -> dict[str, Any]:
     net = mlp().to(options.device)
     count = 512 if options.quick else 2048
     data = batches(torch.randn(count, 784).to(options.device), torch.randint(0, 10, (count,)).to(options.device))
-    method = bdl.SGMCMC("sghmc", lr=1e-3, chains=CHAINS, num_samples=8, thin=4 if options.quick else 32, burn_in=8)
+    thin = 4 if options.quick else 32
+    # one after another: chains in one pass have the bits of the process that they share it in
+    method = bdl.SGMCMC("sghmc", lr=1e-3, chains=CHAINS, num_samples=8, thin=thin, burn_in=8, parallel="sequential")
 
     def run(distributed: bool) -> bdl.BayesianModel:
         generator = torch.Generator().manual_seed(1)
@@ -136,7 +138,7 @@ def process(rank: int, size: int, options: Any, folder: str) -> None:
         world_size=size,
         timeout=datetime.timedelta(minutes=10),
     )
-    figures = {name: fits(name, rank, size, options) for name in CASES}
+    figures = {} if options.chains else {name: fits(name, rank, size, options) for name in CASES}
     figures["chains of MLP 784-256-256-10"] = chains(rank, size, options)
     if rank == 0:
         Path(folder, f"{size}.json").write_text(json.dumps(figures))
@@ -147,6 +149,7 @@ def main() -> None:
     """Start the processes."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="few examples and repeats")
+    options.add_argument("--chains", action="store_true", help="the chains alone")
     options = options.parse_args()
     if options.quick:
         options.repeats = 1

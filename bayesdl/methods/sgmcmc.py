@@ -61,11 +61,12 @@ class SGMCMC(Method):
         parallel: how several chains of one process run: "sequential", one after another; "batched", one vectorised
             forward and backward pass a step for all (the same chains up to rounding, which grows with the steps);
             "fastest" times both for a few steps, on chains thrown away, takes the faster and says so in `diagnose()`.
-            "auto" never looks at the clock, so that a seed fixes every bit: on a CPU it is "sequential", whose chains
-            are equal bit for bit whatever their number, `workers`, processes and store; on a GPU, where small kernels
-            wait for their launch, "batched" if the network allows it (`benchmarks/many_chains.py`).
+            "auto" never looks at the clock, so that a seed fixes every bit: "batched" on a GPU, where small kernels
+            wait for their launch, and on a CPU for at least four chains of a process whose weights and activations
+            take at most 4 MiB each (`benchmarks/many_chains.py`) and 1 GiB together, if the network allows it;
+            otherwise "sequential", whose chains are equal bit for bit whatever their number, `workers` and processes.
         store: folder in which each chain writes its samples as they come; see `bdl.Chain`. The same call after an
-            interruption goes on from there, bit for bit.
+            interruption goes on from there, bit for bit, in the way that its chains began to run.
         options: further arguments of the sampler's constructor, such as `{"adapt": True}`.
         select: which parameters move; the others stay as they are.
 

@@ -183,6 +183,8 @@ class Sampler(Optimizer, ABC):
         group["params"] = tensors
         if names is not None:
             group["param_names"] = names
+        if len({id(tensor) for tensor in tensors}) < len(tensors):
+            raise ArgumentError(f"{where} holds a parameter twice: it would move twice a step, with the noise of both")
         if self.prior is not None and group.get("prior_precision") is not None:
             raise ArgumentError(f"{where} has prior_precision={group['prior_precision']!r} beside prior={self.prior!r}")
         rate = group.get("lr", self.defaults["lr"])
@@ -249,9 +251,9 @@ class Sampler(Optimizer, ABC):
         self._hooks[handle.id] = hook
         return handle
 
-    def follow(self, lr: float, temperature: float) -> None:
+    def follow(self, record: StepRecord) -> None:
         """Count a step that another sampler makes with these parameters; called before it moves them, as hooks are."""
-        self._record = record = self._describe(lr, temperature)
+        self._record = record
         for hook in list(self._hooks.values()):
             hook(self)
         self.iteration += 1

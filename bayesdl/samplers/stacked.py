@@ -90,7 +90,7 @@ class Stacked:
 
     def _count(self, leader: Sampler) -> None:
         for one in self._followers:
-            one.follow(leader.record.lr, leader.record.temperature)
+            one.follow(one._describe(leader.record.lr, leader.record.temperature))
 
     def _take_over(self) -> None:
         """Begin with the states that the chains hold."""

@@ -318,6 +318,12 @@ def test_parameters_of_other_kinds() -> None:
         sampler.step()
 
 
+def test_a_parameter_moves_once_a_step() -> None:
+    net = network()
+    with pytest.raises(ArgumentError, match="parameter group 0 holds a parameter twice"):
+        SGLD([*net.parameters(), next(net.parameters())], 0.1, 10)
+
+
 def test_states_of_others_are_refused() -> None:
     net = network()
     with pytest.raises(FileFormatError, match="another optimiser"):
