@@ -103,9 +103,9 @@ def huggingface(
     """`batch="huggingface"` with a choice of what is read; see `HuggingFace` for the arguments.
 
     A multiple-choice question for a causal model: `batch=bdl.batch.huggingface(position="last", classes=answer_ids)`.
-    For a model that scores options, such as `BertForMultipleChoice`, `batch="huggingface"` is enough: tokens `(B, C, T)`
-    give logits `(B, C)`, and an option without any attended token, where questions differ in how many they have, gets
-    probability zero.
+    For a model that scores options, such as `BertForMultipleChoice`, `batch="huggingface"` is enough: tokens
+    `(B, C, T)` give logits `(B, C)`, and an option without any attended token, where questions differ in how many they
+    have, gets probability zero.
     """
     return HuggingFace(target, output, position, None if classes is None else tuple(map(int, classes)))
 

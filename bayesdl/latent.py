@@ -159,6 +159,13 @@ def cat_latents(parts: Sequence[Latent]) -> Latent:
     """Concatenate latents of one kind along the batch; positions become inputs where their numbers differ."""
     if len({p.mean.shape[1:] for p in parts}) > 1:
         parts = [p.flat() for p in parts]
+    counts = sorted({int(p.mean.shape[-1]) for p in parts})
+    if len(counts) > 1:
+        raise ShapeError(
+            f"the batches have {counts} outputs an input; expected one number for all of them. Questions with fewer "
+            "options are filled up: tokens (B, C, T) with the same C everywhere, the attention mask of a missing option "
+            "all zero"
+        )
     if all(isinstance(p, GaussianLatent) for p in parts):
         return GaussianLatent.cat([p for p in parts if isinstance(p, GaussianLatent)])
     return SampleLatent.cat([p for p in parts if isinstance(p, SampleLatent)])

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from _text import Batch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-OPTION = re.compile(r"\s*Answer[1-9]:\s*")
+OPTION, OPTIONS = re.compile(r"\s*Answer[1-9]:\s*"), 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Questions:
 
 
 def questions(folder: Path, name: str, words: int) -> Questions:
-    """Those of a file `qa/NAME.jsonl.gz` whose stem has at most so many words."""
+    """Those of a file `qa/NAME.jsonl.gz` whose stem has at most so many words, with three or four options."""
     found = Questions([], [], [])
     with gzip.open(folder / "qa" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
@@ -56,7 +57,7 @@ def questions(folder: Path, name: str, words: int) -> Questions:
             asked, rest = row["question"].split("\n\n", 1)
             stem = asked.split(": ", 1)[1].strip()
             options = OPTION.split(rest.split("\n\nAnswer format")[0])[1:]
-            if len(stem.split()) <= words:
+            if len(stem.split()) <= words and len(options) <= OPTIONS:
                 found.stems.append(stem)
                 found.options.append([option.strip() for option in options])
                 found.labels.append(int(row["answer"].removeprefix("answer")) - 1)
@@ -113,13 +114,14 @@ class ChoiceEncoder:
         """Tokens `(B, C, T)`; a question with fewer options than others has some without attended tokens."""
         chosen = data.picked(rows)
         counts = [len(options) for options in chosen.options]
+        missing = (0, 0, 0, OPTIONS - max(counts))
         made = self.tokenizer(
             [stem for stem, count in zip(chosen.stems, counts, strict=True) for _ in range(count)],
             [option for options in chosen.options for option in options],
             **{"truncation": True, "max_length": self.length, "padding": True, "return_tensors": "pt"},
         )
         keys = ("input_ids", "attention_mask", "token_type_ids")
-        filled = {key: pad_sequence(list(made[key].split(counts)), batch_first=True) for key in keys}
+        filled = {key: pad(pad_sequence(list(made[key].split(counts)), batch_first=True), missing) for key in keys}
         return filled | {"labels": torch.tensor(chosen.labels)} if labels else filled
 
 
