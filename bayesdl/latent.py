@@ -163,8 +163,8 @@ def cat_latents(parts: Sequence[Latent]) -> Latent:
     if len(counts) > 1:
         raise ShapeError(
             f"the batches have {counts} outputs an input; expected one number for all of them. Questions with fewer "
-            "options are filled up: tokens (B, C, T) with the same C everywhere, the attention mask of a missing option "
-            "all zero"
+            "options are filled up: tokens (B, C, T) with the same C everywhere, and the attention mask of a missing "
+            "option all zero"
         )
     if all(isinstance(p, GaussianLatent) for p in parts):
         return GaussianLatent.cat([p for p in parts if isinstance(p, GaussianLatent)])

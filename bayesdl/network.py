@@ -15,7 +15,14 @@ from bayesdl.clone import is_quantised, structural_clone, unwrap
 from bayesdl.errors import ArgumentError, SelectionError, ShapeError, StaleModelError, UnsupportedError
 from bayesdl.explicit import explicit
 from bayesdl.freshness import digest, spread
-from bayesdl.outputs import OutputAxis, extract_output, known_batch_size, outputs_last, without_absent_options
+from bayesdl.outputs import (
+    OutputAxis,
+    extract_output,
+    known_batch_size,
+    outputs_last,
+    picks_positions,
+    without_absent_options,
+)
 from bayesdl.select import Selector, Subnetwork, describe, resolve
 from bayesdl.sharded import stripped
 from bayesdl.streaming import Change, Streamed, Whole, is_sharded
@@ -68,10 +75,16 @@ class Network:
             streamed = Streamed(template)
         self._streamed = streamed
         self._local = threading.local()
-        self._versions = {name: p._version for name, p in template.named_parameters()}
+        self._watch()
         self._values = spread(template)
         self._in_place = any(getattr(module, "inplace", False) is True for module in template.modules())
         self.batch = adapter
+
+    def _watch(self) -> None:
+        # read once: going through a large model costs as much as a small forward pass
+        self._watched = tuple((name, p, p._version) for name, p in self._template.named_parameters())
+        kinds = {p.dtype for _, p, _ in self._watched if p.is_floating_point()}
+        self._dtype = kinds.pop() if len(kinds) == 1 else None
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +94,7 @@ class Network:
     @property
     def dtype(self) -> torch.dtype | None:
         """The one floating dtype of all parameters; None where they differ."""
-        kinds = {p.dtype for p in self._template.parameters() if p.is_floating_point()}
-        return kinds.pop() if len(kinds) == 1 else None
+        return self._dtype
 
     @property
     def sharded(self) -> bool:
@@ -184,7 +196,7 @@ class Network:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._local = threading.local()
-        self._versions = {name: p._version for name, p in self._template.named_parameters()}
+        self._watch()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
         return self.map(torch.clone)
@@ -244,8 +256,8 @@ class Network:
 
     def check_fresh(self) -> None:
         """Raise `StaleModelError` if a parameter was written to since this network was made."""
-        for name, parameter in self._template.named_parameters():
-            if parameter._version != self._versions[name]:
+        for name, parameter, version in self._watched:
+            if parameter._version != version:
                 raise StaleModelError(
                     f"parameter {name!r} of the wrapped model was written to after the fit; the posterior belongs "
                     "to the old weights. Wrap the model again, or train a copy"
@@ -298,6 +310,8 @@ class Network:
         with torch.no_grad(), self.session():
             output = extract_output(module(*call.args, **dict(call.kwargs or {})))
         matches = [n for n, out in seen if out.data_ptr() == output.data_ptr() and out.numel() == output.numel()]
+        # sequence classifiers of decoders score every token, and take the scores of one
+        matches = matches or [n for n, out in seen if picks_positions(output, out)]
         if not matches:
             raise SelectionError(
                 "no layer's output is the network's output (is there a softmax or a sum behind the last layer?); "

@@ -81,6 +81,13 @@ def outputs_last(output: Tensor, size: int | None, axis: OutputAxis) -> Tensor:
     return output.movedim(place, -1)
 
 
+def picks_positions(output: Tensor, scores: Tensor) -> bool:
+    """Whether outputs `(B, C)` are scores `(B, T, C)` at one position of each input."""
+    if scores.dim() < 3 or output.dim() != 2 or (len(scores), scores.shape[-1]) != tuple(output.shape):
+        return False
+    return bool((scores.flatten(1, -2) == output.unsqueeze(1)).all(-1).any(1).all())
+
+
 def known_batch_size(call: Any) -> int | None:
     """Leading dimension that all tensors of a call share; None where they differ (graphs, shared masks)."""
     sizes = {tensor.shape[0] for tensor in flatten_tensors(call)[0]}

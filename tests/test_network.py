@@ -285,6 +285,18 @@ def test_last_layer_behind_dropout_identity_and_squeeze() -> None:
     assert last_layer(Head(1, torch.squeeze)) == ("head.weight", "head.bias")
 
 
+def test_last_layer_that_scores_every_token_for_the_score_of_one() -> None:
+    class Last(nn.Module):  # as sequence classifiers of decoders do
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.score = nn.Linear(4, 4), nn.Linear(4, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.score(self.body(x))[torch.arange(len(x)), torch.tensor([1, 2, 0])]
+
+    assert last_layer(Last(), torch.randn(3, 3, 4)) == ("score.weight",)
+
+
 def test_last_layer_with_a_convolution_as_head() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 3, 1), nn.Flatten())
     assert last_layer(net, torch.randn(2, 1, 6, 6)) == ("3.weight", "3.bias")

@@ -51,10 +51,11 @@ class Injection:
         handles, patched = [], []
         try:
             for layer in self.layers:
-                handles.append(layer.down(module).register_forward_hook(self._behind_a(layer)))
-                handles.append(layer.up(module).register_forward_hook(self._behind_b(layer)))
+                part: Any = module.get_submodule(layer.name)
+                handles.append(part.lora_A[layer.adapter].register_forward_hook(self._behind_a(layer)))
+                handles.append(part.lora_B[layer.adapter].register_forward_hook(self._behind_b(layer)))
                 if layer.dora:
-                    norm: Any = module.get_submodule(f"{layer.name}.lora_magnitude_vector.{layer.adapter}")
+                    norm: Any = part.lora_magnitude_vector[layer.adapter]
                     norm.__dict__["get_lora_weight"] = self._without_noise(norm.get_lora_weight)
                     patched.append(norm)
             yield
@@ -115,8 +116,8 @@ class Injection:
                 self._held[layer.key] = torch.bmm(rows, noise.mT).reshape(*x.shape[:-1], -1)
                 return None
             noise = self.draws.noise(layer, self.seed, self.start, self.stop, x)
-            shape = (count, -1, output.shape[-1])
-            return torch.baddbmm(output.reshape(shape), rows, noise.mT, alpha=self.sigma).reshape(output.shape)
+            plain = output.reshape(count, -1, output.shape[-1])
+            return torch.baddbmm(plain, rows, noise.mT, alpha=self.sigma).reshape(output.shape)
 
         return hook
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, final
 
 import torch
@@ -21,6 +21,7 @@ class Towers(nn.Module):
         texts = bdl.lora.text_features(clip, tokenizer(prompts, return_tensors="pt"))
         bayes = bdl.wrap(towers, "bayesvlm", [(image_features, caption_features)], likelihood="categorical")
         bayes((bdl.lora.image_features(clip, batch), texts))       # Predictive over the prompts
+        texts = towers.ensembled([features_of_its_prompts, ...])   # several prompts for each class
 
     Args:
         image: W_x `(p, q_x)`, or an `nn.Linear` whose bias stays fixed.
@@ -89,6 +90,36 @@ class Towers(nn.Module):
     def at(self) -> tuple[float, float]:
         """Scale and bias."""
         return float(self.scale), float(self.bias)
+
+    def ensembled(self, prompts: Sequence[Tensor]) -> Tensor:
+        """One text `(C, q_y)` for each class of several prompts: their embedding is the mean of unit embeddings.
+
+        W a + b of the features a = sum_k w_k a_k, w_k in proportion to 1 / |W a_k + b|, points exactly where the mean
+        of the prompts' normalised embeddings does, the usual ensemble of prompts (Radford et al. 2021). Under a
+        posterior the weights stay those of the trained projection.
+
+        Args:
+            prompts: features `(K, q_y)` of the prompts of each class, or all as `(C, K, q_y)`.
+
+        Raises:
+            ShapeError: other shapes, or no class.
+            ArgumentError: a prompt whose embedding has length zero.
+        """
+        found = []
+        for own in prompts:
+            if own.dim() != 2 or not len(own) or own.shape[1] != self.text.in_features:
+                raise ShapeError(
+                    f"the prompts of a class have features {tuple(own.shape)}; expected (K, {self.text.in_features})"
+                )
+            own = own.to(self.text.weight)
+            with torch.no_grad():
+                lengths = self.text(own).norm(dim=-1)
+            if not bool((lengths > 0).all()):
+                raise ArgumentError("the embedding of a prompt has length zero, and no direction")
+            found.append((1.0 / lengths) @ own / (1.0 / lengths).sum())
+        if not found:
+            raise ShapeError("no prompts were given; expected features (K, q_y) for each class")
+        return torch.stack(found)
 
     def forward(self, images: Tensor, texts: Tensor | None = None) -> Tensor:
         """Scores `(B, C)` of features `(B, q_x)` with `(C, q_y)`; without texts, with those of the classes."""

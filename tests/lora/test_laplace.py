@@ -70,6 +70,18 @@ def test_curvature_is_the_dense_ggn(case: str) -> None:
         assert float((diag.to_dense().diagonal() - wanted.diagonal()).abs().max()) < tolerance * scale
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_head_of_a_decoder_is_its_last_layer(kind: str) -> None:
+    # it scores every token, and the score of the last attended one counts
+    model, data = adapted(kind, 1).double(), batch(4, 6, labels=True)
+    name = "base_model.model.score.modules_to_save.default"
+    wanted = dense(model, data, name)
+    found = bdl.curvature.estimate(
+        model, [data], "categorical", structure="full", select="last_layer", batch="huggingface", progress=False
+    ).to_dense()
+    assert float((found - wanted).abs().max()) < 1e-6 * float(wanted.abs().max())
+
+
 def test_kron_is_exact_where_it_must_be_and_does_not_see_batches() -> None:
     model, data = adapted("bert", 1, r=2).double(), batch(4, 1, labels=True, padded=False)
     wanted = dense(model, {key: value[:1] for key, value in data.items()})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesdl as bdl
+from bayesdl.errors import ShapeError
 from bayesdl.outputs import ABSENT
 from bayesdl.posteriors.lora import AdapterPosterior
 from tests.lora.networks import HIDDEN, VOCABULARY, base, batch, train
@@ -186,6 +187,14 @@ def test_searches_see_the_options_that_there_are() -> None:
 
     assert report.status == "found"
     assert report.change == pytest.approx(abs(loss(logits) - loss(own.unsqueeze(0))), abs=1e-6)
+
+
+def test_batches_that_are_filled_up_differently_are_refused() -> None:
+    model, whole = chooser(1), questions()
+    fewer = {key: value[:, :-1].contiguous() for key, value in whole.items()}
+    bayes = noisy(model)
+    with pytest.raises(ShapeError, match=r"batches have \[3, 4\] outputs.*filled up"):
+        bayes.predict([whole, fewer])
 
 
 def test_a_trainer_s_batches() -> None:

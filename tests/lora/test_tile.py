@@ -55,6 +55,35 @@ def test_tokens_are_bounded_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes(5) == [10, 10, 10]
 
 
+def test_rows_are_halved_where_memory_runs_out() -> None:
+    bayes = bdl.wrap(
+        adapted("bert"),
+        bdl.TFB(sigma=0.05, num_samples=6),
+        likelihood="categorical",
+        batch="huggingface",
+        progress=False,
+    )
+    inputs, seen = batch(5), []
+    wanted = bayes(inputs).latent.samples
+    clone: Any = bayes.network.module()
+
+    def small(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        seen.append(len(output))
+        if len(output) > 8:
+            raise torch.cuda.OutOfMemoryError("tried to allocate")
+
+    handle = clone.get_submodule("base_model.model.bert.embeddings").register_forward_hook(small)
+    found = bayes(inputs).latent.samples
+    assert seen == [30, 15, *[5] * 6]  # at most 30, 15 and 7 rows
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    handle.remove()
+    clone.get_submodule("base_model.model.bert.embeddings").register_forward_hook(
+        lambda _module, _args, _output: small(_module, _args, torch.empty(9))
+    )
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # a single row is too many: nothing is left to halve
+        bayes(inputs)
+
+
 @torch.no_grad()
 def test_memory_falls_with_the_bound() -> None:
     # sixteen draws of 8 x 96 tokens against one: hidden states, keys and values live for one pass alone. Of the ratio

@@ -134,6 +134,48 @@ def test_moments_are_those_of_drawn_projections(noise: float) -> None:
         assert float((latent.covariance[row] - wanted).norm() / wanted.norm()) < 0.07
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_prompts_for_each_class(bias: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    text = nn.Linear(QY, P, bias=bias).double()
+    net = bdl.lora.Towers(torch.randn(P, QX, generator=g).double(), text, 5.0)
+    prompts = [torch.randn(count, QY, generator=g).double() for count in (4, 1, 3)]
+    found = net.ensembled(prompts)
+    wanted = torch.stack([nn.functional.normalize(text(own), dim=-1).mean(0) for own in prompts])
+    images = torch.randn(B, QX, generator=g).double()
+    cosines = torch.cosine_similarity(net.image(images).unsqueeze(1), wanted.unsqueeze(0), dim=-1)
+    torch.testing.assert_close(net(images, found), 5.0 * cosines)
+    torch.testing.assert_close(net.ensembled(prompts[0].unsqueeze(0)), found[:1])
+    torch.testing.assert_close(net.ensembled([prompts[1]]), prompts[1])
+    with pytest.raises(ShapeError, match=r"features \(4, 4\); expected \(K, 5\)"):
+        net.ensembled([prompts[0][:, 1:]])
+    with pytest.raises(ShapeError, match="no prompts"):
+        net.ensembled([])
+    if not bias:
+        with pytest.raises(ArgumentError, match="length zero"):
+            net.ensembled([0 * prompts[0]])
+
+
+def test_prompt_ensembles_keep_their_moments_under_the_posterior() -> None:
+    # against draws of the projection that normalise every prompt anew; 20,000 draws: a standard error of 0.5 %, and
+    # weights held at the trained projection cost less than 3 % more at a noise of a tenth of an embedding
+    g, width = torch.Generator().manual_seed(0), 64
+    net = bdl.lora.Towers(torch.randn(width, QX, generator=g), torch.randn(width, QY, generator=g), 4.0)
+    data = [tuple(part.float() for part in features(N))]
+    bayes = wrapped(net, data=data, prior=bdl.GaussianPrior(100.0), pseudo_count=1e-6)
+    images, common = torch.randn(B, QX, generator=g), torch.randn(C, 1, QY, generator=g)
+    prompts = common + 0.5 * torch.randn(C, 5, QY, generator=g)
+    latent = bayes((images, net.ensembled(prompts))).latent
+    posterior, layout = over(bayes), over(bayes).curvature.layout
+    offsets = posterior.curvature.sample(torch.randn(20000, layout.numel, generator=g), 1e-6 / N, posterior.precision)
+    image, text = (v + net.get_parameter(k) for k, v in layout.to_dict(offsets).items())
+    each = nn.functional.normalize(torch.einsum("spq,ckq->sckp", text, prompts), dim=-1).mean(2)
+    seen = nn.functional.normalize(images @ image.mT, dim=-1)
+    drawn = 4.0 * (seen @ nn.functional.normalize(each, dim=-1).mT).detach()
+    assert float((latent.variance.sqrt() / drawn.std(0) - 1).abs().max()) < 0.05
+    assert float((latent.mean - drawn.mean(0)).abs().max()) < 4.0 * 0.01
+
+
 def test_drawn_functions_have_the_law_of_the_scores() -> None:
     # 400 draws: the standard error of a standard deviation is 3.5 %; of 24 none is off by 16 %, 4.5 of them, by chance
     bayes = wrapped(towers(), prior=bdl.GaussianPrior(200.0))
