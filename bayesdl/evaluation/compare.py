@@ -25,6 +25,7 @@ from bayesdl.evaluation.seeds import join_seeds, of_seed, split_seeds
 from bayesdl.evaluation.table import SIGNIFICANCE, Resampler, Table, enough_resamples
 from bayesdl.evaluation.twins import with_twins
 
+_ROUNDING = 1e-12
 _SHIFT_METRICS = {
     "classification": ("nll", "accuracy", "ece"),
     "multilabel": ("nll", "accuracy"),
@@ -210,12 +211,16 @@ def _with_reference(report: Report, reference: str | None) -> Report:
             if row == reference or column.key not in report.replicates or column.group == "cost":
                 continue
             found = report.difference(row, reference, column.key)
-            parts.append(
-                f"{column.label} {found.value:+.3g} [{found.low:.3g}, {found.high:.3g}], p {found.adjusted:.2g}"
-            )
+            value, low, high = (_cleaned(number) for number in (found.value, found.low, found.high))
+            parts.append(f"{column.label} {value:+.3g} [{low:.3g}, {high:.3g}], p {found.adjusted:.2g}")
         if parts:
             notes.append(f"{row} minus {reference} (paired; p after Holm): {'; '.join(parts)}.")
     return replace(report, details={**report.details, "reference": reference, "notes": notes})
+
+
+def _cleaned(number: float) -> float:
+    """0 for what sums in float64 leave of a difference between equals."""
+    return 0.0 if abs(number) < _ROUNDING else number
 
 
 def _sets(found: Collected) -> list[str]:

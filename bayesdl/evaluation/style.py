@@ -93,6 +93,7 @@ th[scope=row] small{display:block;font-weight:400;color:var(--muted);font-size:1
 .best .value{font-weight:700;background:var(--best);color:var(--bestink)}
 .range{display:block;color:var(--muted);font-size:12.5px}
 .na{color:var(--muted);white-space:normal;font-size:13px}
+.failed{text-align:left;overflow-wrap:anywhere}
 .bar{display:block;margin:4px 0 0 auto;overflow:visible}
 .multiples{display:grid;grid-template-columns:repeat(var(--cols),minmax(0,1fr));gap:22px 20px;margin-top:16px}
 .wide{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:20px;margin:0 0 20px}

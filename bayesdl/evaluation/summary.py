@@ -11,15 +11,19 @@ from bayesdl.evaluation.report import Report
 
 
 def sentences(report: Report) -> tuple[str, ...]:
-    """First the method with the best NLL and whether its lead is separable, then accuracy, calibration, OOD, cost."""
+    """First the method with the best NLL and whether its lead is separable, and which of its equals costs least; then
+    accuracy, calibration, OOD, cost.
+    """
+    chosen = _choice(report)
     found = [
         _score(report),
+        chosen,
         _accuracy(report),
         _calibration(report),
         _coverage(report),
         *_ood(report),
         *_shift(report),
-        _cost(report),
+        "" if chosen else _cost(report),
         *(f"{called(row)} {render.failed(report, row)}." for row in report.failures),
     ]
     return tuple(text for text in found if text)
@@ -80,6 +84,20 @@ def _score(report: Report) -> str:
     runner = ranked[0] if ranked else None
     ahead = f" The next best, {called(runner)}, is at {number(report, runner, 'nll')}." if runner else ""
     return f"{start}, and its lead over every other method is more than chance explains (5 % level).{ahead}"
+
+
+def _choice(report: Report) -> str:
+    """The cheapest of the methods that the NLL cannot tell apart."""
+    best = report.best("nll") if _defined(report, "nll") else None
+    if best is None or not _peers(report, "nll", best)[1]:
+        return ""
+    equals = [row for row in report.ran if row == best or report.cell(row, "nll").best]
+    times = {row: report[row]["ms_per_example"] for row in _defined(report, "ms_per_example") if row in equals}
+    if len(equals) < 2 or len(times) < len(equals):
+        return ""
+    cheapest = min(times, key=lambda row: times[row])
+    others = "" if cheapest == best else f" ({called(best)}: {_milliseconds(times[best])})"
+    return f"Of these, {called(cheapest)} is the cheapest to run: {_milliseconds(times[cheapest])} an example{others}."
 
 
 def _accuracy(report: Report) -> str:

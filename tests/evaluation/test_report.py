@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -158,6 +159,26 @@ def test_numbers_print_in_their_unit() -> None:
     assert render.fixed(plain, -0.0001, 2) == "0.00"
     assert render.fixed(plain, 1234567.0, 0) == "1\N{THIN SPACE}234\N{THIN SPACE}567"
     assert render.fixed(plain, math.nan, 2) == "n/a" and render.fixed(plain, -math.inf, 2) == "-∞"
+
+
+def test_the_summary_names_the_cheapest_of_equals() -> None:
+    def sentences(times: tuple[float, float], *, equal: bool = True) -> tuple[str, ...]:
+        base = report()
+        cells = {row: dict(found) for row, found in base.cells.items()}
+        cells[NAMES[1]]["nll"] = Cell(0.26, p=0.3 if equal else 0.01, best=equal)
+        for row, value in zip(NAMES, times, strict=True):
+            cells[row]["ms_per_example"] = Cell(value)
+        column = Column("ms_per_example", "time", "cost", "min", "ms / example", "Milliseconds to predict one example.")
+        return replace(base, specs=(*base.specs, column), cells=cells).summary()
+
+    best, other = "plain", NAMES[1]
+    assert (
+        f"Of these, {other} is the cheapest to run: 0.25\N{NO-BREAK SPACE}ms an example ({best}: "
+        in sentences((2.0, 0.25))[1]
+    )
+    assert sentences((0.25, 2.0))[1] == "Of these, plain is the cheapest to run: 0.25\N{NO-BREAK SPACE}ms an example."
+    apart = sentences((2.0, 0.25), equal=False)
+    assert not any("Of these" in line for line in apart) and any(f"Cheapest to run: {other}" in line for line in apart)
 
 
 def test_summary_is_computed_from_the_numbers() -> None:
