@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from bayesdl.batch import batch_size, index_batch
 from bayesdl.errors import ArgumentError, DistributedError
@@ -154,12 +154,12 @@ class Share:
 def share_of(data: Iterable[Any], distributed: Processes, group: Group | None) -> Share:
     """How the examples of a loader are shared out.
 
-    Torch's `DistributedSampler` evens the shares out by repeating examples, always at their ends: those are known, and
-    left out. What other samplers add is not known; it shows in the sum of the counts.
+    Torch's `DistributedSampler` and the loaders of accelerate even the shares out by repeating examples, always at
+    their ends: those are known, and left out. What other samplers add is not known; it shows in the sum of the counts.
 
     Raises:
         ArgumentError: the loader holds one share of several and `distributed` does not say what to do; or it was made
-            for another number of processes, or for another rank.
+            for another number of processes, or for another rank; or it shares a stream out, of unknown length.
     """
     parts, rank = _shares(data)
     if parts == 1:
@@ -176,14 +176,29 @@ def share_of(data: Iterable[Any], distributed: Processes, group: Group | None) -
             f"the loader yields share {rank} of {parts}, and this is process {group.rank} of {group.size}; build its "
             "sampler with num_replicas and rank of the process group"
         )
+    if _streams(data):
+        raise ArgumentError(
+            f"the loader shares a stream out ({_sampler_name(data)}) and repeats examples to even the shares, nobody "
+            "knows how many: pass each process a loader of its own part of the data, or data with a length"
+        )
     sampler = getattr(data, "sampler", None)
     if not isinstance(sampler, DistributedSampler):
-        return Share(None, len(data.batch_sampler.batch_sampler.sampler))  # type: ignore[attr-defined]
+        return _share_of_accelerate(data.batch_sampler)  # type: ignore[attr-defined]
     count = len(sampler.dataset)  # type: ignore[arg-type]
     theirs = type(sampler).__iter__ is not DistributedSampler.__iter__
     if theirs or sampler.total_size <= count:
         return Share(None, count)
     return Share(len(range(rank, count, parts)), count)
+
+
+def is_share(data: Iterable[Any]) -> bool:
+    """Whether a loader visibly yields one of several shares of its data."""
+    return _shares(data)[0] > 1
+
+
+def for_one_process(data: Any) -> Any:
+    """A loader that one process may read while the others do not: those of accelerate exchange random states first."""
+    return data.base_dataloader if type(data).__name__ == "DataLoaderShard" else data
 
 
 def same_network(group: Group, network: Network) -> None:
@@ -222,12 +237,37 @@ def _shares(data: Iterable[Any]) -> tuple[int, int]:
     if isinstance(sampler, DistributedSampler):
         return int(sampler.num_replicas), int(sampler.rank)
     outer: Any = getattr(data, "batch_sampler", None)
-    if type(outer).__name__ == "BatchSamplerShard":  # of accelerate
+    if type(outer).__name__ == "BatchSamplerShard":  # of accelerate, as are the next two
         return int(outer.num_processes), int(outer.process_index)
+    dataset: Any = getattr(data, "dataset", None)
+    if type(dataset).__name__ == "IterableDatasetShard":
+        return int(dataset.num_processes), int(dataset.process_index)
+    if type(data).__name__ == "DataLoaderDispatcher":
+        state: Any = data.state  # type: ignore[attr-defined]
+        return int(state.num_processes), int(state.process_index)
     return 1, 0
 
 
+def _streams(data: Iterable[Any]) -> bool:
+    shared = type(getattr(data, "dataset", None)).__name__ == "IterableDatasetShard"
+    return shared or type(data).__name__ == "DataLoaderDispatcher"
+
+
+def _share_of_accelerate(outer: Any) -> Share:
+    """Whole batches in turn, or a piece of every batch, then as many of the first examples as make all shares even."""
+    count, parts, rank = len(outer.batch_sampler.sampler), int(outer.num_processes), int(outer.process_index)
+    if type(outer.batch_sampler) is not BatchSampler or not outer.even_batches or outer.drop_last:
+        return Share(None, count)
+    size = int(outer.batch_size)
+    if outer.split_batches:
+        piece = size // parts
+        return Share(count // size * piece + min(max(count % size - rank * piece, 0), piece), count)
+    return Share(sum(min(size, count - start) for start in range(rank * size, count, parts * size)), count)
+
+
 def _sampler_name(data: Iterable[Any]) -> str:
+    if _streams(data):
+        return type(data).__name__ if type(data).__name__ == "DataLoaderDispatcher" else "IterableDatasetShard"
     sampler = getattr(data, "sampler", None)
     named = sampler if isinstance(sampler, DistributedSampler) else getattr(data, "batch_sampler", None)
     return type(named).__name__

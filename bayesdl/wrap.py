@@ -15,7 +15,7 @@ from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.clone import unwrap
 from bayesdl.data import check_rereadable
 from bayesdl.diagnose import Finding
-from bayesdl.distributed import resolve_group, same_network, together
+from bayesdl.distributed import for_one_process, resolve_group, same_network, together
 from bayesdl.errors import ArgumentError, SelectionError, StaleModelError, UnreachedParameterError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
@@ -131,7 +131,8 @@ def wrap(
         *fitted.cost,
     )
     record = Record(chosen.label, cost, fitted.findings)
-    bayes = BayesianModel(result, fitted.posterior, fitted.likelihood, record=record, fit_data=data)
+    kept = data if group is None else for_one_process(data)  # the first process alone reads it below
+    bayes = BayesianModel(result, fitted.posterior, fitted.likelihood, record=record, fit_data=kept)
     return first_decides(group, bayes, lambda: _tuned(bayes, family, prior, validation, generator, progress))
 
 

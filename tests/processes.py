@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -51,3 +52,23 @@ def run(function: object, size: int, timeout: float = 120.0) -> None:
     assert not any(codes), "\n".join(
         f"--- process {i}: {code}\n{out}" for i, (code, out) in enumerate(zip(codes, outputs, strict=True))
     )
+
+
+def torchrun(function: object, *arguments: str, size: int = 2, timeout: float = 240.0) -> None:
+    """Call a top-level `function(*arguments)` on processes that torchrun starts; the function makes their group."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"),
+            *("--module", "tests.processes", function.__module__, function.__name__, *arguments),  # type: ignore[attr-defined]
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(*sys.argv[3:])

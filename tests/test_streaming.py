@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+pytest.importorskip("torch", minversion="2.6", reason="fully_shard became public in torch 2.6")
 from tests import streamed_models
 from tests.processes import run
 

@@ -158,20 +158,39 @@ def samplers_of_others(rank: int, size: int) -> None:
 
 
 def accelerated(rank: int, size: int) -> None:
-    """Loaders that accelerate prepared: even batches repeat examples, and that is noticed."""
-    shard = pytest.importorskip("accelerate.data_loader").prepare_data_loader
+    """Loaders that accelerate prepared: what their even batches repeat is left out, except where that is not known."""
+    loaders = pytest.importorskip("accelerate.data_loader")
+    for count, batch in ((COUNT, 4), (COUNT, 8), (8, 4), (2, 4), (1, 4), (29, 4)):
+        x, y = examples("categorical", count)
+        plain = DataLoader(TensorDataset(x, y), batch_size=batch)
+        alone = fitted(network(), [(x, y)], "categorical")
+        for even, split in ((True, False), (False, False), (True, True), (False, True)):
+            options = {"num_processes": size, "process_index": rank, "even_batches": even, "split_batches": split}
+            if count < batch * size and not even:
+                continue  # a process might have no batch at all
+            shared = loaders.prepare_data_loader(plain, **options)
+            agree(fitted(network(), shared, "categorical", distributed=True), alone)
     x, y = examples("categorical")
 
-    def loader(even: bool) -> Any:
-        plain = DataLoader(TensorDataset(x, y), batch_size=2)
-        return shard(plain, num_processes=size, process_index=rank, even_batches=even)
+    class Short(torch.utils.data.BatchSampler):
+        """Of a kind that nobody knows."""
 
-    agree(
-        fitted(network(), loader(False), "categorical", distributed=True),
-        fitted(network(), in_batches(x, y), "categorical"),
-    )
+    drawn = Short(torch.utils.data.SequentialSampler(range(COUNT)), 2, False)
+    own = DataLoader(TensorDataset(x, y), batch_sampler=drawn)
     with pytest.raises(ArgumentError, match="saw .* examples.*holds 13.*even_batches=False"):
-        fitted(network(), loader(True), "categorical", distributed=True)
+        shared = loaders.prepare_data_loader(own, num_processes=size, process_index=rank)
+        fitted(network(), shared, "categorical", distributed=True)
+
+    class Stream(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
+        def __iter__(self) -> Any:
+            return iter(zip(x, y, strict=True))
+
+    plain = DataLoader(Stream(), 2)
+    streamed = loaders.prepare_data_loader(plain, num_processes=size, process_index=rank, dispatch_batches=False)
+    with pytest.raises(ArgumentError, match="one of . shares.*IterableDatasetShard.*distributed=True"):
+        share_of(streamed, None, None)
+    with pytest.raises(ArgumentError, match="nobody knows how many"):
+        share_of(streamed, True, resolve_group(True))
 
 
 def an_error_on_one_process_is_one_on_all(rank: int, size: int) -> None:

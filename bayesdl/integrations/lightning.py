@@ -41,8 +41,9 @@ class BayesCallback(_lightning.Callback):  # type: ignore[name-defined]
         network: attribute of the module that is the network, such as "net" or "model.encoder", where the module's own
             forward is not the network; None is the module itself.
         batch: of `bdl.wrap`.
-        options: of `bdl.wrap`: `validation=`, `select=`, `prior=`, `generator=`; with several processes
-            `distributed=True`, where the method can.
+        options: of `bdl.wrap`: `validation=`, `select=`, `prior=`, `generator=`. Where the trainer runs several
+            processes, each with a share of its loader, "laplace" is fitted by all of them together
+            (`distributed=False`: by each alone); other methods then need `data=`.
 
     Raises:
         BayesDLError: at once for arguments that `bdl.wrap` does not have or accept; as `bdl.wrap` when training ends.
@@ -71,6 +72,10 @@ class BayesCallback(_lightning.Callback):  # type: ignore[name-defined]
         """Forget an earlier training, and look for the network."""
         self._wrapping.clear()
         _network(pl_module, self._network)
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Look whether the method can be fitted to what the trainer's loader yields."""
+        self._wrapping.check(trainer.train_dataloader)
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Wrap the network while it is on the device of the training, which the trainer takes it off afterwards."""

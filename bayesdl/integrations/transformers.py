@@ -46,8 +46,9 @@ class BayesCallback(_transformers.TrainerCallback):  # type: ignore[name-defined
         data: loader to wrap with instead of the training loader, which may augment, or leave out its last batch.
         batch: of `bdl.wrap`.
         save: whether the first process writes `bayesdl.safetensors` into the output directory.
-        options: of `bdl.wrap`: `validation=`, `select=`, `prior=`, `generator=`; with several processes
-            `distributed=True`, where the method can.
+        options: of `bdl.wrap`: `validation=`, `select=`, `prior=`, `generator=`. Where the trainer runs several
+            processes, each with a share of its loader, "laplace" is fitted by all of them together
+            (`distributed=False`: by each alone); other methods then need `data=`.
 
     Raises:
         BayesDLError: at once for arguments that `bdl.wrap` does not have or accept; as `bdl.wrap` when training ends.
@@ -72,9 +73,10 @@ class BayesCallback(_transformers.TrainerCallback):  # type: ignore[name-defined
         """The Bayesian model. Raises `NotFittedError` before the end of training."""
         return self._wrapping.bayes
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Forget an earlier training."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **others: Any) -> None:
+        """Forget an earlier training, and look whether the method can be fitted to what the trainer's loader yields."""
         self._wrapping.clear()
+        self._wrapping.check(train_dataloader)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: nn.Module, train_dataloader: Any = None, **others: Any

@@ -10,6 +10,7 @@ from torch import nn
 
 from bayesdl.batch import BatchAdapter, resolve_adapter
 from bayesdl.data import check_rereadable
+from bayesdl.distributed import is_share
 from bayesdl.errors import ArgumentError, NotFittedError
 from bayesdl.likelihoods import Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
@@ -76,13 +77,31 @@ class Wrapping:
         """Call when training begins: the model of an earlier training is not that of this one."""
         self._bayes = None
 
+    def check(self, loader: Any) -> None:
+        """Call before the first step.
+
+        Raises:
+            ArgumentError: the trainer's loader yields a share of the data, and the method cannot add shares up.
+        """
+        if self._data is None and self._undecided(loader) and not self._method.shares:
+            raise ArgumentError(
+                f"the trainer's loader yields one process's share of the data, and method \"{self._method.label}\" "
+                "cannot add up shares: pass a loader of all the data as data=, or distributed=False for the share alone"
+            )
+
     def finish(self, net: nn.Module, loader: Any) -> BayesianModel:
-        """Wrap a trained network, with the trainer's loader where no data were given.
+        """Wrap a trained network, with the trainer's loader where no data were given; all its processes take part.
 
         Raises:
             BayesDLError: as `bdl.wrap`.
         """
         if self._data is None and loader is None:
             raise ArgumentError("the trainer has no training loader any more: pass the callback data=")
-        self._bayes = wrap(net, self._method, loader if self._data is None else self._data, **self._options)
+        options = self._options
+        if self._data is None and self._undecided(loader) and self._method.shares:
+            options = {**options, "distributed": True}
+        self._bayes = wrap(net, self._method, loader if self._data is None else self._data, **options)
         return self._bayes
+
+    def _undecided(self, loader: Any) -> bool:
+        return loader is not None and self._options.get("distributed") is None and is_share(loader)

@@ -115,7 +115,8 @@ class Method(ABC):
     name: ClassVar[str]
     trains: ClassVar[bool] = False  # whether the data must be what the network was trained on
     elementwise: ClassVar[bool] = False  # whether it takes a selection of single elements of parameters
-    distributed: ClassVar[bool] = False  # whether several processes can fit it together, each with a share of the data
+    distributed: ClassVar[bool] = False  # whether several processes can fit it together
+    shares: ClassVar[bool] = False  # whether each of them then takes a share of the data, not all of them
     streams: ClassVar[bool] = False  # whether the weights of a model that FSDP2 has sharded may stay sharded
     select: Selector | None = None
 

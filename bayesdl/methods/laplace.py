@@ -92,6 +92,7 @@ class Laplace(Method):
     streams: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
 
     def fit(self, task: Task) -> Fitted:
         self.check()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from torch import Tensor, nn
 
 import bayesdl as bdl
@@ -57,6 +58,28 @@ def test_chains(arviz: Any) -> None:
     values = by_chain(quantities(outputs.flatten(0, 1), bdl.Categorical()), torch.arange(2).repeat_interleave(12))
     np.testing.assert_allclose(arviz.rhat(found)["output"].values.ravel(), rhat(values).numpy(), rtol=1e-5)
     np.testing.assert_allclose(arviz.ess(found)["output"].values.ravel(), ess(values).numpy(), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto distribution:UserWarning")
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # ArviZ 0.x under Matplotlib 3.11
+def test_what_users_of_arviz_do_with_it(arviz: Any) -> None:
+    chains = [run(0, draws=60)[1], run(1, draws=60)[1]]
+    found = to_arviz(chains, targets=LABELS, likelihood="categorical")
+    tree = int(arviz.__version__.split(".")[0]) >= 1
+    assert type(found).__name__ == ("DataTree" if tree else "InferenceData")
+    groups = found.children if tree else found.groups()
+    assert set(groups) == {"posterior", "log_likelihood", "sample_stats"}
+    assert found.posterior["output"].dims[:2] == ("chain", "draw")
+    draws = torch.stack([chain.probes() for chain in chains]).softmax(-1).double()
+    table = arviz.summary(found, var_names=["output"], round_to="none")
+    np.testing.assert_allclose(table["mean"].values, draws.mean((0, 1)).flatten().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(table["sd"].values, draws.flatten(0, 1).std(0).flatten().numpy(), rtol=1e-5)
+    # leave-one-out lies below the score of all draws: an example makes itself likelier
+    scores = torch.log(draws[:, :, range(4), LABELS].mean((0, 1))).sum().item()
+    elpd = arviz.loo(found)
+    assert -4.0 < (elpd.elpd if tree else elpd.elpd_loo) - scores < 0.0
+    arviz.plot_trace(found, var_names=["output"], coords={"output_dim_0": [0]})
+    pyplot.close("all")
 
 
 def test_of_a_model_and_its_chain(arviz: Any) -> None:

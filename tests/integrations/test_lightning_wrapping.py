@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, NotFittedError
+from bayesdl.integrations.wrapping import Wrapping
+from tests.integrations import trained_together
+from tests.processes import torchrun
 from tests.untouched import untouched
 
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
@@ -173,3 +176,19 @@ def test_wrong_arguments_are_refused_before_the_training(tmp_path: Path) -> None
     with pytest.raises(ArgumentError, match=r"Module has no network 'body'; it has \['net'\]"):
         trainer(tmp_path, BayesCallback("laplace", "categorical", network="body")).fit(module, data())
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in Module().state_dict().items())
+
+
+@pytest.mark.dist
+def test_two_processes_fit_together() -> None:
+    torchrun(trained_together.lightning)
+
+
+def test_methods_that_cannot_add_up_shares_are_refused_before_the_training() -> None:
+    share = DataLoader(TensorDataset(X, Y), sampler=DistributedSampler(range(N), num_replicas=2, rank=0))
+    for method in ("vbll", "tfb", "sghmc"):
+        with pytest.raises(ArgumentError, match=rf'method "{method}" cannot add up.*data=.*distributed=False'):
+            Wrapping(method, "categorical", None, None, {}).check(share)
+    Wrapping("vbll", "categorical", None, None, {"distributed": False}).check(share)
+    Wrapping("vbll", "categorical", [(X, Y)], None, {}).check(share)
+    Wrapping("laplace", "categorical", None, None, {}).check(share)
+    Wrapping("vbll", "categorical", None, None, {}).check(data())

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import bayesdl as bdl
 from bayesdl.errors import ArgumentError, NotFittedError
+from tests.integrations import trained_together
 from tests.lora.networks import adapted, base, batch
+from tests.processes import torchrun
 from tests.untouched import untouched
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -98,6 +100,17 @@ def test_the_training_is_as_without_it(tmp_path: Path) -> None:
     trainer(tmp_path, model, BayesCallback(LAST, progress=False)).train()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
     assert [part.training for part in model.modules()] == [part.training for part in plain.modules()]
+
+
+@pytest.mark.dist
+def test_two_processes_fit_together(tmp_path: Path) -> None:
+    torchrun(trained_together.transformers, str(tmp_path))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", [("even", "random", "open"), ("uneven", "seedable", "given")])
+def test_two_processes_of_accelerate_fit_together(how: tuple[str, ...]) -> None:
+    torchrun(trained_together.accelerate, *how)
 
 
 def test_data_replace_the_training_loader(tmp_path: Path) -> None:
