@@ -6,7 +6,8 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEVICE ?= cpu
 EXECUTE ?= 0
-export PYTHON VENV PIP_FLAGS PYTEST_FLAGS DEVICE EXECUTE
+CONSTRAINTS ?= constraints.txt
+export PYTHON VENV PIP_FLAGS PYTEST_FLAGS DEVICE EXECUTE CONSTRAINTS
 
 # The folder of this file, also when make is called from elsewhere with -f. Make splits names at spaces, so that
 # paths are only ever touched by the shell, in quotes, and the stamps of the environment are kept by the recipes.
@@ -24,11 +25,11 @@ bin="$$VENV/bin"
 endef
 
 # $(call environment,STAMP,REQUIREMENTS): REQUIREMENTS installed under the constraints, once for each state of
-# setup.cfg and constraints.txt. The stamp is written last: an installation that was interrupted starts again.
+# setup.cfg and the constraints. The stamp is written last: an installation that was interrupted starts again.
 define environment
 @$(enter); \
 stamp="$$VENV/.installed-$(1)"; \
-state="$$(cat setup.cfg pyproject.toml constraints.txt | cksum) at $$ROOT"; \
+state="$$(cat setup.cfg pyproject.toml "$$CONSTRAINTS" | cksum) at $$ROOT"; \
 if [ -x "$$bin/python" ] && [ -f "$$stamp" ] && [ "$$(cat "$$stamp")" = "$$state" ]; then exit 0; fi; \
 command -v "$$PYTHON" >/dev/null 2>&1 || { echo "make: no program '$$PYTHON'; name one: make PYTHON=python3.12" >&2; exit 1; }; \
 "$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -41,8 +42,8 @@ if ! "$$bin/python" -m pip --version >/dev/null 2>&1; then \
 fi; \
 rm -f "$$stamp"; \
 echo "installing $(2) in $$VENV"; \
-"$$bin/python" -m pip install --quiet $$PIP_FLAGS -c constraints.txt torch; \
-"$$bin/python" -m pip install --quiet $$PIP_FLAGS -c constraints.txt $(2); \
+"$$bin/python" -m pip install --quiet $$PIP_FLAGS -c "$$CONSTRAINTS" torch; \
+"$$bin/python" -m pip install --quiet $$PIP_FLAGS -c "$$CONSTRAINTS" $(2); \
 if "$$bin/python" -m pip show --quiet torchvision 2>/dev/null && ! "$$bin/python" -c 'import torchvision' 2>/dev/null; then \
 	echo "removing a torchvision that does not match this torch and cannot be imported"; \
 	"$$bin/python" -m pip uninstall --quiet --yes torchvision; \
@@ -50,7 +51,9 @@ fi; \
 printf '%s' "$$state" > "$$stamp"
 endef
 
-.PHONY: help demo test test-all dist tutorials lint bench docs build nightly clean env-core env-test env-docs env-build
+comma := ,
+
+.PHONY: help demo test test-all test-lowest test-newest dist tutorials lint bench docs build nightly clean env-core env-test env-all env-docs env-build
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -58,6 +61,7 @@ help:
 	@echo 'make demo      train a small network, wrap it in several methods, print and write the comparison'
 	@echo 'make test      the tests without the slow and the multi-process ones'
 	@echo 'make test-all  every test'
+	@echo 'make test-lowest, test-newest  the tests under the lowest and the newest versions, in environments of their own'
 	@echo 'make dist      the tests that start several processes'
 	@echo 'make tutorials every tutorial as a script; each asserts what it claims'
 	@echo 'make lint      ruff and mypy'
@@ -76,6 +80,9 @@ env-core:
 env-test:
 	$(call environment,test,-e ".[test]")
 
+env-all:
+	$(call environment,all,-e ".[test$(comma)all]")
+
 env-docs:
 	$(call environment,docs,-e ".[docs]")
 
@@ -90,6 +97,15 @@ test: env-test
 
 test-all: env-test
 	@$(enter); OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$$bin/python" -m pytest $$PYTEST_FLAGS
+
+# Python 3.11 or 3.12 for the lowest, 3.12 or newer for the newest.
+test-lowest:
+	@$(enter); "$(MAKE)" --no-print-directory test VENV="$$VENV-lowest" CONSTRAINTS=constraints-lowest.txt
+
+test-newest:
+	@$(enter); \
+	"$(MAKE)" --no-print-directory env-all VENV="$$VENV-newest" CONSTRAINTS=constraints-newest.txt; \
+	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$$VENV-newest/bin/python" -m pytest -m "not slow and not dist" $$PYTEST_FLAGS
 
 dist: env-test
 	@$(enter); OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" "$$bin/python" -m pytest -m dist $$PYTEST_FLAGS
@@ -128,4 +144,6 @@ clean:
 	@$(enter); \
 	rm -rf build dist docs/_build docs/generated ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov; \
 	find bayesdl tests -type d -name __pycache__ -prune -exec rm -rf {} +; \
-	if [ -f "$$VENV/pyvenv.cfg" ]; then rm -rf "$$VENV"; fi
+	for folder in "$$VENV" "$$VENV-lowest" "$$VENV-newest"; do \
+		if [ -f "$$folder/pyvenv.cfg" ]; then rm -rf "$$folder"; fi; \
+	done

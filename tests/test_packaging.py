@@ -66,6 +66,37 @@ def test_constraints_are_exact_with_torch_first() -> None:
     assert needed - pinned == set()
 
 
+def pins_of(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {name.lower(): version for name, _, version in (line.partition("==") for line in lines if line[:1] != "#")}
+
+
+def test_the_lowest_constraints_are_the_lower_bounds() -> None:
+    pins = pins_of("constraints-lowest.txt")
+    options = settings()
+    needed = f"{options['options']['install_requires']}\n{options['options.extras_require']['test']}"
+    needed += options["options.extras_require"]["laplace"] + options["options.extras_require"]["llm"]
+    bounds = dict(re.findall(r"^([A-Za-z0-9-]+)>=([0-9.]+)$", needed, re.M))
+    assert {"torch", "numpy", "scikit-learn", "netcal", "backpack-for-pytorch", "pytest"} <= set(bounds)
+    for name, bound in bounds.items():
+        pinned = pins[name.lower()]
+        assert f"{pinned}.0.0".startswith(f"{bound}."), f"{name}>={bound} is tried as {pinned}"
+    assert all(re.fullmatch(r"[A-Za-z0-9.]+", version) for version in pins.values())
+
+
+def test_the_newest_constraints_are_no_older_than_the_usual_ones() -> None:
+    def number(version: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", version)]
+
+    usual, newest = pins_of("constraints.txt"), pins_of("constraints-newest.txt")
+    assert number(newest["arviz"]) >= [1]
+    assert all(number(newest[name]) >= number(usual[name]) for name in set(usual) & set(newest))
+    required = names(settings()["options"]["install_requires"])
+    for extra in ("all", "test", "laplace", "llm", "lightning", "botorch", "arviz", "onnx"):
+        required |= names(settings()["options.extras_require"][extra])
+    assert required <= {name.replace("_", "-") for name in newest}
+
+
 def test_hard_dependencies_stay_few() -> None:
     assert names(settings()["options"]["install_requires"]) == {
         "torch", "numpy", "scikit-learn", "pyro-ppl", "netcal", "safetensors", "tqdm", "matplotlib", "rich",
@@ -78,7 +109,17 @@ def test_continuous_integration_can_be_executed() -> None:
 
 def run_make(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     # `make test` runs these tests: what it exports must not reach the make under test.
-    passed_on = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "VENV", "PIP_FLAGS", "ROOT"}
+    passed_on = {
+        "MAKEFLAGS",
+        "MFLAGS",
+        "MAKELEVEL",
+        "MAKEOVERRIDES",
+        "PYTHON",
+        "VENV",
+        "PIP_FLAGS",
+        "ROOT",
+        "CONSTRAINTS",
+    }
     environment = {key: value for key, value in os.environ.items() if key not in passed_on}
     command = ["make", "-f", str(ROOT / "Makefile"), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
@@ -91,6 +132,8 @@ def test_make_alone_lists_the_targets_from_any_folder(tmp_path: Path) -> None:
         "demo",
         "test",
         "test-all",
+        "test-lowest,",
+        "test-newest",
         "dist",
         "tutorials",
         "lint",

@@ -310,6 +310,12 @@ class RowFactor:
         """J vec(matrix), `(B, K)`, for a block direction `(1, D, V)`."""
         return torch.einsum("kbtd,btd->bk", self.g[0], matrix[0].T[self._safe])
 
+    def pull(self, vectors: Tensor) -> Tensor:
+        """The transpose of `dot`: J^T u for vectors `(q, B, K)`, `(q, 1, D, V)`."""
+        moved = torch.einsum("qbk,kbtd->btqd", vectors, self.g[0])
+        rows = moved.new_zeros(self.size, *moved.shape[2:]).index_add_(0, self._safe.flatten(), moved.flatten(0, 1))
+        return rows.permute(1, 2, 0).unsqueeze(1)
+
     def jacobian(self) -> Tensor:
         """The block's rows `(B, K, D V)`."""
         _, count, batch, positions, width = self.g.shape

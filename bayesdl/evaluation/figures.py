@@ -191,9 +191,10 @@ def svg(axes: Axes, alt: str) -> str:
     Text stays text. Identifiers get a prefix that depends on the drawing, so that several drawings can share a page.
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    figure = axes.get_figure(root=True)
-    if figure is None:
+    figure = axes.figure
+    if not isinstance(figure, Figure):
         raise UnsupportedError("these Axes belong to no figure")
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bayesdl"}):

@@ -164,7 +164,7 @@ def test_calibration_intervals_of_calibrated_forecasters_cover_zero() -> None:
 
 
 def test_calibration_intervals_of_distorted_forecasters_do_not() -> None:
-    found = calibrated(4000, 0, scale=3.0)
+    found = calibrated(4000, 4, scale=3.0)
     names = [name for name, metric in METRICS.items() if metric.null is not None]
     values = boot.resample(found, names, boot.Resamples.draw(4000, 200))
     for name in names:

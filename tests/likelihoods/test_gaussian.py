@@ -156,3 +156,16 @@ def test_extreme_log_variances_stay_numbers(dtype: torch.dtype) -> None:
     assert bool(torch.isfinite(marginal.variance).all()) and bool(torch.isfinite(marginal.log_prob(y)).all())
     near = torch.tensor([[1.0, 3.0]], dtype=dtype)  # untouched between
     assert torch.equal(likelihood.distribution(near).scale, near[:, 1:].exp().sqrt())
+
+
+@pytest.mark.parametrize("noise", [0.3, torch.tensor([0.2, 1.5, 4.0], dtype=torch.float64)])
+def test_log_probability_is_that_of_the_normal_also_inside_vmap(noise: float | torch.Tensor) -> None:
+    g = torch.Generator().manual_seed(5)
+    f, y = (torch.randn(6, 3, dtype=torch.float64, generator=g) for _ in range(2))
+    likelihood = Gaussian(noise)
+    expected = Normal(f, noise).log_prob(y).sum(-1)
+    torch.testing.assert_close(likelihood.log_prob(f, y), expected, rtol=1e-13, atol=0.0)
+    slopes = torch.func.vmap(torch.func.grad(lambda one: likelihood.log_prob(one[None], y[:1]).sum()))(f)
+    torch.testing.assert_close(
+        slopes, (y[:1] - f) / torch.as_tensor(noise, dtype=torch.float64).square(), rtol=1e-13, atol=0.0
+    )
