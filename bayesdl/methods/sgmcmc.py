@@ -14,7 +14,7 @@ from bayesdl.diagnose import Finding
 from bayesdl.distributed import Group, resolve_group
 from bayesdl.errors import ArgumentError, UnknownNameError, UnsupportedError
 from bayesdl.methods.base import Fitted, Method, Task
-from bayesdl.methods.chains import Job, build_sampler, run_shared
+from bayesdl.methods.chains import Job, build_sampler, run_shared, scalar_precision
 from bayesdl.methods.energy import prepare_module, survey
 from bayesdl.methods.parallel import PARALLEL, share_passes
 from bayesdl.methods.stepsize import DIMENSIONLESS, check_stable, gradient_squares, largest_curvature
@@ -214,7 +214,10 @@ class SGMCMC(Method):
     def _remarks(self, job: Job) -> tuple[Finding, ...]:
         bayes = "Bayes" if self.temperature == 1 else "the posterior to the power 1/T, not Bayes"
         action = "" if self.temperature == 1 else "temperature=1"
-        found = [Finding("info", f"effective temperature T={self.temperature:g}: {bayes}", action, "temperature")]
+        precision = scalar_precision(job.prior)
+        prior = repr(job.prior) if not precision else f"of precision {precision:g} (sd {precision**-0.5:g})"
+        text = f"effective temperature T={self.temperature:g}: {bayes}; prior {prior}"
+        found = [Finding("info", text, action, "temperature")]
         if self.chains == 1:
             found.append(Finding("info", "one chain cannot show whether chains agree", "chains=4"))
         if self.structured and self.start == "warm" and job.burn_in == 0:

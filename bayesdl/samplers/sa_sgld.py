@@ -28,6 +28,12 @@ def time_factor(zeta: Number, smallest: float, largest: float, r: float) -> Numb
     return smallest * ((power + largest) / (power + smallest))
 
 
+def monitor_of(psi: Number, smallest: float, largest: float, r: float) -> Number:
+    """zeta of a psi between m and M: inverse of `time_factor`, for traces of the monitor from a chain's records."""
+    power: Number = smallest * (largest - psi) / (psi - smallest)
+    return power ** (1 / r)
+
+
 def relax(zeta: Number, monitor: Number, rate: Number, alpha: float) -> Number:
     """`zeta <- rho zeta + (1 - rho) monitor / alpha`, rho = exp(-alpha rate)."""
     rho = torch.exp(-alpha * rate) if isinstance(rate, Tensor) else math.exp(-alpha * rate)

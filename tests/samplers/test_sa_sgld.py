@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayesdl.errors import ArgumentError
 from bayesdl.samplers import BAOAB, SASGLD, SGLD, UnweightedChainWarning
 from bayesdl.samplers.baoab import baoab
-from bayesdl.samplers.sa_sgld import relax, time_factor
+from bayesdl.samplers.sa_sgld import monitor_of, relax, time_factor
 from bayesdl.samplers.sgld import sgld
 from tests.samplers.chains import step_on_gaussian
 
@@ -105,6 +105,9 @@ def test_bounds() -> None:
     assert isinstance(psi, Tensor)
     assert bool((psi.diff() < 0).all()) and float(psi.max()) < 10 and float(psi.min()) > 0.1
     assert time_factor(0.0, 0.1, 10.0, 0.25) == pytest.approx(10.0)
+    inner = zeta[(zeta > 1e-6) & (zeta < 1e6)]  # further out psi has lost the digits
+    back = monitor_of(time_factor(inner, 0.1, 10.0, 0.25), 0.1, 10.0, 0.25)
+    assert torch.allclose(torch.as_tensor(back), inner, rtol=1e-8)
     for equal in (0.1, 0.3, 7.0):
         assert all(time_factor(float(z), equal, equal, 0.25) == equal for z in zeta)
 

@@ -45,9 +45,18 @@ def rhat_histogram(result: Convergence, *, ax: Axes | None = None) -> Axes:
     return axes
 
 
-def steps(records: Sequence[SampleRecord], *, ax: Axes | None = None) -> Axes:
-    """Step size h of each sample, chain by chain, on a logarithmic axis."""
+def steps(records: Sequence[SampleRecord], *, quantity: str = "h", ax: Axes | None = None) -> Axes:
+    """Step size h, or the adaptive factor psi, of each sample, chain by chain, on a logarithmic axis.
+
+    Args:
+        records: of the samples.
+        quantity: "h" or "psi"; the monitor zeta of SA-SGLD is `bdl.samplers.sa_sgld.monitor_of(psi, ...)`.
+        ax: axes to draw on; None makes some.
+    """
     axes = drawing.dressed(ax, _SIZE)
+    labels = {"h": "step size h", "psi": "factor of the step, psi"}
+    if quantity not in labels:
+        raise ArgumentError(f"quantity={quantity!r}; expected one of {tuple(labels)}")
     chains = sorted({record.chain for record in records})
     if not chains:
         raise ArgumentError("no records: there is nothing to draw")
@@ -55,14 +64,14 @@ def steps(records: Sequence[SampleRecord], *, ax: Axes | None = None) -> Axes:
         own = step_trace([record for record in records if record.chain == chain])
         axes.semilogy(
             drawing.array(own.step),
-            drawing.array(own.h),
+            drawing.array(own.h if quantity == "h" else own.psi),
             color=style.colour(number),
             linewidth=1.0,
             marker=".",
             label=f"chain {chain}",
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("step size h")
+    axes.set_ylabel(labels[quantity])
     if len(chains) > 1:
         drawing.legend(axes)
     return axes

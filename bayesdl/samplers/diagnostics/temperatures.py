@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -13,13 +14,39 @@ from bayesdl.errors import NotFittedError, UnsupportedError
 from bayesdl.priors import ScaleMixturePrior
 from bayesdl.samplers.base import Sampler
 
+MOST, FEWEST = 64, 16  # batches of steps
+
+
+@dataclass
+class _Batches:
+    """A sum over steps, in batches that double in length so that there are never more than `MOST`."""
+
+    total: float = 0.0
+    steps: int = 0
+    length: int = 1
+    done: list[float] = field(default_factory=list)  # sums of whole batches
+    part: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.total, self.part, self.steps = self.total + value, self.part + value, self.steps + 1
+        if self.steps % self.length == 0:
+            self.done.append(self.part)
+            self.part = 0.0
+        if len(self.done) == MOST:
+            self.done = [a + b for a, b in zip(self.done[::2], self.done[1::2], strict=True)]
+            self.length *= 2
+
+    def error(self) -> float:
+        """Standard error of the mean over the steps, by the means of the batches."""
+        means = torch.tensor(self.done, dtype=torch.float64) / self.length
+        return float(means.std()) / math.sqrt(len(means))
+
 
 @dataclass
 class _Sums:
     """Of one parameter, over the steps seen."""
 
-    kinetic: float = 0.0  # sum of |m|^2 / h
-    kinetic_steps: int = 0
+    kinetic: _Batches = field(default_factory=_Batches)  # |m|^2 / h
     product: float = 0.0  # sum of theta . g
     theta: Tensor | None = None
     force: Tensor | None = None
@@ -39,7 +66,7 @@ class Thermometer:
     """Watches every step of a sampler and tells at which temperature each parameter moves.
 
         meter = Thermometer(opt)   # after burn-in; then train on
-        meter.kinetic(); meter.configurational(); meter.close()
+        meter.kinetic(); meter.kinetic_error(); meter.configurational(); meter.close()
 
     Kinetic: `E |m|^2 / (h d)`, of samplers with momentum; what is expected of one step size see `expected_kinetic`.
     Configurational: `E[(theta - c) . grad U] / d` for a constant c, of every sampler; T at small steps,
@@ -74,13 +101,24 @@ class Thermometer:
             NotFittedError: no step of a sampler with momentum has been seen.
         """
         found = {
-            name: s.kinetic / (s.kinetic_steps * s.theta.numel())
+            name: s.kinetic.total / (s.kinetic.steps * s.theta.numel())
             for name, s in self._sums().items()
-            if s.kinetic_steps and s.theta is not None
+            if s.kinetic.steps and s.theta is not None
         }
         if not found:
             raise NotFittedError("no momentum was seen: the sampler has none, or has made fewer than two steps")
         return found
+
+    def kinetic_error(self) -> dict[str, float]:
+        """Standard errors of `kinetic` by parameter name, from the means of up to 64 batches of steps.
+
+        Raises:
+            NotFittedError: fewer than 16 steps of a sampler with momentum have been seen.
+        """
+        known = {name: s for name, s in self._sums().items() if len(s.kinetic.done) >= FEWEST}
+        if not known:
+            raise NotFittedError(f"fewer than {FEWEST} momenta were seen: too few for a standard error")
+        return {name: s.kinetic.error() / s.theta.numel() for name, s in known.items() if s.theta is not None}
 
     def configurational(self) -> dict[str, float]:
         """By parameter name.
@@ -132,8 +170,7 @@ class Thermometer:
             sums.theta, sums.force = sums.theta + theta, sums.force + gradient
         sums.product += float((theta.double() * gradient).sum())
         if momentum is not None and h:
-            sums.kinetic += float(momentum.double().square().sum()) / h
-            sums.kinetic_steps += 1
+            sums.kinetic.add(float(momentum.double().square().sum()) / h)
 
 
 def expected_kinetic(sampler: Sampler, a: float = 0.0) -> float:

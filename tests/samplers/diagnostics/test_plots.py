@@ -29,6 +29,11 @@ def test_steps_shows_h() -> None:
     assert len(axes.lines) == 2 and list(axes.lines[1].get_ydata()) == pytest.approx([1, 0.1, 0.01])
     with pytest.raises(ArgumentError, match="nothing to draw"):
         plots.steps([])
+    records = [SampleRecord(i, 0, step=i, h=1.0, psi=0.5 + i, time=0.0) for i in range(3)]
+    axes = plots.steps(records, quantity="psi")
+    assert list(axes.lines[0].get_ydata()) == [0.5, 1.5, 2.5] and "psi" in axes.get_ylabel()
+    with pytest.raises(ArgumentError, match="quantity='zeta'"):
+        plots.steps(records, quantity="zeta")
 
 
 def test_nll_of_averages() -> None:

@@ -127,3 +127,32 @@ def test_refusals() -> None:
     assert meter.steps == 1
     with pytest.raises(UnsupportedError, match="no kinetic"):
         expected_kinetic(sampler)
+
+
+@pytest.mark.parametrize("steps", [63, 300])
+def test_the_standard_error_is_the_spread_of_independent_measurements(steps: int) -> None:
+    """60 blocks of 50 coordinates; the mean of squared errors over them has a relative sd of sqrt(2 / (40 * 60)) and
+    their variance one of sqrt(2 / 59): 5 of these in the ratio, a failure in a million."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.nn.Parameter(torch.randn(50, generator=generator, dtype=torch.float64)) for _ in range(60)]
+    sampler = BAOAB(blocks, 0.1 * N, N, prior_precision=0.0, momentum=0.8, generator=generator)
+    for k in range(50 + steps + 1):
+        if k == 50:
+            meter = Thermometer(sampler)
+        for block in blocks:
+            block.grad = block.detach() / N
+        sampler.step()
+    found = torch.tensor(list(meter.kinetic().values()))
+    errors = torch.tensor(list(meter.kinetic_error().values()))
+    assert float(errors.square().mean() / found.var()) == pytest.approx(1.0, rel=5 * math.sqrt(2 / 59 + 2 / 2400))
+
+
+def test_few_steps_have_no_standard_error() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    sampler = BAOAB([parameter], 0.1, 10, generator=torch.Generator().manual_seed(0))
+    meter = Thermometer(sampler)
+    for _ in range(5):
+        parameter.grad = torch.ones(3)
+        sampler.step()
+    with pytest.raises(NotFittedError, match="too few"):
+        meter.kinetic_error()
