@@ -3,6 +3,7 @@
 from bayesdl.samplers.diagnostics.convergence import Convergence, by_chain, convergence, ess, mcse, quantities, rhat
 from bayesdl.samplers.diagnostics.diversity import Diversity, diversity
 from bayesdl.samplers.diagnostics.noise_budget import gradient_variance, noise_budget
+from bayesdl.samplers.diagnostics.stability import Stability, stability
 from bayesdl.samplers.diagnostics.summary import summary
 from bayesdl.samplers.diagnostics.temperatures import Thermometer, expected_kinetic
 from bayesdl.samplers.diagnostics.weights import StepTrace, step_trace, weighted_ess
@@ -10,6 +11,7 @@ from bayesdl.samplers.diagnostics.weights import StepTrace, step_trace, weighted
 __all__ = [
     "Convergence",
     "Diversity",
+    "Stability",
     "StepTrace",
     "Thermometer",
     "by_chain",
@@ -22,6 +24,7 @@ __all__ = [
     "noise_budget",
     "quantities",
     "rhat",
+    "stability",
     "step_trace",
     "summary",
     "weighted_ess",
