@@ -227,6 +227,32 @@ def test_the_search_repeats_itself() -> None:
     assert twice.sigma == pytest.approx(sigmas.pop(), rel=0.0201)  # the mean, not the sum, over anchors
 
 
+@pytest.mark.parametrize("metric", ["nll", "gibbs", "nll-relative", "flip"])
+def test_the_loss_is_a_mean_over_anchors(metric: str) -> None:
+    bayes = searched(adapted("llama", blocks=1), sigma=0.01)
+    posterior = bayes.posterior
+    assert isinstance(posterior, AdapterPosterior)
+    once, twice = (
+        Losses(
+            bayes.network,
+            posterior,
+            bayes.likelihood,
+            metric,
+            gather(bayes.network, bayes.likelihood, data, 999, "auto"),
+        )
+        for data in (DATA[:4], [*DATA[:4], *DATA[:4]])
+    )
+    assert twice.anchors.count == 2 * once.anchors.count
+    assert once.change(0.0, True) == 0.0
+    assert twice.change(0.05, True) == pytest.approx(once.change(0.05, True), rel=1e-9)
+    assert once.change(0.05, True) > 0.0
+    # whatever pilots a search of more anchors takes, it ends within the resolution of the same crossing
+    if metric == "nll":
+        found = [bdl.lora.search_report(searched(adapted("llama", blocks=1), data, anchors=999)).sigma
+                 for data in (DATA[:4], [*DATA[:4], *DATA[:4]])]  # fmt: skip
+        assert found[1] == pytest.approx(found[0], rel=0.021)
+
+
 def test_anchors_are_the_first_examples() -> None:
     model = adapted("llama", blocks=1)
     some = searched(model, anchors=40)
