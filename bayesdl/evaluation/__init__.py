@@ -59,7 +59,7 @@ from bayesdl.evaluation.metrics import (
     metric_values,
     metrics_for,
 )
-from bayesdl.evaluation.mixing import mix
+from bayesdl.evaluation.mixing import cat_predictions, mix
 from bayesdl.evaluation.multiple_choice import MultipleChoice, multiple_choice, option_log_probs
 from bayesdl.evaluation.ood import (
     DEFAULT_SCORE,
@@ -71,7 +71,7 @@ from bayesdl.evaluation.ood import (
     p_value,
     score_metrics,
 )
-from bayesdl.evaluation.predictions import Predictions, cat_predictions
+from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.ranking import auroc, average_precision, fpr_at_recall
 from bayesdl.evaluation.recalibration import FittedRecalibrator, Recalibrator, recalibrate_regression
 from bayesdl.evaluation.regression import (

@@ -85,6 +85,8 @@ def which_forecast(arrays: Mapping[str, Any]) -> str:
         if keys != {"mean", "variance"}:
             raise FileFormatError(f"keys {found}: regression needs exactly mean and variance")
         return "mean"
+    if keys & set(FORECASTS) and (unknown := sorted(keys - set(FORECASTS))):
+        raise FileFormatError(f"unknown keys {', '.join(unknown)}; beside the forecasts: targets and group")
     if len(keys) != 1 or not keys <= set(FORECASTS):
         raise FileFormatError(f"keys {found}: expected one of {', '.join(FORECASTS)}, or mean and variance")
     return keys.pop()

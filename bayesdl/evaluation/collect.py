@@ -87,7 +87,11 @@ def collect(
         ShapeError, LabelError: methods whose test targets differ.
     """
     if not isinstance(methods, Mapping) or not methods:
-        raise ArgumentError(f"methods: expected a dict of at least one name -> method, got {methods!r}")
+        got = "an empty one" if isinstance(methods, Mapping) else type(methods).__name__
+        raise ArgumentError(f"methods: expected a dict of at least one name -> method, got {got}")
+    names = [str(row) for row in methods]
+    if "" in names or len(set(names)) < len(names):
+        raise ArgumentError(f"methods: every row needs a name of its own, got {', '.join(map(repr, methods))}")
     sources, shifts = _sources(data, ood, shift)
     if calibration is not None:
         sources[CALIBRATION] = calibration

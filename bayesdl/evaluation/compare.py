@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.evaluation.cells import place
 from bayesdl.evaluation.collect import COST, TEST, Collected, collect, grouped, one
-from bayesdl.evaluation.metrics import HEADLINE, METRICS, evaluate_metrics
+from bayesdl.evaluation.metrics import HEADLINE, check_names, evaluate_metrics
 from bayesdl.evaluation.mixing import fingerprint
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
@@ -94,9 +94,8 @@ def compare(
         raise ArgumentError(f"bootstrap: expected a number of resamples, 0 for none, got {bootstrap!r}")
     if not 0.0 < level < 1.0:
         raise ArgumentError(f"level={level!r} was given; expected a number between 0 and 1")
-    for name in metrics or ():  # before hours of prediction, not after
-        if name not in METRICS:
-            raise UnknownNameError(f"metrics: {name!r} is unknown; available: {', '.join(METRICS)}")
+    if metrics is not None:  # before hours of prediction, not after
+        check_names(metrics)
     if on_error not in ("raise", "row"):
         raise ArgumentError(f'on_error={on_error!r} was given; expected "raise" or "row"')
     if score is not None and score not in SCORES:

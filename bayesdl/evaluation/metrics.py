@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, final
 import torch
 from torch import Tensor
 
-from bayesdl.errors import UnknownNameError
+from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.evaluation import (
     calibration,
     dispersion,
@@ -332,16 +332,26 @@ def metrics_for(task: str) -> dict[str, Metric]:
     return {name: metric for name, metric in METRICS.items() if task in metric.tasks}
 
 
+def check_names(names: Sequence[str]) -> Sequence[str]:
+    """The names themselves.
+
+    Raises:
+        UnknownNameError: one is not in `METRICS`. ArgumentError: a string in place of a list of them.
+    """
+    if isinstance(names, str):
+        raise ArgumentError(f"metrics: expected a list of names such as [{names!r}], got a string")
+    if missing := [name for name in names if name not in METRICS]:
+        raise UnknownNameError(f"metrics {', '.join(map(repr, missing))} are unknown; available: {', '.join(METRICS)}")
+    return names
+
+
 def metric_values(predictions: Predictions, names: Sequence[str] | None = None) -> dict[str, MetricValue]:
     """Values of the named metrics (default: `HEADLINE` of the task); an undefined one is NaN with its reason.
 
     Raises:
-        UnknownNameError: a name is not in `METRICS`.
+        UnknownNameError, ArgumentError: see `check_names`.
     """
-    names = HEADLINE[predictions.task] if names is None else names
-    missing = [name for name in names if name not in METRICS]
-    if missing:
-        raise UnknownNameError(f"metrics {', '.join(map(repr, missing))} are unknown; available: {', '.join(METRICS)}")
+    names = HEADLINE[predictions.task] if names is None else check_names(names)
     return {name: _value(METRICS[name], predictions) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""One mixture of several methods' predictions, with given weights."""
+"""Several predictions as one: the mixture of methods with given weights, and batches in a row."""
 
 from __future__ import annotations
 
@@ -97,3 +97,27 @@ def _mean(chosen: Sequence[tuple[Predictions, float]], name: str) -> Tensor | No
     for value, (_, w) in zip(values, chosen, strict=True):
         total = total + w * validation.wide(value)
     return total
+
+
+def cat_predictions(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of several batches as one; fields that a batch lacks are left out.
+
+    Raises:
+        ArgumentError: no batches, or batches of different tasks or members.
+    """
+    if not parts:
+        raise ArgumentError("no predictions to concatenate")
+    first = parts[0]
+    for part in parts:
+        same = (part.task, part.num_members, part.num_outputs) == (first.task, first.num_members, first.num_outputs)
+        if part.samples is not None and first.samples is not None:
+            same = same and len(part.samples) == len(first.samples)
+        weights = [first.member_weights, part.member_weights]
+        if not same or ((weights[0] is None) != (weights[1] is None)):
+            raise ArgumentError("predictions of different tasks, members or outputs cannot be concatenated")
+    held = [part._tensors() for part in parts]
+    joined: dict[str, Any] = {}
+    for name, axis in fields.EXAMPLE_AXIS.items():
+        if all(name in fields_ for fields_ in held):
+            joined[name] = held[0][name] if axis is None else torch.cat([fields_[name] for fields_ in held], axis)
+    return Predictions(task=first.task, name=first.name, meta=first.meta, **joined)

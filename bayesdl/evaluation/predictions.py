@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, final
@@ -29,7 +29,7 @@ FORMAT = "bayesdl-predictions-1"
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
     """What one method predicts for N examples: S members (S = 1: one network or a closed form), C classes or D outputs.
 
@@ -281,6 +281,11 @@ class Predictions:
             raise validation.UndefinedError(f"predictions {self.name!r} have no targets", "no targets")
         return self.targets
 
+    def __repr__(self) -> str:
+        members = f"{self.num_members} members, " if self.num_members > 1 else ""
+        labels = "labelled" if self.targets is not None else "unlabelled"
+        return f"Predictions({self.task}, {members}{len(self)} examples, {self.num_outputs} outputs, {labels})"
+
     # -- values ------------------------------------------------------------------------------------------------------
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Predictions:
@@ -373,27 +378,3 @@ class Predictions:
         if self.variances is None:
             raise ArgumentError("predictions of counts without components need total, aleatoric and epistemic")
         return split_moments(self._members, self.variances, self.member_weights)
-
-
-def cat_predictions(parts: Sequence[Predictions]) -> Predictions:
-    """Predictions of several batches as one; fields that a batch lacks are left out.
-
-    Raises:
-        ArgumentError: no batches, or batches of different tasks or members.
-    """
-    if not parts:
-        raise ArgumentError("no predictions to concatenate")
-    first = parts[0]
-    for part in parts:
-        same = (part.task, part.num_members, part.num_outputs) == (first.task, first.num_members, first.num_outputs)
-        if part.samples is not None and first.samples is not None:
-            same = same and len(part.samples) == len(first.samples)
-        weights = [first.member_weights, part.member_weights]
-        if not same or ((weights[0] is None) != (weights[1] is None)):
-            raise ArgumentError("predictions of different tasks, members or outputs cannot be concatenated")
-    held = [part._tensors() for part in parts]
-    joined: dict[str, Any] = {}
-    for name, axis in fields.EXAMPLE_AXIS.items():
-        if all(name in fields_ for fields_ in held):
-            joined[name] = held[0][name] if axis is None else torch.cat([fields_[name] for fields_ in held], axis)
-    return Predictions(task=first.task, name=first.name, meta=first.meta, **joined)

@@ -217,7 +217,7 @@ _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
     "→": r"$\rightarrow$", "∞": r"$\infty$", "\N{MINUS SIGN}": "$-$", "\N{THIN SPACE}": r"\,",
-    "²": r"\textsuperscript{2}",
+    "²": r"\textsuperscript{2}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, ShapeError
 from bayesdl.evaluation import binning, validation
 from bayesdl.evaluation.binning import BinSums
 from bayesdl.evaluation.metrics import BINS, METRICS
-from bayesdl.evaluation.predictions import Predictions, cat_predictions
+from bayesdl.evaluation.mixing import cat_predictions
+from bayesdl.evaluation.predictions import Predictions
 
 # Rows scored at once: their temporaries fit a cache, which is what a pass over many rows costs.
 CHUNK = 1 << 16

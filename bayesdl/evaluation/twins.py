@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bayesdl.errors import ArgumentError, UnsupportedError
 from bayesdl.evaluation.collect import CALIBRATION, TEST, Collected
-from bayesdl.evaluation.predictions import Predictions, cat_predictions
+from bayesdl.evaluation.mixing import cat_predictions
+from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.recalibration import FittedRecalibrator, Recalibrator
 
 SUFFIX = " + T"

@@ -319,18 +319,25 @@ def _raw(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         # Through numpy, because torch would round a list of Python floats to its default dtype.
         try:
+            if np.ma.isMaskedArray(value) and np.ma.getmaskarray(value).any():
+                raise ArgumentError(f"{name}: {int(value.mask.sum())} values are masked; leave those examples out")
             array = np.asarray(value)
         except ValueError as error:
             raise ArgumentError(f"{name}: nested lists of unequal length are no array ({error})") from error
         if array.dtype == object or array.dtype.kind not in "biuf":
             raise ArgumentError(
-                f"{name}: expected a tensor, an array or nested lists of numbers, got {type(value).__name__}"
+                f"{name}: expected a tensor, an array or nested lists of numbers, got {type(value).__name__} of dtype "
+                f"{array.dtype}"
             )
         if (array.dtype.kind == "f" and array.dtype.itemsize > 8) or array.dtype.byteorder == ">":
             array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
         value = torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
     if value.is_complex():
         raise ArgumentError(f"{name}: complex numbers have no meaning here, got dtype {value.dtype}")
+    if value.layout != torch.strided or value.is_meta:
+        raise ArgumentError(f"{name}: expected a dense tensor that holds values, got {value.layout} on {value.device}")
+    if value.is_floating_point() and value.dtype.itemsize == 1:  # float8 has no arithmetic
+        value = value.float()
     return value.detach()
 
 

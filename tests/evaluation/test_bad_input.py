@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bayesdl.errors import ArgumentError, FileFormatError
 from bayesdl.evaluation import (
     METRICS,
     Predictions,
@@ -26,6 +28,7 @@ from bayesdl.evaluation import (
 from bayesdl.evaluation import calibration as cal
 from bayesdl.evaluation import classification as cls
 from bayesdl.evaluation.brier_terms import brier_decomposition
+from bayesdl.evaluation.compare import compare
 
 CLASSES: list[Callable[..., Any]] = [
     cls.nll, cls.brier, cls.accuracy, cls.ece, cls.mce, cls.ece_l2, cls.ece_mass, cls.ece_unweighted, cls.classwise_ece,
@@ -191,3 +194,50 @@ def test_half_precision_is_promoted_and_arrays_are_equal_to_tensors() -> None:
         assert function(Y, probs=probs.numpy()) == function(torch.tensor(Y), probs=probs)
     # A slice that holds two of three classes is fine: C comes from the array.
     assert 0 <= cls.ece([0, 1], probs=P[:2]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("logits", "words"),
+    [
+        (np.ma.masked_array(np.zeros((3, 3)), mask=np.eye(3, dtype=bool)), "3 values are masked"),
+        (torch.zeros(3, 3).to_sparse(), "dense tensor"),
+        (torch.zeros(3, 3, device="meta"), "dense tensor"),
+        (np.zeros((3, 3), dtype=complex), "numbers, got ndarray of dtype complex128"),
+        (np.full((3, 3), "a"), "numbers, got ndarray of dtype <U1"),
+    ],
+)
+def test_arrays_that_hold_no_numbers_to_rely_on(logits: Any, words: str) -> None:
+    """A mask that is dropped would score what somebody had struck out."""
+    with pytest.raises(ArgumentError, match=words):
+        Predictions.from_logits(logits, Y)
+    with pytest.raises(ArgumentError, match=words):
+        cls.nll(Y, logits=logits)
+
+
+def test_a_mask_without_marks_and_eight_bits_are_numbers() -> None:
+    values = np.array([[4.0, 2.0, 1.0], [0.5, 3.0, 0.25], [1.0, 1.5, 2.0]])  # exact in four bits of mantissa
+    expected = evaluate_metrics(Predictions.from_logits(values.astype(np.float32), Y))
+    for same in (np.ma.masked_array(values.astype(np.float32)), torch.tensor(values).to(torch.float8_e4m3fn)):
+        assert evaluate_metrics(Predictions.from_logits(same, Y)) == expected
+
+
+def test_names_of_metrics_and_rows() -> None:
+    found = Predictions.from_probs(P, Y)
+    for evaluating in (evaluate_metrics, lambda p, metrics: compare({"a": p}, metrics=metrics, progress=False)):
+        with pytest.raises(ArgumentError, match=r"such as \['nll'\], got a string"):
+            evaluating(found, "nll")
+    for rows, words in (
+        ({"": found}, "name of its own, got ''"),
+        ({1: found, "1": found}, "got 1, '1'"),
+        ({}, "an empty one"),
+        ([found], "got list"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            compare(rows, progress=False)  # type: ignore[arg-type]
+    assert repr(found) == "Predictions(classification, 3 examples, 3 outputs, labelled)"
+
+
+def test_a_key_that_means_nothing_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", probs=P, targets=Y, tragets=Y)
+    with pytest.raises(FileFormatError, match="unknown keys tragets"):
+        Predictions.load(tmp_path / "a.npz")

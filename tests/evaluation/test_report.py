@@ -6,7 +6,10 @@ import csv
 import io
 import json
 import math
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -136,7 +139,7 @@ def test_rich_shows_names_as_they_are() -> None:
 def test_latex_is_booktabs_with_bold_and_escapes() -> None:
     text = report().to_latex()
     assert r"\toprule" in text and r"\textbf{0.250}" in text and r"$\downarrow$" in text
-    assert r"<b>bold \& " in text and r"(\%)" in text and r"$\infty$" in text
+    assert r"\textless{}b\textgreater{}bold \& " in text and r"(\%)" in text and r"$\infty$" in text
     # The best alone is bold; what is not separable from it is underlined as well.
     assert (
         r"\textbf{90.0}" in text and r"\underline{\textbf{89.0}}" in text and r"\underline{\textbf{90.0}}" not in text
@@ -187,3 +190,19 @@ def test_summary_is_computed_from_the_numbers() -> None:
     assert "more than chance explains" in first
     assert any("methods cannot be told apart: from 90.0" in line for line in rest)
     assert any("ECE) of plain" in line and "Miscalibrated beyond chance: <b>bold" in line for line in rest)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_latex_compiles_in_a_plain_document(tmp_path: Path) -> None:
+    base = report()
+    hostile = "a < b > c | d & e % f $ g # h _ i { j } k ~ l ^ m \\ n - o"
+    names = (NAMES[0], hostile)
+    cells = dict(zip(names, base.cells.values(), strict=True))
+    table = replace(base, rows=names, cells=cells).to_latex()
+    assert r"a \textless{} b \textgreater{} c \textbar{} d" in table
+    lines = r"\documentclass{article}", r"\usepackage{booktabs}", r"\begin{document}", table, r"\end{document}", ""
+    (tmp_path / "table.tex").write_text("\n".join(lines), encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Missing character" not in (tmp_path / "table.log").read_text(encoding="utf-8", errors="replace")

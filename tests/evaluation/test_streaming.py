@@ -13,8 +13,9 @@ from torch import Tensor
 from bayesdl.errors import ArgumentError, LabelError, NonFiniteError, ShapeError, UnknownNameError
 from bayesdl.evaluation import classification as cls
 from bayesdl.evaluation.metrics import METRICS, metrics_for
+from bayesdl.evaluation.mixing import cat_predictions
 from bayesdl.evaluation.multiple_choice import multiple_choice, option_log_probs
-from bayesdl.evaluation.predictions import Predictions, cat_predictions
+from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.streaming import ClassificationStream, MetricStream, in_order
 from bayesdl.evaluation.validation import UndefinedError
 from tests.evaluation.made_up import classes, numbers
