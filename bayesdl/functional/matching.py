@@ -13,7 +13,7 @@ from tqdm import trange
 
 from bayesdl.errors import ArgumentError, NonFiniteError, ShapeError, UnknownNameError
 from bayesdl.functional.critic import DistributionalSliced, Wasserstein
-from bayesdl.functional.distances import DISTANCES
+from bayesdl.functional.distances import DISTANCES, Distance
 from bayesdl.functional.families import Family, make
 from bayesdl.functional.functions import Pushforward
 from bayesdl.functional.gp import GP, Target
@@ -101,9 +101,7 @@ def match(
     trace = _learn(push, law, target, places, distance, steps, num_functions, lr, patience, source, progress)
     seconds = time.perf_counter() - start
     fit = _fit(push, law, target, places, own, FUNCTIONS)
-    found = notes(fit, before)
-    if push.held:
-        found = (*found, f"held at one and zero: {sorted(push.held)}")
+    found = (*notes(fit, before, law.describe()), *_circumstances(network, push, places))
     name = distance if isinstance(distance, str) else type(distance).__name__
     setting = {
         "family": family,
@@ -111,7 +109,8 @@ def match(
         "measurement": describe(places),
         "draws": f"{num_functions} in each of {len(trace)} steps",
     }
-    report = MatchReport(fit, before, name, tuple(trace), law.describe(), seconds, found, setting)
+    resolution = _resolution(distance, target, places, num_functions, own)
+    report = MatchReport(fit, before, name, tuple(trace), law.describe(), seconds, found, setting, resolution)
     return _with_report(law.prior(), report)
 
 
@@ -212,13 +211,7 @@ def _distance(
             raise UnknownNameError(f"distance {distance!r} is not known; choose one of {sorted(DISTANCES)}")
         entry = DISTANCES[distance]
         if entry.value is not None:
-            known = isinstance(target, GP) and target.fixed
-            k = (
-                target.moments(points)[1].to(h.device)
-                if isinstance(target, GP) and (known or entry.needs_moments)
-                else None
-            )
-            return entry.value(h, g, k, source)
+            return entry.value(h, g, _moments(entry, target, points, h), source)
         distance = Wasserstein() if entry.critic == "w1" else DistributionalSliced()
 
     def draw() -> tuple[Tensor, Tensor]:
@@ -227,6 +220,46 @@ def _distance(
         return values, target.sample(points, count, source).to(values)
 
     return distance.value(h, g, draw, source)
+
+
+def _moments(entry: Distance, target: Target, points: Tensor, like: Tensor) -> Tensor | None:
+    """The target's covariance, where it is known, or asked for where it is not."""
+    if isinstance(target, GP) and (target.fixed or entry.needs_moments):
+        return target.moments(points)[1].to(like.device)
+    return None
+
+
+def _resolution(
+    distance: str | Wasserstein | DistributionalSliced,
+    target: Target,
+    places: Places,
+    count: int,
+    source: torch.Generator,
+) -> float | None:
+    """The distance between two sets of the target's own draws."""
+    entry = DISTANCES[distance] if isinstance(distance, str) else None
+    if entry is None or entry.value is None:
+        return None
+    points = places.draw(source)
+    one, other = (target.sample(points, count, source).float() for _ in range(2))
+    return float(entry.value(one, other, _moments(entry, target, points, one), source))
+
+
+def _circumstances(network: Network, push: Push, places: Places) -> tuple[str, ...]:
+    """What was done about the network and the inputs, in words."""
+    found = []
+    if push.held:
+        found.append(f"held at one and zero: {sorted(push.held)}")
+    off = [name for name, m in network.template.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
+    if off:
+        found.append(f"dropout is off in the functions compared: {off}")
+    wanted = round(places.real * places.num_points) if isinstance(places, Measurement) else 0
+    if isinstance(places, Measurement) and wanted > len(places.inputs):
+        found.append(
+            f"{len(places.inputs)} inputs where {wanted} points of a measurement should be inputs: the others are "
+            "uniform in their box"
+        )
+    return tuple(found)
 
 
 def _functions(push: Push, law: Family, points: Any, count: int, source: torch.Generator) -> Tensor:

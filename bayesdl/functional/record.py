@@ -32,6 +32,7 @@ def from_json(found: Mapping[str, Any]) -> MatchReport:
         _number(found["seconds"]),
         tuple(_text(note) for note in _listed(found["notes"])),
         {_text(key): _text(value) for key, value in found["setting"].items()},
+        None if found["resolution"] is None else _number(found["resolution"]),
     )
 
 

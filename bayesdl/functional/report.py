@@ -14,6 +14,7 @@ from bayesdl.functional.gp import GP, Target
 
 FUNCTIONS = 2000
 STD_OFF = 0.2
+NARROWEST, WIDEST = 1e-3, 100.0  # of standard deviations, times the root of the fan-in
 BINS = 15  # of distance
 SHOWN = 4  # of them in words
 LISTED = 16  # entries of a tensor
@@ -59,6 +60,8 @@ class MatchReport:
         seconds: spent in matching.
         notes: what to know.
         setting: family, target, measurement and numbers of draws, in words.
+        resolution: what the distance says of two sets of the target's own draws, as many as in a step: a trace that has
+            come down to it can come no further. None for distances with a critic.
     """
 
     fit: Fit
@@ -69,6 +72,7 @@ class MatchReport:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     setting: Mapping[str, str] = field(default_factory=dict)
+    resolution: float | None = None
 
     def __str__(self) -> str:
         lines = [_line("matched" if self.before else "prior", self.fit)]
@@ -136,7 +140,7 @@ def _correlation(covariance: Tensor) -> Tensor:
     return covariance * scale.unsqueeze(1) * scale.unsqueeze(2)
 
 
-def notes(fit: Fit, before: Fit | None) -> tuple[str, ...]:
+def notes(fit: Fit, before: Fit | None, parameters: Mapping[str, Mapping[str, float]] | None = None) -> tuple[str, ...]:
     """What is wrong with a match, in words."""
     found = []
     if before is not None and fit.covariance_error >= before.covariance_error:
@@ -146,6 +150,15 @@ def notes(fit: Fit, before: Fit | None) -> tuple[str, ...]:
             f"the marginal standard deviation is {fit.std[0]:.3g} where the target's is {fit.target_std[0]:.3g}: more "
             "steps, or a target that this network can express"
         )
+    for name, values in (parameters or {}).items():
+        spread = values.get("std", values.get("scale"))
+        if spread is not None and not NARROWEST < spread < WIDEST:
+            found.append(
+                f"the standard deviation of {name} ran to {spread:.2g}: the family cannot express the target; try "
+                "another one, or another lengthscale"
+            )
+        if values.get("shape", math.inf) <= 1.0:
+            found.append(f"the variance of {name} has shape {values['shape']:.2g}: the prior variance is infinite")
     return tuple(found)
 
 

@@ -1,15 +1,17 @@
 """The report says what functions do, by distance too."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import bayesdl as bdl
-from bayesdl.functional import GP, Fixed, Grid, LogNormal, Measurement
+from bayesdl.functional import GP, Fixed, Grid, LogNormal, Measurement, distances
 from bayesdl.functional.record import from_json, to_json
-from bayesdl.functional.report import by_distance, describe
+from bayesdl.functional.report import Fit, by_distance, describe, notes
+from tests.untouched import untouched
 
 GRID = torch.linspace(0, 2, 9).unsqueeze(1)
 
@@ -85,3 +87,41 @@ def test_reports_survive_json():
     for key, value in (("fit", {}), ("trace", 1.0), ("notes", [1]), ("parameters", {"w": {"std": "1"}}), ("more", 1)):
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
             from_json({**to_json(report), key: value})
+
+
+def test_notes_name_what_went_wrong():
+    close = Fit((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 0.0, 0.1, 0.05, (0.0, 0.0))
+    assert notes(close, replace(close, covariance_error=0.2), {"w": {"std": 0.5}}) == ()
+    assert "no closer" in notes(replace(close, covariance_error=0.3), replace(close, covariance_error=0.2))[0]
+    assert "0.7 where the target's is 1" in notes(replace(close, std=(0.7, 0.7, 0.7)), None)[0]
+    parameters = {"a": {"std": 1e-4}, "b": {"scale": 200.0}, "c": {"shape": 0.9, "rate": 2.0}}
+    narrow, broad, infinite = notes(close, None, parameters)
+    assert "of a ran to 0.0001" in narrow and "of b ran to 2e+02" in broad
+    assert "of c has shape 0.9: the prior variance is infinite" in infinite
+
+
+def test_what_was_done_about_the_network_and_the_inputs():
+    net = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1)).train()
+    options = {"steps": 2, "num_functions": 64, "progress": False}
+    with untouched(net):
+        report = bdl.functional.match(net, GP(), GRID, distance="moments", **options).report
+    assert "dropout is off in the functions compared: ['1']" in report.notes
+    assert any(note.startswith("9 inputs where 70 points of a measurement") for note in report.notes)
+    assert report.trace == bdl.functional.match(net.eval(), GP(), GRID, distance="moments", **options).report.trace
+    quiet = bdl.functional.match(nn.Linear(1, 1), GP(), GRID, distance="moments", measurement=Grid(0, 2, 9), **options)
+    assert not any("inputs where" in note or "dropout" in note for note in quiet.report.notes)
+
+
+def test_the_resolution_is_the_distance_of_the_target_to_itself():
+    """Gaussian W2 of 64 draws in nine dimensions is biased upwards; the unbiased moments are around zero."""
+    options = {"steps": 2, "num_functions": 64, "measurement": Grid(0, 2, 9), "progress": False}
+    found = {
+        name: bdl.functional.match(nn.Linear(1, 1), GP(), GRID, distance=name, **options).report.resolution
+        for name in ("moments", "gaussian-w2", "dsw")
+    }
+    generator, k = torch.Generator().manual_seed(1), GP().moments(torch.linspace(0, 2, 9).unsqueeze(1))[1]
+    draws = [GP().sample(torch.linspace(0, 2, 9).unsqueeze(1), 64, generator).float() for _ in range(200)]
+    usual = torch.stack([distances.gaussian_w2(g, g, k, generator) for g in draws])
+    # one draw of the same law: outside the range of 200 others once in a hundred
+    assert float(usual.min()) <= found["gaussian-w2"] <= float(usual.max())
+    assert abs(found["moments"]) < 0.3 and found["dsw"] is None
