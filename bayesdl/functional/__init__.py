@@ -1,5 +1,6 @@
 """Functional priors: say what functions are expected, get a prior over weights that means it."""
 
+from bayesdl.functional import plots
 from bayesdl.functional.critic import DistributionalSliced, Wasserstein
 from bayesdl.functional.distances import DISTANCES
 from bayesdl.functional.families import FAMILIES
@@ -29,4 +30,5 @@ __all__ = [
     "evaluate",
     "match",
     "periodic",
+    "plots",
 ]

@@ -46,12 +46,7 @@ class Pushforward:
         slots = [self._slot(n, t, owners.get(n)) for n, t in network.parameters.items() if self._free(n, owners)]
         last = _output_layer(network, example)
         self.slots = tuple(replace(slot, output=slot.name.rpartition(".")[0] == last) for slot in slots)
-        parameters = network.parameters
-        self.held = {
-            name: torch.ones_like(parameters[name]) if name.endswith("weight") else torch.zeros_like(parameters[name])
-            for name in network.names
-            if isinstance(owners.get(name), NORMS)
-        }
+        self.held = held_norms(network, set())
 
     def _free(self, name: str, owners: Mapping[str, nn.Module]) -> bool:
         return not isinstance(owners.get(name), NORMS) and name not in self.extra
@@ -85,6 +80,18 @@ class Pushforward:
                 "the network's functions under the prior hold NaN or infinity: lower lr, or start narrower"
             )
         return outputs
+
+
+def held_norms(network: Network, known: set[str] | None) -> dict[str, Tensor]:
+    """Ones and zeros for selected affine parameters of norm layers whose names are not `known`; None knows all."""
+    if known is None:
+        return {}
+    owners, parameters = _owners(network), network.parameters
+    return {
+        name: torch.ones_like(parameters[name]) if name.endswith("weight") else torch.zeros_like(parameters[name])
+        for name in network.names
+        if isinstance(owners.get(name), NORMS) and name not in known
+    }
 
 
 def _output_layer(network: Network, example: Any) -> str:

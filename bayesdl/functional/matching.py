@@ -15,7 +15,7 @@ from bayesdl.errors import ArgumentError, NonFiniteError, ShapeError, UnknownNam
 from bayesdl.functional.critic import DistributionalSliced, Wasserstein
 from bayesdl.functional.distances import DISTANCES, Distance
 from bayesdl.functional.families import Family, make
-from bayesdl.functional.functions import Pushforward
+from bayesdl.functional.functions import Pushforward, held_norms
 from bayesdl.functional.gp import GP, Target
 from bayesdl.functional.measurement import Measurement, Places
 from bayesdl.functional.reconstruction import RECONSTRUCTED, Data, Reconstructions
@@ -84,6 +84,7 @@ def match(
         raise ArgumentError(
             f"patience={patience} with distance={distance!r}; expected at least 1, and a distance without a critic"
         )
+    _check_inputs(inputs)
     network = model if isinstance(model, Network) else Network(model, select=select, example=inputs[:1])
     plain = Pushforward(network, extra, inputs[:1])
     push: Push = plain
@@ -128,18 +129,20 @@ def evaluate(
     """The report of `match` for ANY prior that can be drawn from.
 
     Args:
-        as in `match`.
+        as in `match`. Affine parameters of norm layers for which the prior has no law are held at (1, 0), as there.
     """
+    _check_inputs(inputs)
     network = model if isinstance(model, Network) else Network(model, select=select, example=inputs[:1])
     source = generator or torch.Generator().manual_seed(0)
     points = (measurement or _default_places(inputs)).draw(source)
-    own = network.parameters
+    held = held_norms(network, names_of(prior))
+    own = {name: value for name, value in network.parameters.items() if name not in held}
     drawn = [prior.sample(own, source) for _ in range(num_functions)]
     weights = {name: torch.stack([one[name] for one in drawn]) for name in own}
     module, call = network.module(), network.prepare(points)
 
     def one(tensors: dict[str, Tensor]) -> Tensor:
-        return network.forward(module, call, tensors)
+        return network.forward(module, call, {**held, **tensors})
 
     with torch.no_grad():
         h = torch.func.vmap(one, chunk_size=64)(weights)
@@ -249,7 +252,10 @@ def _circumstances(network: Network, push: Push, places: Places) -> tuple[str, .
     """What was done about the network and the inputs, in words."""
     found = []
     if push.held:
-        found.append(f"held at one and zero: {sorted(push.held)}")
+        held = sorted(push.held)
+        found.append(
+            f"held at one and zero: {held}; the prior has no law for them: leave them out of a method's select="
+        )
     off = [name for name, m in network.template.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
     if off:
         found.append(f"dropout is off in the functions compared: {off}")
@@ -279,10 +285,29 @@ def _fit(push: Push, law: Family, target: Target, places: Places, source: torch.
     return compare(h, g, target, points, isinstance(push, Pushforward))
 
 
-def _default_places(inputs: Tensor) -> Places:
+def _check_inputs(inputs: Tensor) -> None:
     if inputs.dim() < 2:
         raise ShapeError(f"inputs have shape {tuple(inputs.shape)}; expected (N, features) or (N, ...)")
-    return Measurement(inputs, min(100, len(inputs)) if inputs.dim() > 2 else 100, 1.0 if inputs.dim() > 2 else 0.7)
+
+
+def _default_places(inputs: Tensor) -> Places:
+    if inputs.dim() == 2 and inputs.is_floating_point():
+        return Measurement(inputs)
+    return Measurement(inputs, min(100, len(inputs)), 1.0)  # images and tokens have no box
+
+
+def names_of(prior: Prior) -> set[str] | None:
+    """The parameters that a prior has a law for by name; None where it has one for any."""
+    if isinstance(prior, CouplingPrior):
+        return {name for layer in prior.layers for name in layer.names}
+    laws: object = None
+    if isinstance(prior, GaussianPrior):
+        laws = prior.precision
+    elif isinstance(prior, HierarchicalPrior):
+        laws = prior.shape
+    elif isinstance(prior, SplinePrior):
+        laws = prior.scales
+    return set(laws) if isinstance(laws, Mapping) else None
 
 
 def _with_report(prior: Prior, report: MatchReport) -> Prior:

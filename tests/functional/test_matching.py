@@ -278,12 +278,33 @@ def test_normalisation_is_held_or_refused():
     normed = nn.Sequential(nn.Linear(1, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1))
     prior = matched(normed, GP(), steps=3)
     assert any("held at one and zero: ['1.bias', '1.weight']" in note for note in prior.report.notes)
+    # it is evaluated, and used, as it was matched
+    with torch.no_grad():
+        normed[1].weight.mul_(5.0)
+    options = {"num_functions": 400, "generator": generator()}
+    found, start = bdl.functional.evaluate(normed, prior, GP(), X, **options).fit, prior.report.fit
+    assert found.std[0] == pytest.approx(start.std[0], rel=0.15)  # standard errors of 3 %: 400 functions
+    method = bdl.Laplace(select=list(prior.precision))
+    data = [(X, X.sin())]
+    bayes = bdl.wrap(normed, method, data, likelihood=bdl.Gaussian(0.1), prior=prior, progress=False)
+    assert bool((bayes(X).variance > 0).all())
     with pytest.raises(UnsupportedError, match="batch norm"):
         matched(nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)), GP(), steps=3)
 
 
+def test_tokens_are_measured_at_inputs_alone():
+    embedding = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 1))
+    tokens = torch.randint(0, 5, (30, 3), generator=generator())
+    prior = matched(embedding, GP(lengthscale=3.0), tokens, steps=3, extra={"0.weight": 1.0})
+    assert set(prior.precision) == {"2.weight", "2.bias"}
+    assert "num_points=30, real=1.0" in prior.report.setting["measurement"]
+
+
 def test_refusals():
     network = net()
+    for call in (matched, lambda n, t, x: bdl.functional.evaluate(n, bdl.GaussianPrior(1.0), t, x)):
+        with pytest.raises(ShapeError, match=r"shape \(40,\); expected \(N, features\)"):
+            call(network, GP(), X[:, 0])
     with pytest.raises(ShapeError, match="set outputs="):
         matched(network, GP(outputs=2))
     with pytest.raises(UnknownNameError, match="distance 'wasserstein'"):
