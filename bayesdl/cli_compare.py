@@ -67,6 +67,14 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
         "there anyway",
     )
     compare.add_argument("--metrics", metavar="A,B", help="columns; the task's usual ones otherwise")
+    compare.add_argument(
+        "--ood-group",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=A,B",
+        help="means over several OOD sets, such as near=cifar100,tin",
+    )
     compare.add_argument("--score", metavar="NAME", help="OOD score of the main columns; entropy or variance otherwise")
     compare.add_argument("--level", type=float, default=0.95, help="of the intervals, default: %(default)s")
     compare.add_argument("--reference", metavar="ROW", help="print every row's difference to this one")
@@ -157,7 +165,11 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What both ways hand to `bayesdl.compare`."""
     import torch
 
+    from bayesdl.cli_model import named_entries
+
+    grouped = named_entries(arguments.ood_group, "--ood-group", "SET,SET")
     return {
+        "ood_groups": {name: names(sets, f"--ood-group {name}=") for name, sets in grouped.items()},
         "metrics": names(arguments.metrics, "--metrics") if arguments.metrics else None,
         "bootstrap": bootstrap(arguments.bootstrap),
         "level": arguments.level,

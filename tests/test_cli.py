@@ -275,11 +275,24 @@ def test_the_options_of_compare_on_files(here: Path, capsys: pytest.CaptureFixtu
         file = name.partition("/")[0] or "held"
         arguments += [f"--{option}", *(f"{row}{':' * bool(name)}{name}={row}-{file}.npz" for row in rows)]
     found = report_of(
-        [*arguments, "--metrics", "nll,ece", "--level", "0.8", "--score", "max_prob", "--bootstrap", "50"]
+        [
+            *arguments,
+            "--metrics",
+            "nll,ece",
+            "--ood-group",
+            "all=far",
+            "--level",
+            "0.8",
+            "--score",
+            "max_prob",
+            "--bootstrap",
+            "50",
+        ]
     )
     expected = compare(
         {row: f"{row}.npz" for row in rows},
         ood={"far": {row: f"{row}-far.npz" for row in rows}},
+        ood_groups={"all": ["far"]},
         shift={"blur": {"3": {row: f"{row}-blur.npz" for row in rows}}},
         calibration={row: f"{row}-held.npz" for row in rows},
         metrics=["nll", "ece"], level=0.8, score="max_prob", bootstrap=50, progress=False,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.evaluation.cells import place
 from bayesdl.evaluation.collect import COST, TEST, Collected, collect, grouped, one
-from bayesdl.evaluation.metrics import HEADLINE, check_names, evaluate_metrics
+from bayesdl.evaluation.metrics import FURTHER, HEADLINE, check_names, evaluate_metrics
 from bayesdl.evaluation.mixing import fingerprint
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
@@ -47,6 +47,7 @@ def compare(
     cost: bool = True,
     score: str | None = None,
     scores: Mapping[str, Any] | None = None,
+    ood_groups: Mapping[str, Sequence[str]] | None = None,
     reference: str | None = None,
     calibration: Any = None,
     twins: bool | None = None,
@@ -71,6 +72,8 @@ def compare(
         cost: measure time and memory of every model.
         score: headline OOD score, a key of `SCORES`; None means entropy, for regression the variance of f.
         scores: name -> fitted `FeatureDensity`, or name -> {method: one}: further columns `ood/<set>/<name>/...`.
+        ood_groups: name -> names of OOD sets, as {"near": [...], "far": [...]}: further columns `ood/<name>/<metric>`,
+            plain means over those sets.
         reference: a method; the notes then list every other one's paired difference to it in the headline columns.
         calibration: held-out loader, or {method: Predictions}, to which the twins' temperatures are fitted.
         twins: add a row `<name> + T` for each classification method but temperature scaling: its probabilities at a
@@ -102,6 +105,7 @@ def compare(
         raise UnknownNameError(f"score={score!r} is unknown; available: {', '.join(SCORES)}")
     if reference is not None and reference not in methods:
         raise UnknownNameError(f"reference={reference!r} is no method; there are {', '.join(map(str, methods))}")
+    groups = _ood_groups(ood_groups or {}, ood or {})
     if isinstance(methods, Mapping) and any(isinstance(value, (list, tuple)) for value in methods.values()):
         seeds = split_seeds(methods)
         reports = []
@@ -112,8 +116,9 @@ def compare(
             }
             reports.append(
                 compare(
-                    members, data, **given, metrics=metrics, bootstrap=0, level=level, generator=generator, cost=cost,
-                    score=score, scores=scores, twins=twins, group=group, progress=progress, on_error=on_error,
+                    members, data, **given, ood_groups=ood_groups, metrics=metrics, bootstrap=0, level=level,
+                    generator=generator, cost=cost, score=score, scores=scores, twins=twins, group=group,
+                    progress=progress, on_error=on_error,
                 )
             )  # fmt: skip
         return _with_reference(join_seeds(reports, level), reference)
@@ -137,10 +142,14 @@ def compare(
     sets = [name for name in _sets(found) if name.startswith("ood/")]
     with tqdm(total=1 + len(shifts) + len(sets), desc="evaluate", disable=not progress, leave=False) as steps:
         table.add_metrics(TEST, names, headline=True)
+        if metrics is None:
+            table.add_metrics(TEST, FURTHER.get(found.task, ()), headline=False)
         steps.update()
         for name in sets:
             table.add_ood(name, chosen)
             steps.update()
+        for name, together in groups.items():
+            table.add_ood_means(name, together)
         watched = [metric for metric in _SHIFT_METRICS[found.task] if metric in names]
         for name, severity in shifts:
             table.add_metrics(f"shift/{name}/{severity}", watched, headline=False)
@@ -194,6 +203,19 @@ def scores_for(predictions: Predictions) -> list[str]:
         for name, score in SCORES.items()
         if predictions.task in score.tasks and score.read(predictions) is not None
     ]
+
+
+def _ood_groups(given: Mapping[str, Sequence[str]], ood: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Groups of OOD sets, checked before hours of prediction."""
+    sets = [str(name) for name in ood]
+    for name, members in given.items():
+        if isinstance(members, str) or not members or not {str(member) for member in members} <= set(sets):
+            raise ArgumentError(
+                f"ood_groups[{name!r}]: expected a list of OOD sets, of {', '.join(sets) or 'none'}, got {members!r}"
+            )
+        if not str(name) or "/" in str(name) or str(name) in sets:
+            raise ArgumentError(f"ood_groups: {name!r} is the name of a set, is empty or holds a slash; rename it")
+    return {str(name): tuple(f"ood/{member}" for member in members) for name, members in given.items()}
 
 
 def _with_reference(report: Report, reference: str | None) -> Report:

@@ -90,8 +90,8 @@ class Metric:
 
     @property
     def streaming(self) -> Literal["constant", "stored"]:
-        """What a stream of batches keeps: sums, or all scores."""
-        return "constant" if self.additive else "stored"
+        """What a stream of batches keeps: sums (of losses, or of equal-width bins), or all scores."""
+        return "constant" if self.additive or self.binned is not None else "stored"
 
     def accumulator(self) -> MetricStream:
         """A fresh `MetricStream` of this metric."""
@@ -318,6 +318,8 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }  # fmt: skip
+# Beside the headline, among a report's further columns: calibration errors that are not biased as ECE is.
+FURTHER: dict[str, tuple[str, ...]] = {"classification": ("ce2_debiased", "smece")}
 # Default columns of a report, in order (proper scores first).
 HEADLINE: dict[str, tuple[str, ...]] = {
     "classification": ("nll", "brier", "accuracy", "ece", "aurc", "error_auroc"),

@@ -21,6 +21,7 @@ from bayesdl.evaluation.predictions import Predictions
 
 # Rows scored at once: their temporaries fit a cache, which is what a pass over many rows costs.
 CHUNK = 1 << 16
+_SHARED = "bins"  # state of all calibration errors that read the same bins
 _INT, _FLOAT = torch.int64, torch.float64
 
 
@@ -249,7 +250,10 @@ class ClassificationStream:
 
 @final
 class MetricStream:
-    """Entries of `METRICS` over batches of `Predictions`: means of losses as sums, everything else from what is kept.
+    """Entries of `METRICS` over batches of `Predictions`: sums where `Metric.streaming` is "constant", else all kept.
+
+    Means of losses are sums of them; calibration errors with equal-width bins share the count, confidence and hits of
+    each bin.
 
     Args:
         names: keys of `METRICS`.
@@ -260,18 +264,24 @@ class MetricStream:
         if unknown or not names:
             raise UnknownNameError(f"metrics {', '.join(unknown) or 'none'} unknown; available: {', '.join(METRICS)}")
         self.names = tuple(names)
-        self.constant = tuple(name for name in self.names if METRICS[name].additive)
-        self._sums = {name: torch.zeros((), dtype=_FLOAT) for name in self.constant}
+        self.constant = tuple(name for name in self.names if METRICS[name].streaming == "constant")
+        self._sums = {name: torch.zeros((), dtype=_FLOAT) for name in self.constant if METRICS[name].additive}
+        if len(self._sums) < len(self.constant):
+            self._sums[_SHARED] = torch.zeros(3, BINS, dtype=_FLOAT)
         self._count = torch.zeros((), dtype=_INT)
         self._kept: list[Predictions] = []
 
     def update(self, predictions: Predictions) -> None:
         """Add a batch; batches are never changed and, for metrics that need all scores together, kept on the CPU."""
         self._count = self._count + len(predictions)
-        for name in self.constant:
-            losses = METRICS[name].losses
+        for name in self._sums:
+            losses = METRICS[name].losses if name in METRICS else None
             if losses is not None:
                 self._sums[name] = self._sums[name] + losses(predictions).sum().cpu()
+            else:
+                sums = binning.bin_sums(predictions.confidence, predictions.correct, BINS)
+                parts = torch.cat([sums.count, sums.confidence, sums.hits])
+                self._sums[name] = self._sums[name] + parts.cpu()
         if len(self.constant) < len(self.names):
             self._kept.append(predictions.map(Tensor.cpu))
 
@@ -286,7 +296,7 @@ class MetricStream:
         return joined
 
     def state(self) -> dict[str, Tensor]:
-        """Sums and count of the means of losses, which add up over processes.
+        """Sums and count, which add up over processes.
 
         Raises:
             ArgumentError: a metric needs all scores together; gather the predictions with `in_order` instead.
@@ -297,10 +307,10 @@ class MetricStream:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a (summed) `state` in place of what was seen."""
-        if set(state) != {"count", *self.constant}:
+        if set(state) != {"count", *self._sums}:
             raise ArgumentError(f"this is no state of a stream of {', '.join(self.names)}")
         self._count = state["count"].to(_INT)
-        self._sums = {name: state[name].to(_FLOAT) for name in self.constant}
+        self._sums = {name: state[name].to(_FLOAT) for name in self._sums}
 
     def as_torchmetric(self) -> Any:
         """A fresh `torchmetrics.Metric` of these metrics; `update` takes `Predictions`."""
@@ -325,6 +335,8 @@ class MetricStream:
             if name in self._sums:
                 mean = float(self._sums[name]) / int(self._count)
                 values[name] = mean if metric.link == "identity" else mean**0.5
+            elif metric.binned is not None:
+                values[name] = float(metric.binned(BinSums(*self._sums[_SHARED].unsqueeze(1))))
             elif whole is not None:
                 values[name] = float(metric.fn(whole))
         return values

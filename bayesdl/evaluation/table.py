@@ -184,38 +184,52 @@ class Table:
         except UndefinedError as error:
             return {}, error.reason
 
+    def add_ood_means(self, name: str, sets: Sequence[str]) -> None:
+        """The plain mean over OOD sets of each metric of each score that they have."""
+        first = [c for c in self.columns if c.dataset == sets[0]]
+        for single in first:
+            rest = single.key.removeprefix(sets[0])
+            keys = [one + rest for one in sets]
+            if all(any(c.key == key for c in self.columns) for key in keys):
+                label = single.label.replace(place(sets[0]), f"{name} ({len(sets)} sets)")
+                column = replace(single, key=f"ood/{name}{rest}", label=label, dataset=f"ood/{name}")
+                self._add_mean(column, keys, f"Mean over {len(sets)} sets.", interval=True)
+
     def add_shift_means(self, name: str, severities: Sequence[str], metrics: Sequence[str]) -> None:
         """The plain mean of each metric over the severities of one shift."""
         for metric in metrics:
             keys = [f"shift/{name}/{severity}/{metric}" for severity in severities]
             single = next(c for c in self.columns if c.key == keys[0])
-            column = replace(
-                single,
-                key=f"shift/{name}/{metric}",
-                label=f"{_sentence(METRICS[metric].label)}, {name}",
-                definition=f"{single.definition} Mean over {len(keys)} severities.",
-                n=sum(c.n for c in self.columns if c.key in keys),
-                dataset=f"shift/{name}",
-                headline=True,
-            )
-            tested = all(key in self.replicates for key in keys)
-            samples: dict[str, Tensor] = {}
-            for position, row in enumerate(self.found.rows):
-                cells = [self.cells[row][key] for key in keys]
-                missing = next((c.note for c in cells if c.value is None), None)
-                if missing is not None:
-                    self.cells[row][column.key] = Cell(None, note=missing)
-                    continue
-                cell = Cell(sum(c.value for c in cells if c.value is not None) / len(cells))
-                if tested:
-                    values = torch.from_numpy(np.mean([self.replicates[key][position] for key in keys], axis=0))
-                    samples[row] = values
-                    # Resampled calibration errors are biased upwards: fit for differences, not for an interval.
-                    if METRICS[metric].interval != "calibration":
-                        span = bootstrap.percentile_interval(values, level=self.resampler.level)
-                        cell = replace(cell, low=_known(span.low), high=_known(span.high))
-                self.cells[row][column.key] = cell
-            self._finish(column, samples)
+            label = f"{_sentence(METRICS[metric].label)}, {name}"
+            column = replace(single, key=f"shift/{name}/{metric}", label=label, dataset=f"shift/{name}", headline=True)
+            # Resampled calibration errors are biased upwards: fit for differences, not for an interval.
+            unbiased = METRICS[metric].interval != "calibration"
+            self._add_mean(column, keys, f"Mean over {len(keys)} severities.", interval=unbiased)
+
+    def _add_mean(self, column: Column, keys: Sequence[str], over: str, *, interval: bool) -> None:
+        """A column of the plain mean of others, whose resamples are paired."""
+        column = replace(
+            column,
+            definition=f"{column.definition} {over}",
+            n=sum(c.n for c in self.columns if c.key in keys),
+        )
+        tested = all(key in self.replicates for key in keys)
+        samples: dict[str, Tensor] = {}
+        for position, row in enumerate(self.found.rows):
+            cells = [self.cells[row][key] for key in keys]
+            missing = next((c.note for c in cells if c.value is None), None)
+            if missing is not None:
+                self.cells[row][column.key] = Cell(None, note=missing)
+                continue
+            cell = Cell(sum(c.value for c in cells if c.value is not None) / len(cells))
+            if tested:
+                values = torch.from_numpy(np.mean([self.replicates[key][position] for key in keys], axis=0))
+                samples[row] = values
+                if interval:
+                    span = bootstrap.percentile_interval(values, level=self.resampler.level)
+                    cell = replace(cell, low=_known(span.low), high=_known(span.high))
+            self.cells[row][column.key] = cell
+        self._finish(column, samples)
 
     def add_costs(self) -> None:
         """Fit time, prediction time, memory, passes, parameters: whatever at least one method knows."""

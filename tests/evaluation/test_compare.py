@@ -19,7 +19,7 @@ import bayesdl
 from bayesdl.errors import ArgumentError, LabelError, ShapeError, UnknownNameError, UnsupportedError
 from bayesdl.evaluation.bootstrap import Resamples, resample
 from bayesdl.evaluation.compare import compare, evaluate
-from bayesdl.evaluation.metrics import evaluate_metrics
+from bayesdl.evaluation.metrics import METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import ood_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
@@ -380,3 +380,51 @@ def test_groups_are_resampled_whole() -> None:
     assert widths["alone"] < 0.5 * widths["grouped"]
     with pytest.raises(ShapeError):
         compare({"a": few}, group=torch.zeros(3), bootstrap=0, **QUIET)
+
+
+def test_groups_of_ood_sets_are_plain_means() -> None:
+    methods = {"sharp": classes(300, sharpness=2.0), "right": classes(300, sharpness=1.0)}
+    ood = {
+        name: {row: classes(100, sharpness=0.2 + 0.1 * place, seed=place) for row in methods}
+        for place, name in enumerate(("a", "b", "c"))
+    }
+    rep = compare(methods, ood=ood, ood_groups={"near": ["a"], "far": ["b", "c"]}, bootstrap=100, **QUIET)
+    plain = compare(methods, ood=ood, bootstrap=100, **QUIET)
+    added = {column for column in rep.columns if column.split("/")[1:2] in (["near"], ["far"])}
+    assert set(rep.columns) - added == set(plain.columns)
+    assert added == {
+        column.replace("/a/", f"/{group}/")
+        for column in plain.columns
+        for group in ("near", "far")
+        if column.startswith("ood/a/")
+    }
+    for row in methods:
+        for rest in ("auroc", "fpr95", "max_prob/auroc", "epistemic/ap_in"):
+            assert rep[row][f"ood/near/{rest}"] == rep[row][f"ood/a/{rest}"]
+            assert rep[row][f"ood/far/{rest}"] == pytest.approx(
+                (rep[row][f"ood/b/{rest}"] + rep[row][f"ood/c/{rest}"]) / 2
+            )
+    samples = (rep.replicates["ood/b/auroc"] + rep.replicates["ood/c/auroc"]) / 2
+    assert rep.replicates["ood/far/auroc"] == pytest.approx(samples)
+    low, high = rep.interval("right", "ood/far/auroc")
+    assert low < rep["right"]["ood/far/auroc"] < high
+    assert rep.column("ood/far/auroc").label.endswith("far (2 sets)") and rep.column("ood/far/auroc").n == 200
+    assert "Mean over 2 sets." in rep.column("ood/far/auroc").definition
+    for wrong in ({"near": ["d"]}, {"near": "a"}, {"near": []}, {"a": ["b"]}, {"x/y": ["a"]}):
+        with pytest.raises(ArgumentError, match="ood_groups"):
+            compare(methods, ood=ood, ood_groups=wrong, **QUIET)  # type: ignore[arg-type]
+    seeds = {row: [found, found.subset(torch.arange(300))] for row, found in methods.items()}
+    twice = {name: {row: [one, one] for row, one in found.items()} for name, found in ood.items()}
+    rep = compare(seeds, ood=twice, ood_groups={"far": ["b", "c"]}, **QUIET)
+    assert rep["right"]["ood/far/auroc"] == pytest.approx(
+        plain["right"]["ood/b/auroc"] / 2 + plain["right"]["ood/c/auroc"] / 2
+    )
+
+
+def test_unbiased_calibration_errors_stand_beside_ece() -> None:
+    rep = compare({"right": classes(300, sharpness=1.0), "sharp": classes(300, sharpness=3.0)}, **QUIET)
+    found = {"ce2_debiased": rep.column("ce2_debiased"), "smece": rep.column("smece")}
+    assert not any(column.headline for column in found.values())
+    for name in found:
+        assert rep["right"][name] == float(METRICS[name].fn(rep.predictions["right"]["test"]))
+    assert "smece" not in compare({"right": classes(300, sharpness=1.0)}, metrics=["ece"], **QUIET).columns

@@ -144,6 +144,22 @@ def test_every_metric_streams(task: str) -> None:
     assert found == pytest.approx({n: float(METRICS[n].fn(whole)) for n in names}, abs=1e-12)
 
 
+def test_calibration_errors_stream_in_constant_memory() -> None:
+    names = ("ece", "mce", "ece_l2", "ece_unweighted", "nll")
+    whole = classes(700, sharpness=1.4)
+    parts = [MetricStream(names) for _ in range(3)]
+    for place, index in enumerate(torch.arange(700).split(50)):
+        parts[place % 3].update(whole.subset(index))
+    states = [part.state() for part in parts]
+    assert all(sum(value.numel() for value in state.values()) == 1 + 1 + 3 * 15 for state in states)
+    together = MetricStream(names)
+    together.load({name: sum(state[name] for state in states) for name in states[0]})  # type: ignore[misc]
+    expected = {name: float(METRICS[name].fn(whole)) for name in names}
+    assert together.compute() == pytest.approx(expected, rel=1e-12)
+    assert parts[0].merge(parts[1]).merge(parts[2]).compute() == pytest.approx(expected, rel=1e-12)
+    assert METRICS["ece"].streaming == "constant" and METRICS["ece_mass"].streaming == "stored"
+
+
 def test_states_of_sums_add_up_and_others_are_refused() -> None:
     whole = classes(30, sharpness=1.0)
     acc = METRICS["nll"].accumulator()
