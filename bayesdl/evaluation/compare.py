@@ -22,7 +22,8 @@ from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
 from bayesdl.evaluation.seeds import join_seeds, of_seed, split_seeds
-from bayesdl.evaluation.table import SIGNIFICANCE, Resampler, Table, enough_resamples
+from bayesdl.evaluation.significance import SIGNIFICANCE, enough_resamples
+from bayesdl.evaluation.table import OVERALL, Resampler, Table
 from bayesdl.evaluation.twins import with_twins
 
 _ROUNDING = 1e-12
@@ -64,7 +65,8 @@ def compare(
         data: loader of the test data, read once per model in the same order; None if all methods are predictions.
         ood: name -> loader of out-of-distribution data (labels are ignored), or name -> {method: Predictions}.
         shift: name -> loaders by growing severity, as {severity: loader} or a list; in place of a loader, predictions
-            by method.
+            by method. Columns `shift/<name>/<severity>/<metric>`, their means `shift/<name>/<metric>`, and over several
+            shifts `shift/all/...`.
         metrics: keys of `METRICS`; None takes the task's `HEADLINE`.
         bootstrap: resamples of the test points, shared by all methods and columns; 0 for no intervals and no tests.
         level: of the intervals.
@@ -106,6 +108,10 @@ def compare(
     if reference is not None and reference not in methods:
         raise UnknownNameError(f"reference={reference!r} is no method; there are {', '.join(map(str, methods))}")
     groups = _ood_groups(ood_groups or {}, ood or {})
+    if len(shift or {}) > 1 and OVERALL in {f"shift/{name}" for name in shift or {}}:
+        raise ArgumentError(
+            f"shift: {OVERALL.removeprefix('shift/')!r} names the mean over all shifts; rename that one"
+        )
     if isinstance(methods, Mapping) and any(isinstance(value, (list, tuple)) for value in methods.values()):
         seeds = split_seeds(methods)
         reports = []
@@ -156,6 +162,8 @@ def compare(
             steps.update()
         for name, severities in found.shifts.items():
             table.add_shift_means(name, severities, watched)
+        if len(found.shifts) > 1:
+            table.add_overall_means(found.shifts, watched)
     table.add_costs()
     report = table.report(_details(found, table, bootstrap, level, seed, chosen, watched))
     return _with_reference(report, reference)

@@ -153,7 +153,7 @@ class Report:
                 f"test={test!r} is over training seeds, and these are resamples of test points; leave it out, or give "
                 "compare a list of models, one a seed, for every method"
             )
-        from bayesdl.evaluation.table import paired_difference
+        from bayesdl.evaluation.significance import paired_difference
 
         return paired_difference(self, row, reference, key)
 

@@ -14,7 +14,7 @@ from bayesdl.errors import ArgumentError
 from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
-from bayesdl.evaluation.table import SIGNIFICANCE, holm
+from bayesdl.evaluation.significance import SIGNIFICANCE, holm
 
 SEEDS = "seeds"
 

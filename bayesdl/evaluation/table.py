@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from bayesdl.evaluation import bootstrap, render
 from bayesdl.evaluation.bootstrap import Resamples
-from bayesdl.evaluation.cells import Cell, Column, Difference, loss_of, place
+from bayesdl.evaluation.cells import Cell, Column, loss_of, place
 from bayesdl.evaluation.collect import COST, TEST, Collected
 from bayesdl.evaluation.metrics import METRICS, Metric, metric_values
 from bayesdl.evaluation.ood import OOD_METRICS, SCORES, ood_metrics, score_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
+from bayesdl.evaluation.significance import SIGNIFICANCE, enough_resamples, is_ranked, tests
 from bayesdl.evaluation.validation import UndefinedError
 
-SIGNIFICANCE = 0.05
+OVERALL = "shift/all"  # means over all shifts
 _HEADLINE_OOD = ("auroc", "fpr95")
 _GROUPS = {
     "accuracy": ("accuracy", "rmse", "mae"),
@@ -206,6 +207,51 @@ class Table:
             unbiased = METRICS[metric].interval != "calibration"
             self._add_mean(column, keys, f"Mean over {len(keys)} severities.", interval=unbiased)
 
+    def add_overall_means(self, shifts: Mapping[str, Sequence[str]], metrics: Sequence[str]) -> None:
+        """Over several shifts: means at every severity that all have, of their means, and the mean error rate."""
+        common = [severity for severity in next(iter(shifts.values())) if all(severity in s for s in shifts.values())]
+        for metric in metrics:
+            unbiased = METRICS[metric].interval != "calibration"
+            label, key = f"{_sentence(METRICS[metric].label)}, all shifts", f"{OVERALL}/{metric}"
+            single = replace(next(c for c in self.columns if c.key == metric), group="shift")
+            for severity in common:
+                column = replace(
+                    single,
+                    key=f"{OVERALL}/{severity}/{metric}",
+                    label=f"{label} {severity}",
+                    dataset=f"{OVERALL}/{severity}",
+                    headline=False,
+                )
+                keys = [f"shift/{name}/{severity}/{metric}" for name in shifts]
+                self._add_mean(column, keys, f"Mean over {len(shifts)} shifts.", interval=unbiased)
+            column = replace(single, key=key, label=label, dataset=OVERALL)
+            keys = [f"shift/{name}/{metric}" for name in shifts]
+            self._add_mean(column, keys, f"Mean over {len(shifts)} shifts of their means.", interval=unbiased)
+        if "accuracy" in metrics:
+            self._add_error(f"{OVERALL}/accuracy")
+
+    def _add_error(self, key: str) -> None:
+        """One minus an accuracy, under the name that tells it from errors divided by a reference network's."""
+        single = next(c for c in self.columns if c.key == key)
+        column = replace(
+            single,
+            key=f"{OVERALL}/error",
+            label="Mean corruption error (unnormalised)",
+            direction="min",
+            definition="Error rate, plain mean over shifts and severities, not divided by a reference network's.",
+            headline=False,
+        )
+        samples: dict[str, Tensor] = {}
+        for position, row in enumerate(self.found.rows):
+            cell = self.cells[row][key]
+            low, high = (None if end is None else 1 - end for end in (cell.high, cell.low))
+            self.cells[row][column.key] = (
+                Cell(None, note=cell.note) if cell.value is None else Cell(1 - cell.value, low, high)
+            )
+            if key in self.replicates and cell.value is not None:
+                samples[row] = 1 - torch.from_numpy(self.replicates[key][position])
+        self._finish(column, samples)
+
     def _add_mean(self, column: Column, keys: Sequence[str], over: str, *, interval: bool) -> None:
         """A column of the plain mean of others, whose resamples are paired."""
         column = replace(
@@ -298,7 +344,9 @@ class Table:
             none = torch.full_like(next(iter(samples.values())), math.nan)  # of a method that failed
             self.replicates[column.key] = torch.stack([samples.get(row, none) for row in self.found.rows]).numpy()
         cells = {row: self.cells[row][column.key] for row in self.found.rows}
-        ranked = {row: loss_of(column, c.value) for row, c in cells.items() if c.value is not None and _ranks(column)}
+        ranked = {
+            row: loss_of(column, c.value) for row, c in cells.items() if c.value is not None and is_ranked(column)
+        }
         if len(ranked) < 2:
             return
         best = min(ranked, key=lambda row: ranked[row])
@@ -313,71 +361,6 @@ class Table:
             level = ranked[row] == ranked[best] or (not adjusted and printed[row] == printed[best])
             marked = level or (p is not None and p > SIGNIFICANCE)
             self.cells[row][column.key] = replace(cells[row], best=marked, p=p)
-
-
-def enough_resamples(count: int, rows: int) -> bool:
-    """Whether the smallest p-value that `count` resamples can give survives Holm over `rows` methods at 5 %."""
-    return 2 * max(rows - 1, 1) / (count + 1) <= SIGNIFICANCE
-
-
-def tests(column: Column, samples: Mapping[str, Tensor], reference: str) -> dict[str, float]:
-    """Holm-adjusted p-value of the paired difference of every other row to `reference`.
-
-    Against a reference chosen beforehand the family-wise error is held. Against the best of the same data it is not
-    quite: simulated with two, three, five and eight equal methods, 6, 7, 9 and 8 % of data sets instead of 5 %.
-    """
-    if reference not in samples:
-        return {}
-    base = _losses(column, samples[reference])
-    raw = {
-        row: bootstrap.bootstrap_p(_minus(_losses(column, s), base)) for row, s in samples.items() if row != reference
-    }
-    return holm(raw)
-
-
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Step-down adjustment of Holm (1979): controls the chance of any false finding among the given tests."""
-    adjusted: dict[str, float] = {}
-    highest = 0.0
-    for rank, row in enumerate(sorted(p, key=lambda row: p[row])):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[row]))
-        adjusted[row] = highest
-    return {row: adjusted[row] for row in p}
-
-
-def paired_difference(report: Report, row: str, reference: str, key: str) -> Difference:
-    """`row` minus `reference` in one column, with an interval and p-values from the report's resamples."""
-    column = report.column(key)
-    samples = {
-        name: torch.from_numpy(report.replicates[key][i])
-        for i, name in enumerate(report.rows)
-        if name not in report.failures
-    }
-    differences = _minus(samples[row], samples[reference])
-    span = bootstrap.percentile_interval(differences, level=float(report.details["level"]))
-    ranked = column if _ranks(column) else replace(column, direction="min")
-    p = bootstrap.bootstrap_p(_minus(_losses(ranked, samples[row]), _losses(ranked, samples[reference])))
-    adjusted = 1.0 if row == reference else tests(ranked, samples, reference)[row]
-    value = report[row][key] - report[reference][key]
-    return Difference(0.0 if row == reference else value, span.low, span.high, p, adjusted)
-
-
-def _ranks(column: Column) -> bool:
-    return column.direction in ("min", "max") or (column.direction == "target" and column.target is not None)
-
-
-def _losses(column: Column, values: Tensor) -> Tensor:
-    turn: dict[str, Callable[[Tensor], Tensor]] = {
-        "min": lambda v: v,
-        "max": lambda v: -v,
-        "target": lambda v: (v - (column.target or 0.0)).abs(),
-    }
-    return turn[column.direction](values)
-
-
-def _minus(left: Tensor, right: Tensor) -> Tensor:
-    """Difference in which two equal infinities cancel."""
-    return torch.where(left == right, torch.zeros_like(left), left - right)
 
 
 def _cell(value: float, reason: str) -> Cell:

@@ -23,7 +23,7 @@ from bayesdl.evaluation.metrics import METRICS, evaluate_metrics
 from bayesdl.evaluation.ood import ood_metrics
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
-from bayesdl.evaluation.table import holm
+from bayesdl.evaluation.significance import holm
 from bayesdl.latent import GaussianLatent
 from tests.evaluation.made_up import classes, numbers
 
@@ -191,6 +191,36 @@ def test_shift_is_listed_by_severity_and_averaged() -> None:
     assert [c.key for c in rep.headline("shift")] == ["shift/blur/nll", "shift/blur/accuracy", "shift/blur/ece"]
     by_number = compare(methods, shift={"blur": worse}, bootstrap=0, **QUIET)
     assert by_number["a"]["shift/blur/2/ece"] == rep["a"]["shift/blur/5/ece"]
+
+
+def test_several_shifts_have_means_and_an_error_that_says_it_is_not_normalised() -> None:
+    methods = {"a": classes(120, sharpness=1.0), "b": classes(120, sharpness=2.0)}
+
+    def made(shift: float) -> dict[str, Predictions]:
+        return {"a": classes(120, sharpness=1.0, shift=shift), "b": classes(120, sharpness=2.0, shift=shift)}
+
+    shift = {"blur": {"1": made(0.2), "5": made(0.7)}, "fog": {"1": made(0.4), "3": made(0.5), "5": made(0.9)}}
+    rep = compare(methods, shift=shift, bootstrap=50, **QUIET)
+    for row in methods:
+        for metric in ("nll", "accuracy", "ece"):
+            value = {
+                key: rep[row][f"shift/{key}/{metric}"] for key in ("blur", "fog", "blur/1", "fog/1", "all", "all/1")
+            }
+            assert value["all"] == pytest.approx((value["blur"] + value["fog"]) / 2)
+            assert value["all/1"] == pytest.approx((value["blur/1"] + value["fog/1"]) / 2)
+        assert rep[row]["shift/all/error"] == 1 - rep[row]["shift/all/accuracy"]
+        low, high = rep.interval(row, "shift/all/error")
+        assert (1 - high, 1 - low) == pytest.approx(rep.interval(row, "shift/all/accuracy"))
+        assert low <= rep[row]["shift/all/error"] <= high
+    assert "shift/all/5/nll" in rep.columns and "shift/all/3/nll" not in rep.columns
+    column = rep.column("shift/all/error")
+    assert column.label == "Mean corruption error (unnormalised)" and column.direction == "min"
+    assert rep.best("shift/all/error") == rep.best("shift/all/accuracy")
+    difference = rep.difference("b", "a", "shift/all/error")
+    assert difference.p == rep.difference("b", "a", "shift/all/accuracy").p
+    assert "shift/all/nll" not in compare(methods, shift={"blur": shift["blur"]}, bootstrap=0, **QUIET).columns
+    with pytest.raises(ArgumentError, match="'all' names the mean"):
+        compare(methods, shift={"all": shift["blur"], "fog": shift["fog"]}, **QUIET)
 
 
 def test_models_are_run_and_their_cost_is_measured() -> None:

@@ -13,7 +13,7 @@ from bayesdl.errors import ArgumentError
 from bayesdl.evaluation.compare import compare
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.seeds import paired_t, signed_ranks
-from bayesdl.evaluation.table import holm
+from bayesdl.evaluation.significance import holm
 from tests.evaluation.made_up import classes
 
 
