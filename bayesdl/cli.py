@@ -11,8 +11,10 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -80,6 +82,7 @@ def _add_report(commands: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = build_parser().parse_args(argv)
+    arguments.line = shlex.join(["bayesdl", *(sys.argv[1:] if argv is None else argv)])
     logging.basicConfig(format="bayesdl: %(message)s", stream=sys.stderr)
     try:
         arguments.run(arguments)
@@ -128,6 +131,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise ArgumentError("give either files of predictions, or --model with --weights and --data")
     _check_out(arguments.out)
     report = compare_files(arguments) if arguments.files else compare_methods(arguments)
+    report = replace(report, details={**report.details, "command": arguments.line})
     _show(report, arguments.out, reference=arguments.reference)
 
 

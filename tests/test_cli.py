@@ -6,9 +6,11 @@ import importlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,7 +261,11 @@ def test_wrong_networks_and_methods_are_told_in_one_line(
 def report_of(arguments: Sequence[str]) -> Report:
     """What `bayesdl compare` wrote."""
     assert main(["compare", *arguments, "--quiet", "--out", "report.json"]) == 0
-    return Report.from_json(Path("report.json").read_text())
+    found = Report.from_json(Path("report.json").read_text())
+    line = found.details["command"]
+    assert shlex.split(line) == ["bayesdl", "compare", *arguments, "--quiet", "--out", "report.json"]
+    assert str(found).endswith(f"by: {line}")
+    return replace(found, details={name: value for name, value in found.details.items() if name != "command"})
 
 
 def test_the_options_of_compare_on_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

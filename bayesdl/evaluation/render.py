@@ -112,16 +112,20 @@ def notes(report: Report, *, shown: Sequence[Column] | None = None) -> list[str]
 
 
 def footer(report: Report) -> str:
-    """One line: n, resamples, level, seed, device, versions."""
+    """One line: n, what intervals are, level, seed, data, device, versions, command."""
     d = report.details
     parts = [f"n = {d['n']}"] if "n" in d else []
-    if d.get("bootstrap"):
+    if "num_seeds" in d:
+        parts.append(f"means and standard errors over {d['num_seeds']} training seeds")
+    elif d.get("bootstrap"):
         parts += [f"{d['bootstrap']} paired bootstrap resamples", f"{100 * d['level']:g} % intervals"]
         parts += [f"seed {d['seed']}"] if d.get("seed") is not None else []
     elif "bootstrap" in d:
         parts.append("no resampling, no intervals")
+    parts += [f"targets {d['data']}"] if d.get("data") else []
     parts += [f"device {d['device']}"] if d.get("device") else []
     parts += [f"{name} {version}" for name, version in d.get("versions", {}).items()]
+    parts += [f"by: {d['command']}"] if d.get("command") else []
     return ", ".join(parts)
 
 

@@ -114,7 +114,7 @@ _CELL: dict[str, Check] = {
     "note": _is_text,
 }
 _DETAILS: dict[str, Check] = {
-    **dict.fromkeys(("task", "score", "device", "spread"), _is_text),
+    **dict.fromkeys(("task", "score", "device", "spread", "data", "command"), _is_text),
     "n": _is_count,
     "bootstrap": _is_count,
     "level": lambda value: _is_number(value) and 0 < value < 1,
@@ -125,5 +125,7 @@ _DETAILS: dict[str, Check] = {
     "methods": _mapping(_method),
     "versions": _mapping(_is_text),
     "notes": _sequence(_is_text),
+    "shortfalls": _sequence(_is_text),
+    "num_seeds": _is_count,
     "failures": _mapping(_is_text),
 }

@@ -82,6 +82,7 @@ def test_predictions_of_every_seed_on_every_set() -> None:
     held = {name: [made(s, 8), made(s, 9)] for name, s in names.items()}
     rep = compare(seeds, ood=ood, shift=shift, calibration=held, bootstrap=0, progress=False)
     assert rep.rows == ("right", "right + T", "sharp", "sharp + T")
+    assert f"means and standard errors over 2 training seeds, targets {rep.details['data']}" in str(rep)
     for index in (0, 1):
         alone = compare(
             {name: found[index] for name, found in seeds.items()},
