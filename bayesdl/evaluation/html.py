@@ -140,7 +140,7 @@ def _table(report: Report, name: str, title: str, keys: Sequence[str]) -> str:
         detail = _row_detail(report, row) if name == "quality" else ""
         if row in report.failures:  # one cell says why; n/a in every column would hide it
             why = _text(render.failed(report, row)) if name == "quality" else "failed"
-            span = f'<td class="na failed" colspan="{len(columns)}">{why}</td>'
+            span = f'<td class="na failed" colspan="{len(columns)}"><span>{why}</span></td>'
             rows.append(f'<tr><th scope="row">{_swatch(report, row)}{_text(row)}{detail}</th>{span}</tr>')
             continue
         cells = "".join(_cell(report, row, c, places[c.key], ranges[c.key]) for c in columns)

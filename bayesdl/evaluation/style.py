@@ -86,14 +86,15 @@ thead .unit{display:block;color:var(--muted);font-weight:400;font-size:12.5px}
 tbody tr:last-child>*{border-bottom:0}
 tr>:first-child{text-align:left;position:sticky;left:0;padding-left:24px;background:var(--card);z-index:1}
 tr>:last-child{padding-right:24px}
-th[scope=row]{font-weight:600;white-space:normal;overflow-wrap:anywhere;min-width:150px;max-width:230px}
+th[scope=row]{font-weight:600;white-space:normal;overflow-wrap:anywhere;min-width:172px;max-width:230px}
 th[scope=row] small{display:block;font-weight:400;color:var(--muted);font-size:12.5px}
 .dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:8px;vertical-align:baseline}
 .value{display:inline-block;padding:1px 7px;margin-right:-7px;border-radius:6px}
 .best .value{font-weight:700;background:var(--best);color:var(--bestink)}
 .range{display:block;color:var(--muted);font-size:12.5px}
 .na{color:var(--muted);white-space:normal;font-size:13px}
-.failed{text-align:left;overflow-wrap:anywhere}
+.failed{text-align:left}
+.failed span{display:block;max-width:50vw;overflow-wrap:anywhere}
 .bar{display:block;margin:4px 0 0 auto;overflow:visible}
 .multiples{display:grid;grid-template-columns:repeat(var(--cols),minmax(0,1fr));gap:22px 20px;margin-top:16px}
 .wide{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:20px;margin:0 0 20px}

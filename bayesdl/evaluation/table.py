@@ -192,7 +192,7 @@ class Table:
             rest = single.key.removeprefix(sets[0])
             keys = [one + rest for one in sets]
             if all(any(c.key == key for c in self.columns) for key in keys):
-                label = single.label.replace(place(sets[0]), f"{name} ({len(sets)} sets)")
+                label = single.label.replace(f", {place(sets[0])}", f", {name}", 1)
                 column = replace(single, key=f"ood/{name}{rest}", label=label, dataset=f"ood/{name}")
                 self._add_mean(column, keys, f"Mean over {len(sets)} sets.", interval=True)
 
@@ -219,12 +219,12 @@ class Table:
                     single,
                     key=f"{OVERALL}/{severity}/{metric}",
                     label=f"{label} {severity}",
-                    dataset=f"{OVERALL}/{severity}",
+                    dataset=f"shift/all shifts/{severity}",
                     headline=False,
                 )
                 keys = [f"shift/{name}/{severity}/{metric}" for name in shifts]
                 self._add_mean(column, keys, f"Mean over {len(shifts)} shifts.", interval=unbiased)
-            column = replace(single, key=key, label=label, dataset=OVERALL)
+            column = replace(single, key=key, label=label, dataset="shift/all shifts")
             keys = [f"shift/{name}/{metric}" for name in shifts]
             self._add_mean(column, keys, f"Mean over {len(shifts)} shifts of their means.", interval=unbiased)
         if "accuracy" in metrics:

@@ -438,7 +438,7 @@ def test_groups_of_ood_sets_are_plain_means() -> None:
     assert rep.replicates["ood/far/auroc"] == pytest.approx(samples)
     low, high = rep.interval("right", "ood/far/auroc")
     assert low < rep["right"]["ood/far/auroc"] < high
-    assert rep.column("ood/far/auroc").label.endswith("far (2 sets)") and rep.column("ood/far/auroc").n == 200
+    assert rep.column("ood/far/auroc").label == "AUROC, far" and rep.column("ood/far/auroc").n == 200
     assert "Mean over 2 sets." in rep.column("ood/far/auroc").definition
     for wrong in ({"near": ["d"]}, {"near": "a"}, {"near": []}, {"a": ["b"]}, {"x/y": ["a"]}):
         with pytest.raises(ArgumentError, match="ood_groups"):

@@ -128,7 +128,7 @@ def test_the_page_says_why_and_its_figures_skip_it(report: Report, tmp_path: Pat
     pytest.importorskip("matplotlib")
     page = report.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
     why = "failed: RuntimeError: no &lt;memory&gt; | left &amp; 100\N{NO-BREAK SPACE}% gone"
-    assert f'">{why}</td>' in page
+    assert f'"><span>{why}</span></td>' in page
     assert "Reliability diagram of good" in page and "Reliability diagram of broken" not in page
     for axes in (report.plot.risk_coverage(), report.plot.roc(), report.plot.decomposition()):
         words = [text.get_text() for text in axes.figure.findobj(lambda artist: hasattr(artist, "get_text"))]
