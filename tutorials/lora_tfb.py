@@ -116,7 +116,8 @@ assert torch.equal(again(inputs).mean, prediction.mean)
 
 # %% [markdown]
 # A causal model answers multiple-choice questions with
-# `batch=bdl.batch.huggingface(position="last", classes=[ids of "A" to "D"])`; `bdl.lora.generate` writes whole texts,
-# one draw each, and `bdl.lora.score` says how sure they are. Other ways to the same adapter's uncertainty are a line
+# `batch=bdl.batch.huggingface(position="last", classes=[ids of "A" to "D"])`; a model that scores options, such as
+# `BertForMultipleChoice`, needs no more than the above; `bdl.lora.generate` writes whole texts, one draw each, and
+# `bdl.lora.score` says how sure they are. Other ways to the same adapter's uncertainty are a line
 # each: `bdl.Laplace(select="lora")` with the training data, `"dropout"`, `"ensemble"` with several trained adapters,
-# `"temperature"` with held-out labels; `benchmarks/lora_text.py` compares them.
+# `"temperature"` with held-out labels; `benchmarks/lora_text.py` and `benchmarks/lora_choices.py` compare them.

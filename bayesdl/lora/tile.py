@@ -61,10 +61,12 @@ class Rows:
         leader = tensors[0] if leader is None and tensors else leader
         if leader is None or not len(leader):
             raise ShapeError("the batch is empty, or holds no tensor; expected at least one example")
-        parts = [t for t in tensors if len(t) == len(leader) and (t is leader or t.dtype in TOKEN_TYPES)]
+        masks = {id(value) for key, value in kwargs.items() if "mask" in key}  # (B, T, T) are no texts of T options
+        known = [t for t in tensors if len(t) == len(leader) and id(t) not in masks]
+        parts = [t for t in known if t is leader or t.dtype in TOKEN_TYPES]
         folded = [t for t in parts if t.dim() > (2 if t.dtype in TOKEN_TYPES else 3)]
         flats = {t.shape[1] for t in parts if t.dim() > 1} | {t.shape[1] * t.shape[2] for t in folded}
-        tokens = [t[0].numel() for t in parts if t.dtype in TOKEN_TYPES and t.dim() < 4]
+        tokens = [t[0].numel() for t in parts if t.dtype in TOKEN_TYPES]
         if leader.dim() > 1 and leader.dtype not in TOKEN_TYPES:
             tokens.append(leader.shape[1])
         folds = sorted({t.shape[1] for t in folded})

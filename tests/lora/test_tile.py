@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import bayesdl as bdl
+from bayesdl.batch import Call
 from bayesdl.evaluation.cost import PeakMemory
+from bayesdl.lora.tile import Rows
 from tests.lora.networks import adapted, batch
 
 pytest.importorskip("peft")
@@ -43,6 +45,23 @@ def passes(rows: int, **options: Any) -> list[int]:
 )
 def test_rows_of_a_pass_are_bounded(rows: int, limit: int | None, expected: list[int]) -> None:
     assert passes(rows, max_rows=limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tokens", "folds", "flats"),
+    [
+        ({"input_ids": (2, 5), "attention_mask": (2, 5)}, 5, (), (5,)),
+        ({"input_ids": (2, 5), "attention_mask": (2, 5, 5)}, 5, (), (5,)),  # one mask for each pair of tokens
+        ({"input_ids": (2, 4, 5), "attention_mask": (2, 4, 5)}, 20, (4,), (4, 20)),  # options as rows
+        ({"input_ids": (2, 5), "option_ids": (2, 4, 3)}, 12, (4,), (4, 5, 12)),
+    ],
+)
+def test_what_may_become_rows(
+    shapes: dict[str, tuple[int, ...]], tokens: int, folds: tuple[int, ...], flats: tuple[int, ...]
+) -> None:
+    rows = Rows.of(Call((), {key: torch.ones(shape, dtype=torch.int64) for key, shape in shapes.items()}))
+    assert (rows.count, rows.positions, rows.folds, rows.flats) == (2, tokens, folds, flats)
+    assert rows.sizes == (2, *(2 * fold for fold in folds))
 
 
 def test_one_draw_a_pass() -> None:
