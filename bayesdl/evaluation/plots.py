@@ -37,23 +37,28 @@ class Plots:
     def __init__(self, report: Report) -> None:
         self._report = report
 
-    def reliability(self, row: str | None = None, *, bins: int = 15, ax: Axes | None = None) -> Axes:
+    def reliability(
+        self, row: str | None = None, *, bins: int = 15, mass: bool = False, ax: Axes | None = None
+    ) -> Axes:
         """Accuracy against confidence of one method (default: the best by NLL), per equal-width bin of confidence.
 
         Grey bars: where 95 % of the accuracies would fall if the forecasts were perfectly calibrated. Bottom: how many
-        examples each bin holds, to its own scale.
+        examples each bin holds, to its own scale. With `mass` the bins hold equally many examples and stand side by
+        side, so that a crowd near 100 % is seen: the axis is the share of less confident examples, its labels are mean
+        confidences, and the dashed line is where the accuracies would be.
 
         Raises:
             UnsupportedError: not a classification report, or read from JSON.
         """
         name, predictions = self._one(row, ("classification",), "reliability")
         generator = torch.Generator(predictions.confidence.device).manual_seed(0)  # the same report, the same picture
-        table = reliability_of(predictions.confidence, predictions.correct, bins=bins, generator=generator)
+        table = reliability_of(predictions.confidence, predictions.correct, bins=bins, mass=mass, generator=generator)
         axes = drawing.dressed(ax, _SMALL)
         count, low, high = drawing.array(table.count), drawing.array(table.low), drawing.array(table.high)
         used = count > 0
         centres = (np.arange(bins) + 0.5) / bins
-        axes.bar(centres, 0.22 * count / count.max(), width=0.9 / bins, color=style.GRID, zorder=1)
+        if not mass:
+            axes.bar(centres, 0.22 * count / count.max(), width=0.9 / bins, color=style.GRID, zorder=1)
         low, high = low[used], high[used]
         axes.bar(
             centres[used],
@@ -65,7 +70,6 @@ class Plots:
             linewidth=0,
             zorder=2,
         )
-        axes.plot([0, 1], [0, 1], color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3)
         look = self._look(name)
         # A bin with a handful of examples says little: it gets a small mark, and no line leads to it.
         confidence, accuracy, share = (
@@ -74,11 +78,17 @@ class Plots:
             count / count.sum(),
         )
         solid = share >= 0.005
-        axes.plot(confidence[solid], accuracy[solid], color=look[0], linewidth=1.3, zorder=4)
+        where = centres if mass else confidence
+        right = (centres[used], confidence[used]) if mass else ([0, 1], [0, 1])
+        axes.plot(*right, color=style.MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3)
+        axes.plot(where[solid], accuracy[solid], color=look[0], linewidth=1.3, zorder=4)
         sizes = np.clip(400 * share[used], 3.0, 16.0)
-        axes.scatter(confidence[used], accuracy[used], s=sizes, color=look[0], marker=look[1], zorder=5)
+        axes.scatter(where[used], accuracy[used], s=sizes, color=look[0], marker=look[1], zorder=5)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
-        drawing.percent(axes, "xy")
+        drawing.percent(axes, "y" if mass else "xy")
+        if mass:
+            shown = used.nonzero()[0][:: max(1, int(used.sum()) // 5)]
+            axes.set_xticks(centres[shown], [f"{100 * confidence[k]:.3g}%" for k in shown])
         return axes
 
     def risk_coverage(self, *, ax: Axes | None = None) -> Axes:

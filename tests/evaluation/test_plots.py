@@ -49,6 +49,23 @@ def test_reliability_draws_the_bins_it_computed() -> None:
     assert axes.get_xlabel() == "confidence"
 
 
+def test_reliability_over_quantiles_gives_every_bin_its_room() -> None:
+    rep = classification()
+    predictions = rep.predictions["plain"]["test"]
+    generator = torch.Generator().manual_seed(0)
+    table = reliability_of(predictions.confidence, predictions.correct, bins=10, mass=True, generator=generator)
+    assert table.count.tolist() == [15.0] * 10  # 150 different confidences
+    axes = rep.plot.reliability("plain", bins=10, mass=True)
+    points = np.asarray(axes.collections[0].get_offsets())
+    np.testing.assert_allclose(points[:, 0], np.arange(0.05, 1, 0.1), atol=1e-12)
+    np.testing.assert_allclose(points[:, 1], table.accuracy.numpy(), atol=1e-12)
+    right = axes.lines[0]  # where the accuracies would be
+    np.testing.assert_allclose(right.get_ydata(), table.confidence.numpy(), atol=1e-12)
+    assert len(axes.patches) == 10  # bands, and no bars that would all be of one height
+    labels = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert labels[0] == f"{100 * float(table.confidence[0]):.3g}%" and 5 <= len(labels) <= 10
+
+
 def test_the_default_row_is_the_best_by_nll() -> None:
     rep = classification()
     best = rep.best("nll")
