@@ -73,10 +73,7 @@ def backward(
     if len(vectors) == 1:
         single = torch.autograd.grad(output, nodes, vectors[0], allow_unused=True, retain_graph=keep)
         return [None if g is None else _strided(g).unsqueeze(0) for g in single]
-    slow: tuple[str, ...] = UNBATCHED
-    if output.device.type == "cpu" and sum(node.numel() for node in nodes) >= WORTH_LOOPING:
-        slow += LOOPED
-    if not _contains(output, slow):
+    if not is_looped(output, nodes):
         try:
             return list(
                 torch.autograd.grad(output, nodes, vectors, allow_unused=True, is_grads_batched=True, retain_graph=True)
@@ -85,6 +82,14 @@ def backward(
             pass  # an operation that cannot be batched, or whatever is really wrong, which is raised again below
     rounds = [torch.autograd.grad(output, nodes, v, allow_unused=True, retain_graph=True) for v in vectors]
     return [_stacked(column) for column in zip(*rounds, strict=True)]
+
+
+def is_looped(output: Tensor, nodes: list[Tensor]) -> bool:
+    """Whether several cotangents go back one after another, for `backward` as above."""
+    slow: tuple[str, ...] = UNBATCHED
+    if output.device.type == "cpu" and sum(node.numel() for node in nodes) >= WORTH_LOOPING:
+        slow += LOOPED
+    return _contains(output, slow)
 
 
 def _is_output(node: Tensor, output: Tensor) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from bayesdl.batch import batch_size, flatten_tensors, index_batch
-from bayesdl.curvature.layout import Layout
+from bayesdl.curvature.layout import REPEATED, Layout
 from bayesdl.curvature.structure import Structure
 from bayesdl.errors import ArgumentError
 
-__all__ = ["chunk_size", "chunks", "cotangent_width"]
+__all__ = ["chunk_size", "chunks", "cotangent_width", "goes_in_turn"]
 
 # kinds whose Jacobian rows are formed whatever the structure
 UNFACTORED = ("dense", "elements")
@@ -20,6 +20,21 @@ UNFACTORED = ("dense", "elements")
 DEFAULT_MEMORY = 512 << 20
 # on a CPU smaller chunks stay near the caches (a quarter faster on an MLP), down to a batch that convolutions need
 NEAR_CACHE, FEWEST = 32 << 20, 256
+# cotangents whose gradients take as much as the graph, the patches and the gradients of one (measured on ResNet-20)
+IN_TURN = 4
+
+
+def goes_in_turn(layout: Layout, structures: Iterable[Structure], device: torch.device) -> bool:
+    """Whether cotangents go back one after another, each into curvature that takes it so.
+
+    Convolutions on a CPU have no batched backward pass that would be faster; what needs per-example gradients of whole
+    parameters takes all cotangents at once.
+    """
+    if device.type != "cpu" or layout.whole is not None or not all(each.takes_turns for each in structures):
+        return False
+    if any(b.kind == "dense" and b.axis > REPEATED for b in layout.blocks):
+        return False
+    return any(b.kind == "linear" and len(b.shapes[0]) > 2 for b in layout.blocks)
 
 
 def chunk_size(
@@ -30,6 +45,7 @@ def chunk_size(
     width: int | None = None,
     memory: int | None = None,
     device: torch.device | None = None,
+    in_turn: bool = False,
 ) -> int:
     """Examples per chunk so that what lives at once stays within `memory` bytes.
 
@@ -40,13 +56,15 @@ def chunk_size(
         width: cotangents K; default one per output.
         memory: bytes; default `DEFAULT_MEMORY`, and on a CPU less where that is faster.
         device: where it all happens; default a CPU.
+        in_turn: whether the cotangents go back one after another.
 
     Raises:
         ArgumentError: a budget that is not positive.
     """
     if memory is not None and memory < 1:
         raise ArgumentError(f"memory={memory}; expected a positive number of bytes, or None")
-    scalars = _scalars(layout, structure) * (width or layout.outputs)
+    width = width or layout.outputs
+    scalars = _scalars(layout, structure) * (min(width, IN_TURN) if in_turn else width)
     example = max(1, scalars) * torch.finfo(dtype).bits // 8
     most = max(1, (memory or DEFAULT_MEMORY) // example)
     if memory is not None or (device is not None and device.type != "cpu"):

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesdl.curvature.chunking import cotangent_width
+from bayesdl.curvature.chunking import DEFAULT_MEMORY, cotangent_width
 from bayesdl.curvature.cotangents import cotangent_rule
 from bayesdl.curvature.factor import Factor
-from bayesdl.curvature.factors import layer_factors
+from bayesdl.curvature.factors import Cotangents, factors_in_turn, layer_factors
 from bayesdl.curvature.head import Head, head_of, is_one_layer
+from bayesdl.curvature.layout import Layout
 from bayesdl.curvature.products import selected
 from bayesdl.curvature.structure import Structure
 from bayesdl.errors import ArgumentError
@@ -64,6 +65,7 @@ class Seeds:
         generator: for kind "mc".
         whole: whether the cotangents of an example must come in one part.
         classes: for kind "ggn", see `Likelihood.subset_root`; None takes all classes.
+        in_turn: whether the cotangents of an example may come one after another.
 
     Raises:
         ArgumentError: classes with another kind, or no class.
@@ -77,8 +79,10 @@ class Seeds:
         generator: torch.Generator | None,
         whole: bool = False,
         classes: int | None = None,
+        in_turn: bool = False,
     ) -> None:
         self.likelihood, self.kind, self.whole, self.classes = likelihood, kind, whole, classes
+        self.in_turn = in_turn
         self.rule = cotangent_rule(likelihood, kind, samples, generator)
         if classes is None:
             return
@@ -112,10 +116,14 @@ class Seeds:
         def first(output: Tensor) -> Tensor:
             nonlocal stream
             seen.extend(self._checked(output, labels))
-            stream = self._vectors(seen[0], seen[1], cotangent_width(layout, curvature, dtype, seen[0].shape, memory))
+            if self.in_turn:  # all that lives at once of many are the cotangents themselves
+                room = max(1, (memory or DEFAULT_MEMORY) // (seen[0].numel() * seen[0].element_size()))
+            else:
+                room = cotangent_width(layout, curvature, dtype, seen[0].shape, memory)
+            stream = self._vectors(seen[0], seen[1], room)
             return next(stream)
 
-        _, factors = layer_factors(network, layout, rows, first, dtype)
+        _, parts = self._factors(network, layout, rows, first, dtype)
         f, y = seen
         counted = self.likelihood.counted(y)
 
@@ -125,11 +133,16 @@ class Seeds:
                 keep = None
             if keep is not None and not bool(keep.any()):
                 return
-            yield factors if keep is None else [selected(factor, keep) for factor in factors]
+
+            def kept(factors: Sequence[Factor]) -> Sequence[Factor]:
+                return factors if keep is None else [selected(p, keep) if p.g.numel() else p for p in factors]
+
+            for factors in parts:
+                yield kept(factors)
             for vectors in stream:
-                _, more = layer_factors(network, layout, rows, lambda _, v=vectors: v, dtype)  # type: ignore[misc]
-                again = [replace(factor, again=True) for factor in more]
-                yield again if keep is None else [selected(factor, keep) for factor in again]
+                _, more = self._factors(network, layout, rows, lambda _, v=vectors: v, dtype)  # type: ignore[misc]
+                for factors in more:
+                    yield kept([replace(factor, again=True) for factor in factors])
 
         return Contribution(f, y, counted, all_parts())
 
@@ -144,6 +157,14 @@ class Seeds:
     def _alone(self, curvature: Structure) -> bool:
         """Whether the diagonal of Lambda is all that counts at a last layer."""
         return curvature.separates_outputs and self.kind == "ggn" and not self.whole
+
+    def _factors(
+        self, network: Network, layout: Layout, rows: Any, cotangents: Cotangents, dtype: torch.dtype
+    ) -> tuple[Tensor, Iterator[Sequence[Factor]]]:
+        if self.in_turn:
+            return factors_in_turn(network, layout, rows, cotangents, dtype)
+        output, factors = layer_factors(network, layout, rows, cotangents, dtype)
+        return output, iter([factors])
 
     def _checked(self, output: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
         f = self.likelihood.check_outputs(output)

@@ -72,11 +72,12 @@ class LinearFactor:
     def moments(self) -> tuple[Tensor, Tensor, int]:
         """`(G, in, in)` sum of a a^T, `(G, out, out)` sum of g g^T over all positions, and the number of rows B T.
 
+        The first is a zero `(G, 1, 1)` for further cotangents of inputs that were counted.
         Groups of fewer positions count as if repeated up to T, so that the first divided by B T is their own mean.
         """
         outer = second_moment(self.g.transpose(1, 2).flatten(1, 2))
         if self.again:
-            return self.a.new_zeros(len(self.a), self.a.shape[-1], self.a.shape[-1]), outer, 0
+            return self.a.new_zeros(len(self.a), 1, 1), outer, 0
         count = int(self.a.shape[1] * self.a.shape[2])
         inner = second_moment(self.a)
         if self.lengths:

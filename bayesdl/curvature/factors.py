@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from bayesdl.batch import batch_size, flatten_tensors
-from bayesdl.curvature.backward import backward, parameter_rows
+from bayesdl.curvature.backward import backward, is_looped, parameter_rows
 from bayesdl.curvature.elements import chosen
-from bayesdl.curvature.factor import Factor, dense_factor
-from bayesdl.curvature.layers import Use, empty_factor, factor_of
+from bayesdl.curvature.factor import Factor, LinearFactor, dense_factor
+from bayesdl.curvature.layers import Builder, Use, builder_of, empty_factor
 from bayesdl.curvature.layout import MISSING, REPEATED, Layout
 from bayesdl.errors import ShapeError
 from bayesdl.network import Network
 from bayesdl.outputs import known_batch_size
+
+# scalars of all gradients together, up to which one batched pass is the better one
+AT_ONCE = 1 << 22
 
 Cotangents = Callable[[Tensor], Tensor]
 
@@ -59,35 +62,108 @@ def layer_factors(
     if layout.whole is not None:
         output, whole = layer_factors(network, layout.whole, inputs, cotangents, dtype, graph)
         return output, [chosen(factor, block) for factor, block in zip(whole, layout.blocks, strict=True)]
-    hooked = {module: block.axis for block in layout.blocks if block.kind != "dense" for module in block.modules}
-    with torch.inference_mode(False), torch.enable_grad(), _twice_differentiable(graph):
-        call = _normal(network.prepare(inputs))
-        copies = _copies(network, layout, call)
-        output, taps = tapped_forward(network, call, hooked, copies, graph)
-        if output.dim() != 2 and not layout.positions:
-            raise ShapeError(
-                f"the outputs have shape {tuple(output.shape)}; the curvature belongs to outputs (B, {layout.outputs})"
-            )
-        vectors = cotangents(output.detach())
-        vectors = vectors.to(output.dtype)
-        gradients = backward(output, [*(tap.output for tap in taps), *copies.values()], vectors, graph=graph)
+    forward = _Forward(network, layout, inputs, cotangents, dtype, graph)
+    return forward.output if graph else forward.output.detach(), forward.factors(forward.vectors)
+
+
+def factors_in_turn(
+    network: Network, layout: Layout, inputs: Any, cotangents: Cotangents, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Iterator[list[Factor]]]:
+    """`layer_factors` in parts, each of a few cotangents, whose contributions add up.
+
+    Unless everything is small, cotangents go back one after another, and each is handed on as soon as it is back: those
+    of all of them are never held, nor copied next to each other. Worth it where `goes_in_turn`. Factors of one position
+    per example, which are small, come together in the last part. A factor that a part does not have stands there
+    without examples, and `again` marks further cotangents of the same inputs.
+    """
+    forward = _Forward(network, layout, inputs, cotangents, dtype)
+    return forward.output.detach(), forward.in_turn()
+
+
+class _Forward:
+    """A forward pass whose layers are tapped, the cotangents it asks for, and what they give when they go back."""
+
+    def __init__(
+        self,
+        network: Network,
+        layout: Layout,
+        inputs: Any,
+        cotangents: Cotangents,
+        dtype: torch.dtype,
+        graph: bool = False,
+    ) -> None:
+        self.network, self.layout, self.dtype, self.graph = network, layout, dtype, graph
+        hooked = {module: block.axis for block in layout.blocks if block.kind != "dense" for module in block.modules}
+        with self._recording():
+            self.call = _normal(network.prepare(inputs))
+            self.copies = _copies(network, layout, self.call)
+            self.output, self.taps = tapped_forward(network, self.call, hooked, self.copies, graph)
+            if self.output.dim() != 2 and not layout.positions:
+                raise ShapeError(
+                    f"the outputs have shape {tuple(self.output.shape)}; the curvature belongs to outputs "
+                    f"(B, {layout.outputs})"
+                )
+            self.vectors = cotangents(self.output.detach()).to(self.output.dtype)
+        self.nodes = [*(tap.output for tap in self.taps), *self.copies.values()]
         dense = [name for block in layout.blocks if block.kind == "dense" for name in block.parameters]
-        alone = [name for name in dense if name not in copies]
-        rows = parameter_rows(network, alone, call, vectors, output.detach(), graph) if alone else {}
-    for (name, copy), gradient in zip(copies.items(), gradients[len(taps) :], strict=True):
-        rows[name] = copy.new_zeros(len(vectors), *copy.shape) if gradient is None else gradient
-    uses: dict[str, list[Use]] = defaultdict(list)
-    for tap, gradient in zip(taps, gradients[: len(taps)], strict=True):
-        if gradient is not None:
-            uses[tap.layer].append(Use(tap.module, tap.value, gradient))
-    factors: list[Factor] = []
-    for block in layout.blocks:
-        if block.kind == "dense":
-            factors.append(dense_factor(torch.cat([_flat(rows[n]) for n in block.parameters], -1).to(dtype)))
-            continue
-        calls = [use for module in block.modules for use in uses[module]]
-        factors.append(factor_of(block, calls, len(output), dtype) if calls else empty_factor(block, vectors, dtype))
-    return output if graph else output.detach(), factors
+        self.alone = [name for name in dense if name not in self.copies]
+        self.builders: dict[int, Builder] = {}
+
+    def factors(self, vectors: Tensor, keep: bool = False) -> list[Factor]:
+        """One per block, for cotangents `(K, B, C)`; `keep` the graph for more."""
+        with self._recording():
+            gradients = backward(self.output, self.nodes, vectors, keep, self.graph)
+            rows: dict[str, Tensor] = {}
+            if self.alone:
+                output = self.output.detach()
+                rows = parameter_rows(self.network, self.alone, self.call, vectors, output, self.graph)
+        for (name, copy), gradient in zip(self.copies.items(), gradients[len(self.taps) :], strict=True):
+            rows[name] = copy.new_zeros(len(vectors), *copy.shape) if gradient is None else gradient
+        reached: dict[str, list[tuple[Tap, Tensor]]] = defaultdict(list)
+        for tap, gradient in zip(self.taps, gradients[: len(self.taps)], strict=True):
+            if gradient is not None:
+                reached[tap.layer].append((tap, gradient))
+        found: list[Factor] = []
+        for i, block in enumerate(self.layout.blocks):
+            if block.kind == "dense":
+                found.append(dense_factor(torch.cat([_flat(rows[n]) for n in block.parameters], -1).to(self.dtype)))
+                continue
+            calls = [pair for module in block.modules for pair in reached[module]]
+            if not calls:
+                found.append(empty_factor(block, vectors, self.dtype))
+                continue
+            if i not in self.builders:
+                uses = [Use(tap.module, tap.value) for tap, _ in calls]
+                self.builders[i] = builder_of(block, uses, len(self.output), self.dtype)
+            found.append(self.builders[i]([gradient for _, gradient in calls]))
+        return found
+
+    def in_turn(self) -> Iterator[list[Factor]]:
+        """See `factors_in_turn`."""
+        size = len(self.vectors) * sum(node.numel() for node in self.nodes)
+        if len(self.vectors) == 1 or self.alone or (size <= AT_ONCE and not is_looped(self.output, self.nodes)):
+            yield self.factors(self.vectors)
+            return
+        absent = [empty_factor(block, self.vectors[:1, :0], self.dtype) for block in self.layout.blocks]
+        small: list[list[LinearFactor]] = [[] for _ in absent]
+        for k, vector in enumerate(self.vectors):
+            part: list[Factor] = []
+            for factor, kept, nothing in zip(self.factors(vector.unsqueeze(0), True), small, absent, strict=True):
+                if isinstance(factor, LinearFactor) and factor.positions == 1:
+                    kept.append(factor)
+                    part.append(nothing)
+                else:
+                    part.append(replace(factor, again=k > 0))
+            yield part
+        yield [
+            replace(kept[0], g=torch.cat([factor.g for factor in kept], 1)) if kept else nothing
+            for kept, nothing in zip(small, absent, strict=True)
+        ]
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        with torch.inference_mode(False), torch.enable_grad(), _twice_differentiable(self.graph):
+            yield
 
 
 def _twice_differentiable(graph: bool) -> AbstractContextManager[None]:

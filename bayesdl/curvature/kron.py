@@ -54,6 +54,7 @@ class Kron(Rotated):
     shared: str = SHARED[0]
 
     name: ClassVar[str] = "kron"
+    takes_turns: ClassVar[bool] = True
 
     @classmethod
     def empty(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> Self:
@@ -76,6 +77,8 @@ class Kron(Rotated):
         for b, inner, outer, rows, factor in zip(
             self.layout.blocks, self.inner, self.outer, self.rows, factors, strict=True
         ):
+            if not factor.g.numel():
+                continue
             if _is_diagonal(b.kind, b.rows):
                 outer += factor.square()
                 continue
@@ -149,9 +152,10 @@ class Kron(Rotated):
 
 def reduced(factor: LinearFactor) -> LinearFactor:
     """Mean of a and sum of g over the positions of each example; groups of fewer positions over their own."""
-    a = factor.a.sum(2, keepdim=True)
-    lengths = factor.lengths or (factor.positions,) * len(a)
-    a = a / a.new_tensor([max(1, n) for n in lengths])[:, None, None, None]
+    a = factor.a[:, :, :1]
+    if not factor.again:  # then inputs do not count
+        lengths = factor.lengths or (factor.positions,) * len(a)
+        a = factor.a.sum(2, keepdim=True) / a.new_tensor([max(1, n) for n in lengths])[:, None, None, None]
     return replace(factor, a=a, g=factor.g.sum(3, keepdim=True), lengths=())
 
 

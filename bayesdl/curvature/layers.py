@@ -1,4 +1,4 @@
-"""Layer types whose factors have a closed form. One function a type: captured inputs and gradients -> a factor."""
+"""Layer types whose factors have a closed form. One function a type: captured inputs, then gradients -> a factor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bayesdl.attention import PROJECTIONS, Projection
 from bayesdl.curvature.factor import Factor, LinearFactor, RowFactor, dense_factor
 from bayesdl.curvature.layout import REPEATED, Block
+from bayesdl.curvature.patches import patches, transposed_patches
 
 # scalars of a temporary that should not leave the innermost caches: 1 MiB in float32
 CACHED = 1 << 18
@@ -20,12 +21,13 @@ CACHED = 1 << 18
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer: its input, and the gradients `(K, ...)` at its output."""
+    """One call of a layer: its input."""
 
     module: Any  # an nn.Module; its attributes are the layer type's own
     value: Tensor
-    gradient: Tensor
 
+
+Builder = Callable[[Sequence[Tensor]], Factor]
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -87,8 +89,10 @@ def _stores_inputs_first(module: Any) -> bool:
     return named or isinstance(module, TRANSPOSED)
 
 
-def factor_of(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
-    """The factor of a block from all calls of its layers in one pass.
+def builder_of(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Builder:
+    """What makes the factor of a block from the gradients `(K, ...)` at all calls of its layers, in their order.
+
+    All that depends on the inputs alone is computed here, once for however many parts the cotangents come in.
 
     Args:
         block: kind "linear", "rows", "scale" or "shift".
@@ -109,100 +113,141 @@ def empty_factor(block: Block, like: Tensor, dtype: torch.dtype) -> Factor:
     """
     count, batch = like.shape[:2]
     if block.kind == "linear":
-        return _no_positions(block, like, dtype)
+        a = like.new_zeros(block.groups, batch, 0, block.columns, dtype=dtype)
+        return LinearFactor(a, like.new_zeros(block.groups, count, batch, 0, block.rows, dtype=dtype))
     if block.kind == "rows":
         index = torch.zeros(batch, 0, dtype=torch.long, device=like.device)
         return RowFactor(index, like.new_zeros(1, count, batch, 0, block.rows, dtype=dtype), block.columns)
     return dense_factor(like.new_zeros(count, batch, block.numel, dtype=dtype))
 
 
-def _no_positions(block: Block, like: Tensor, dtype: torch.dtype) -> LinearFactor:
-    count, batch = like.shape[:2]
-    a = like.new_zeros(block.groups, batch, 0, block.columns, dtype=dtype)
-    return LinearFactor(a, like.new_zeros(block.groups, count, batch, 0, block.rows, dtype=dtype))
-
-
-def _linear(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> LinearFactor:
+def _linear(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Builder:
     if block.groups > 1 and isinstance(uses[0].module, Projection):
         return _packed(block, uses, batch, dtype)
-    inputs, cotangents = [], []
-    for use in uses:
+    a = _joined([_inputs(block, use, batch, dtype) for use in uses], 2)
+    return lambda gradients: LinearFactor(a, _cotangents(block, uses, gradients, batch, dtype))
+
+
+def _inputs(block: Block, use: Use, batch: int, dtype: torch.dtype) -> Tensor:
+    """`(G, B, T, in)`, with a last column of ones where there is a bias."""
+    value, groups = use.value.to(dtype), block.groups
+    if isinstance(use.module, CONVOLUTIONS):
+        a = patches(use.module, value, groups, block.has_bias)
+        return a.reshape(groups, batch, -1, a.shape[-1])  # frames of one example may share the first axis
+    a = value.flatten(2).mT if isinstance(use.module, TRANSPOSED) else _batch_first(value, block.axis, batch, 0)
+    a = a.reshape(batch, -1, a.shape[-1]).unflatten(-1, (groups, -1)).permute(2, 0, 1, 3)
+    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1) if block.has_bias else a
+
+
+def _cotangents(
+    block: Block, uses: Sequence[Use], gradients: Sequence[Tensor], batch: int, dtype: torch.dtype
+) -> Tensor:
+    """`(G, K, B, T, out)`."""
+    parts = []
+    for use, gradient in zip(uses, gradients, strict=True):
+        gradient = gradient.to(dtype)
         if isinstance(use.module, TRANSPOSED):
             # y = x scattered by the kernel: the cotangent's patch under an input position meets that input
-            a, count = use.value.to(dtype).flatten(2).mT, len(use.gradient)
-            g = _windows(use.module, use.gradient.to(dtype).flatten(0, 1), use.value.shape[2:])
-            g = g.unflatten(0, (count, -1))
+            g = transposed_patches(use.module, gradient.flatten(0, 1), use.value.shape[2:]).unflatten(0, (-1, batch))
         elif isinstance(use.module, CONVOLUTIONS):
-            a, g = _unfold(use.module, use.value.to(dtype)), use.gradient.to(dtype).flatten(3).transpose(2, 3)
+            g = gradient.flatten(3).transpose(2, 3)
         else:
-            a = _batch_first(use.value, block.axis, batch, 0).to(dtype)
-            g = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
-        a, g = a.reshape(batch, -1, a.shape[-1]), g.reshape(len(g), batch, -1, g.shape[-1])
-        groups = block.groups
-        inputs.append(a.unflatten(-1, (groups, -1)).permute(2, 0, 1, 3))
-        cotangents.append(g.unflatten(-1, (groups, -1)).permute(3, 0, 1, 2, 4))
-    a, g = _joined(inputs, 2), _joined(cotangents, 3)
-    return LinearFactor(_with_ones(a) if block.has_bias else a, g)
+            g = _batch_first(gradient, block.axis, batch, 1)
+        g = g.reshape(len(g), batch, -1, g.shape[-1])
+        parts.append(g.unflatten(-1, (block.groups, -1)).permute(3, 0, 1, 2, 4))
+    return _joined(parts, 3)
 
 
-def _packed(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> LinearFactor:
+def _packed(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Builder:
     """Three projections by one matrix, each a group; those of another sequence may have fewer positions."""
     single = replace(block, groups=1)
-    thirds = [[use for use in uses if use.module.part == part] for part in range(len(PROJECTIONS))]
+    members = [[i for i, use in enumerate(uses) if use.module.part == part] for part in range(len(PROJECTIONS))]
     # whoever reads only the attention weights never meets the values
-    absent = _no_positions(single, uses[0].gradient, dtype)
-    parts = [_linear(single, mine, batch, dtype) if mine else absent for mine in thirds]
-    lengths = tuple(int(part.a.shape[2]) for part in parts)
+    none = uses[0].value.new_zeros(1, batch, 0, block.columns, dtype=dtype)
+    inputs = [_joined([_inputs(single, uses[i], batch, dtype) for i in mine], 2) if mine else none for mine in members]
+    lengths = tuple(int(a.shape[2]) for a in inputs)
     longest = max(lengths)
-    a = torch.cat([F.pad(p.a, (0, 0, 0, longest - n)) for p, n in zip(parts, lengths, strict=True)])
-    g = torch.cat([F.pad(p.g, (0, 0, 0, longest - n)) for p, n in zip(parts, lengths, strict=True)])
-    return LinearFactor(a, g, lengths=lengths if len(set(lengths)) > 1 else ())
+    a = torch.cat([F.pad(part, (0, 0, 0, longest - n)) for part, n in zip(inputs, lengths, strict=True)])
+
+    def build(gradients: Sequence[Tensor]) -> LinearFactor:
+        absent = gradients[0].new_zeros(1, len(gradients[0]), batch, 0, block.rows, dtype=dtype)
+        parts = [
+            _cotangents(single, [uses[i] for i in mine], [gradients[i] for i in mine], batch, dtype) if mine else absent
+            for mine in members
+        ]
+        g = torch.cat([F.pad(part, (0, 0, 0, longest - n)) for part, n in zip(parts, lengths, strict=True)])
+        return LinearFactor(a, g, lengths=lengths if len(set(lengths)) > 1 else ())
+
+    return build
 
 
-def _rows(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
-    indices, cotangents = [], []
+def _rows(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Builder:
+    indices = []
     for use in uses:
         index = _batch_first(use.value, block.axis, batch, 0).reshape(batch, -1)
-        gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
-        gradient = gradient.reshape(len(gradient), batch, -1, block.rows)
         padding = use.module.padding_idx
-        if padding is not None:
-            ignored: Tensor = index == padding
-            index = torch.where(ignored, -1, index)
-            gradient = gradient.masked_fill(ignored[None, :, :, None], 0.0)
-        indices.append(index)
-        cotangents.append(gradient)
-    return RowFactor(_joined(indices, 1), _joined(cotangents, 2).unsqueeze(0), block.columns)
+        indices.append(index if padding is None else torch.where(index == padding, -1, index))
+    joined = _joined(indices, 1)
+
+    def build(gradients: Sequence[Tensor]) -> RowFactor:
+        cotangents = []
+        for use, index, gradient in zip(uses, indices, gradients, strict=True):
+            g = _batch_first(gradient, block.axis, batch, 1).to(dtype)
+            g = g.reshape(len(g), batch, -1, block.rows)
+            if use.module.padding_idx is not None:
+                g = g.masked_fill((index == -1)[None, :, :, None], 0.0)
+            cotangents.append(g)
+        return RowFactor(joined, _joined(cotangents, 2).unsqueeze(0), block.columns)
+
+    return build
 
 
-def _shift(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
-    first = uses[0].gradient
-    rows = torch.zeros(len(first), batch, block.rows, dtype=dtype, device=first.device)
-    for use in uses:
-        if isinstance(use.module, CHANNEL_WISE):
-            gradient = use.gradient.to(dtype).flatten(3).sum(-1)
-        else:
-            gradient = _batch_first(use.gradient, block.axis, batch, 1).to(dtype)
-        mine = rows
-        if isinstance(use.module, Projection):  # the three share one vector, a third each
-            mine = rows.chunk(len(PROJECTIONS), -1)[use.module.part]
-        mine += gradient.reshape(len(gradient), batch, -1, mine.shape[-1]).sum(2)
-    return dense_factor(rows)
+def _shift(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Builder:
+    def build(gradients: Sequence[Tensor]) -> LinearFactor:
+        first = gradients[0]
+        rows = torch.zeros(len(first), batch, block.rows, dtype=dtype, device=first.device)
+        for use, gradient in zip(uses, gradients, strict=True):
+            if isinstance(use.module, CHANNEL_WISE):
+                gradient = gradient.to(dtype).flatten(3).sum(-1)
+            else:
+                gradient = _batch_first(gradient, block.axis, batch, 1).to(dtype)
+            mine = rows
+            if isinstance(use.module, Projection):  # the three share one vector, a third each
+                mine = rows.chunk(len(PROJECTIONS), -1)[use.module.part]
+            mine += gradient.reshape(len(gradient), batch, -1, mine.shape[-1]).sum(2)
+        return dense_factor(rows)
+
+    return build
 
 
-def _scale(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Factor:
-    total: list[Tensor] = []
-    for use in uses:
-        value, gradient = use.value.to(dtype), use.gradient.to(dtype)
-        channels = isinstance(use.module, CHANNEL_WISE)
-        if not channels:
-            value, gradient = _batch_first(value, block.axis, batch, 0), _batch_first(gradient, block.axis, batch, 1)
-        parts = []
-        for name, shape in zip(block.parameters, block.shapes, strict=True):
-            other = None if name.endswith("bias") else _normalised(use.module, value)
-            parts.append(_summed(gradient, other, channels, batch, torch.Size(shape).numel()))
-        total.append(torch.cat(parts, -1))
-    return dense_factor(torch.stack(total).sum(0))
+def _scale(block: Block, uses: Sequence[Use], batch: int, dtype: torch.dtype) -> Builder:
+    sizes = [torch.Size(shape).numel() for shape in block.shapes]
+    weighted = not block.parameters[0].endswith("bias")
+
+    def normalised(use: Use) -> Tensor | None:
+        if not weighted:
+            return None
+        value = use.value.to(dtype)
+        if not isinstance(use.module, CHANNEL_WISE):
+            value = _batch_first(value, block.axis, batch, 0)
+        return _normalised(use.module, value)
+
+    values = [normalised(use) for use in uses]
+
+    def build(gradients: Sequence[Tensor]) -> LinearFactor:
+        total: list[Tensor] = []
+        for use, value, gradient in zip(uses, values, gradients, strict=True):
+            channels, gradient = isinstance(use.module, CHANNEL_WISE), gradient.to(dtype)
+            if not channels:
+                gradient = _batch_first(gradient, block.axis, batch, 1)
+            parts = []
+            for name, size in zip(block.parameters, sizes, strict=True):
+                other = None if name.endswith("bias") else value
+                parts.append(_summed(gradient, other, channels, batch, size))
+            total.append(torch.cat(parts, -1))
+        return dense_factor(torch.stack(total).sum(0))
+
+    return build
 
 
 def _summed(gradient: Tensor, other: Tensor | None, channels: bool, batch: int, size: int) -> Tensor:
@@ -217,13 +262,6 @@ def _summed(gradient: Tensor, other: Tensor | None, channels: bool, batch: int, 
             product = product.flatten(3).sum(-1)
         rows.append(product.reshape(len(part), batch, -1, size).sum(2))
     return torch.cat(rows)
-
-
-def _with_ones(a: Tensor) -> Tensor:
-    """A last column of ones, in the memory layout that `a` has: patches of a convolution lie column by column."""
-    if a.shape[-2] > 1 and a.stride(-1) != 1 and a.stride(-2) == 1:
-        return torch.cat([a.mT, a.new_ones(*a.shape[:-2], 1, a.shape[-2])], -2).mT
-    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
 
 
 def _joined(parts: list[Tensor], axis: int) -> Tensor:
@@ -259,36 +297,7 @@ def _batch_first(value: Tensor, axis: int, batch: int, skip: int) -> Tensor:
     return value.reshape(*value.shape[:skip], batch, -1, *value.shape[skip + 1 :])
 
 
-def _unfold(module: Any, value: Tensor) -> Tensor:
-    """Patches `(B, T, C k)` of a convolution's input, channels grouped as its weight has them."""
-    dims = len(module.kernel_size)
-    if dims == 2 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        patches = F.unfold(value, module.kernel_size, module.dilation, module.padding, module.stride)
-        return patches.mT
-    padding = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return _windows(module, F.pad(value, padding, mode=mode), None)
-
-
-def _windows(module: Any, value: Tensor, positions: torch.Size | None) -> Tensor:
-    """Patches `(B, T, C k)` of a padded input; of a transposed convolution's cotangent at its input's positions."""
-    dims = len(module.kernel_size)
-    if positions is not None:
-        value = F.pad(value, module._reversed_padding_repeated_twice)
-    for axis, (kernel, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    ):
-        windows = value.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)
-        value = windows[..., ::dilation]
-        if positions is not None:  # output padding adds places that no input reaches
-            value = value.narrow(2 + axis, 0, positions[axis])
-    # (B, C, o1.., k1..) -> (B, o1.., C, k1..)
-    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
-    value = value.permute(order)
-    return value.reshape(value.shape[0], int(torch.Size(value.shape[1 : 1 + dims]).numel()), -1)
-
-
-_BUILDERS: dict[str, Callable[[Block, Sequence[Use], int, torch.dtype], Factor]] = {
+_BUILDERS: dict[str, Callable[[Block, Sequence[Use], int, torch.dtype], Builder]] = {
     "linear": _linear,
     "rows": _rows,
     "scale": _scale,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.batch import batch_size, flatten_tensors
-from bayesdl.curvature.chunking import chunk_size, chunks
+from bayesdl.curvature.chunking import chunk_size, chunks, goes_in_turn
 from bayesdl.curvature.contributions import Seeds
 from bayesdl.curvature.structure import Structure
 from bayesdl.data import in_batch
@@ -78,11 +78,12 @@ class Tally:
             likelihood = likelihood.with_noise(1.0)
         self.likelihood = likelihood
         # an open noise weights the curvature of each output later
-        self._seeds = Seeds(likelihood, kind, samples, generator, self._open_noise, classes)
+        in_turn = goes_in_turn(curvature.layout, (curvature, *others), network.device) and not self._open_noise
+        self._seeds = Seeds(likelihood, kind, samples, generator, self._open_noise, classes, in_turn)
         width, layout = self._seeds.width(curvature, samples), curvature.layout
         self.memory = memory
         self.step = min(
-            chunk_size(layout, kept, dtype, width=width, memory=memory, device=network.device)
+            chunk_size(layout, kept, dtype, width=width, memory=memory, device=network.device, in_turn=in_turn)
             for kept in (curvature, *others)
         )
         self.parts: tuple[Structure, ...] = ()

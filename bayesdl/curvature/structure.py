@@ -32,6 +32,8 @@ class Structure(ABC):
     name: ClassVar[str]
     # whether nothing is kept between the outputs of a last layer, so that the diagonal of Lambda says all
     separates_outputs: ClassVar[bool] = False
+    # whether cotangents may come one after another: nothing is formed that would rather meet all of them
+    takes_turns: ClassVar[bool] = False
 
     @property
     def recipe(self) -> str | dict[str, str]:
