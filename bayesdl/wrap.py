@@ -19,7 +19,7 @@ from bayesdl.distributed import for_one_process, resolve_group, same_network, to
 from bayesdl.errors import ArgumentError, SelectionError, StaleModelError, UnreachedParameterError, UnsupportedError
 from bayesdl.likelihoods import Gaussian, Likelihood
 from bayesdl.likelihoods import resolve as resolve_likelihood
-from bayesdl.methods import METHODS, Method, Task
+from bayesdl.methods import METHODS, VBLL, Method, StudentT, Task
 from bayesdl.methods import resolve as resolve_method
 from bayesdl.model import BayesianModel, Record
 from bayesdl.network import Network, first_inputs
@@ -133,13 +133,15 @@ def wrap(
     record = Record(chosen.label, cost, fitted.findings)
     kept = data if group is None else for_one_process(data)  # the first process alone reads it below
     bayes = BayesianModel(result, fitted.posterior, fitted.likelihood, record=record, fit_data=kept)
-    return first_decides(group, bayes, lambda: _tuned(bayes, family, prior, validation, generator, progress))
+    sharing = chosen.prior_sharing if isinstance(chosen, (VBLL, StudentT)) else "output"
+    return first_decides(group, bayes, lambda: _tuned(bayes, family, prior, sharing, validation, generator, progress))
 
 
 def _tuned(
     bayes: BayesianModel,
     family: Likelihood,
     prior: Prior | None,
+    sharing: str,
     validation: Iterable[Any] | None,
     generator: torch.Generator | None,
     progress: bool,
@@ -150,7 +152,7 @@ def _tuned(
     if is_last_layer_regression(bayes):
         if validation is None or (prior is not None and not open_noise):
             return bayes
-        keep = "output" if prior is None else "keep"
+        keep = sharing if prior is None else "keep"
         return bayes.tune("heldout", validation, prior=keep, noise=open_noise, progress=progress)
     if validation is None:
         return _on_training_data(bayes, generator, progress) if over_prior and prior is None else bayes

@@ -35,12 +35,14 @@ def leave_one_out(
     *,
     prior_precision: Tensor | None = None,
     noise_variance: Tensor | None = None,
+    shared: bool = False,
 ) -> ConjugateRegression:
     """rho and s^2 of the best leave-one-out log-density on the training pairs `(N, d)`, `(N, K)`.
 
-    `prior_precision` or `noise_variance`, `(K,)`, is kept where it is given.
+    `prior_precision` or `noise_variance`, `(K,)`, is kept where it is given; `shared` chooses one prior precision for
+    all outputs, by the sum of their scores, and otherwise each output has its own.
     """
-    return _best(regression, phi, y, _refitted, prior_precision, noise_variance)
+    return _best(regression, phi, y, _refitted, prior_precision, noise_variance, shared)
 
 
 def held_out(
@@ -50,9 +52,10 @@ def held_out(
     *,
     prior_precision: Tensor | None = None,
     noise_variance: Tensor | None = None,
+    shared: bool = False,
 ) -> ConjugateRegression:
     """rho and s^2 of the best log-density on pairs that the regression has not seen; arguments as `leave_one_out`."""
-    return _best(regression, phi, y, _unseen, prior_precision, noise_variance)
+    return _best(regression, phi, y, _unseen, prior_precision, noise_variance, shared)
 
 
 def left_out(
@@ -62,6 +65,7 @@ def left_out(
     *,
     prior_precision: Tensor | None = None,
     noise_variance: Tensor | None = None,
+    shared: bool = False,
 ) -> ConjugateRegression:
     """rho and s^2 for training features with targets at the left-out distance of `left_out_pairs`.
 
@@ -70,13 +74,18 @@ def left_out(
     the training features as the targets do. Arguments as `leave_one_out`.
     """
     if noise_variance is None or prior_precision is not None:
-        return held_out(regression, phi, y, prior_precision=prior_precision, noise_variance=noise_variance)
-    evident = maximise(regression, noise_variance=noise_variance)[0].ratio
+        return held_out(
+            regression, phi, y, prior_precision=prior_precision, noise_variance=noise_variance, shared=shared
+        )
+    sharing = "shared" if shared else "output"
+    evident = maximise(regression, sharing=sharing, noise_variance=noise_variance)[0].ratio
     # mean squared feature over the variance of the targets; constant targets bound nothing
     tiny = torch.finfo(torch.float64).tiny
     spread = regression.values.sum() / regression.statistics.residual.clamp(min=tiny) * noise_variance
     least = torch.minimum(evident, spread) / WIDER
-    return _best(regression, phi, y, _apart, None, noise_variance, least)
+    if shared:  # the widest that any of the outputs allows
+        least = (least / noise_variance).min() * noise_variance
+    return _best(regression, phi, y, _apart, None, noise_variance, shared, least)
 
 
 def leave_one_out_residuals(regression: ConjugateRegression, phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,32 +101,49 @@ def _best(
     scored: Scored,
     prior_precision: Tensor | None,
     noise_variance: Tensor | None,
+    shared: bool,
     least: Tensor | None = None,
 ) -> ConjugateRegression:
     if prior_precision is not None and noise_variance is not None:
         return regression.with_hyperparameters(prior_precision * noise_variance, noise_variance)
     scale = float(regression.values.max().clamp(min=torch.finfo(torch.float64).tiny))
     grid = torch.logspace(math.log10(LOW), math.log10(HIGH), GRID, dtype=torch.float64, device=phi.device) * scale
+    candidates, present = grid.unsqueeze(1).expand(-1, regression.num_outputs), regression.ratio.to(grid)
+    together = shared and prior_precision is None
+    if together and noise_variance is not None:
+        candidates = candidates * (noise_variance / noise_variance.mean())
+        present = (present / noise_variance).log().mean().exp() * noise_variance
     # the present ones too: no choice is worse than none
-    ratios = torch.cat([grid.unsqueeze(1).expand(-1, regression.num_outputs), regression.ratio.to(grid).unsqueeze(0)])
+    ratios = torch.cat([candidates, present.unsqueeze(0)])
     if least is not None:
         ratios = torch.maximum(ratios, least)
-    scores, noises = [], []
-    for ratio in ratios:
-        candidate = regression.with_hyperparameters(ratio, torch.ones_like(regression.ratio))
-        squares, logs = _sums(candidate, phi, y, scored)
-        square = squares / len(phi)
-        if noise_variance is not None:
-            variance = noise_variance
-        elif prior_precision is not None:
-            variance = ratio / prior_precision
-        else:
-            variance = square.clamp(min=torch.finfo(torch.float64).tiny)
-        scores.append(0.5 * (variance.log() + logs / len(phi) + square / variance))
-        noises.append(variance)
-    chosen = torch.stack(scores).argmin(0)
+    sums = [_sums(regression.with_hyperparameters(r, torch.ones_like(r)), phi, y, scored) for r in ratios]
+    square, log = (torch.stack(part) / len(phi) for part in zip(*sums, strict=True))  # (candidates, K)
+    if together and noise_variance is None:
+        prior_precision = _common(ratios, square, log)
+    variance = square.clamp(min=torch.finfo(torch.float64).tiny)
+    if noise_variance is not None:
+        variance = noise_variance.expand_as(square)
+    elif prior_precision is not None:
+        variance = ratios / prior_precision
+    scores = _score(variance, square, log)
+    one = together and noise_variance is not None
+    chosen = scores.sum(1).argmin().expand(scores.shape[1]) if one else scores.argmin(0)
     columns = torch.arange(regression.num_outputs, device=phi.device)
-    return regression.with_hyperparameters(ratios[chosen, columns], torch.stack(noises)[chosen, columns])
+    return regression.with_hyperparameters(ratios[chosen, columns], variance[chosen, columns])
+
+
+def _common(ratios: Tensor, square: Tensor, log: Tensor) -> Tensor:
+    """The precision, one for all outputs, under which their best ratios and the noises that follow score best."""
+    level = square.clamp(min=torch.finfo(torch.float64).tiny).log().mean().exp()
+    precisions = ratios.log().mean(1).exp() / level
+    best = torch.stack([_score(ratios / p, square, log).min(0).values.sum() for p in precisions]).argmin()
+    return precisions[best].expand(ratios.shape[1])
+
+
+def _score(variance: Tensor, square: Tensor, log: Tensor) -> Tensor:
+    """Mean of -log N(r | 0, s^2 c), up to a constant."""
+    return 0.5 * (variance.log() + log + square / variance)
 
 
 def _sums(candidate: ConjugateRegression, phi: Tensor, y: Tensor, scored: Scored) -> tuple[Tensor, Tensor]:

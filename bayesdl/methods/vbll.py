@@ -191,10 +191,11 @@ class VBLL(Method):
         best, edge = maximise(start, sharing=self.prior_sharing, prior_precision=precision, noise_variance=variance)
         # one prior for all outputs is the evidence's; the other rules then choose the noise
         common = best.prior_precision if self.prior_sharing == "shared" and variance is None else precision
+        shared = self.prior_sharing == "shared"
         if self.tuning == "loo":
-            best = leave_one_out(best, phi, y, prior_precision=common, noise_variance=variance)
+            best = leave_one_out(best, phi, y, prior_precision=common, noise_variance=variance, shared=shared)
         elif unseen is not None:
-            best = left_out(best, *unseen, prior_precision=common, noise_variance=variance)
+            best = left_out(best, *unseen, prior_precision=common, noise_variance=variance, shared=shared)
         how = "residuals of left-out training points" if unseen is not None else self.tuning
         if unseen is None and self.tuning == "training":
             how = "evidence"

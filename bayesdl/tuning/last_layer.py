@@ -55,7 +55,7 @@ def tune_last_layer(
         rule: "evidence" (from the stored statistics, no data), "loo" (exact, over the training features), "training"
             (residuals of the whole network's linear model, see `bayesdl.last_layer.leftout`) or "heldout".
         data: held-out loader; for "loo" and "training" the training loader, default the one of the fit.
-        prior: one precision per "output", "shared" (evidence alone) or "keep".
+        prior: one precision per "output", one "shared" by all of them, or "keep".
         noise: False keeps the noise.
         cache_bytes: features beyond this live in a temporary file.
         progress: show a bar.
@@ -63,8 +63,8 @@ def tune_last_layer(
     Raises:
         ArgumentError: no data for a rule that needs some, or an unknown prior.
     """
-    if prior not in PRIORS or (prior == "shared" and rule != "evidence"):
-        raise ArgumentError(f'prior={prior!r} for tune("{rule}"); choose one of {PRIORS} ("shared" by evidence alone)')
+    if prior not in PRIORS:
+        raise ArgumentError(f'prior={prior!r} for tune("{rule}"); choose one of {PRIORS}')
     posterior = model.posterior
     assert isinstance(posterior, LastLayerPosterior) and isinstance(posterior.belief, ConjugateWeights)
     old = posterior.belief.regression
@@ -89,7 +89,8 @@ def tune_last_layer(
             if rule == "training":
                 own = misfit(linear_layer(model.network, layer), phi, y)
                 phi, y = left_out_pairs(model.network, layer, Gaussian(1.0), source, own)
-            new = {"loo": leave_one_out, "training": left_out, "heldout": held_out}[rule](old, phi, y, **kept)
+            choose = {"loo": leave_one_out, "training": left_out, "heldout": held_out}[rule]
+            new = choose(old, phi, y, shared=prior == "shared", **kept)
     likelihood, new = _likelihood(model.likelihood, old, new, rule)
     changed = LastLayerPosterior(posterior.layer, ConjugateWeights(new), posterior.trunk)
     found = []
