@@ -42,9 +42,15 @@ def check_layout(layout: Layout, network: Network) -> None:
     for block in layout.blocks:
         _check_block(block, shapes, modules)
         own = {id(owned[name]) for name in block.parameters}
-        odd = [name for name in block.modules if not own & {id(p) for p in modules[name].parameters()}]
+        odd = [name for name in block.modules if not own & _parameters_at(name, modules)]
         if odd:
             raise FileFormatError(f"block {block.name!r} is of layer {odd[0]!r}, which has none of its parameters")
+
+
+def _parameters_at(name: str, modules: Mapping[str, nn.Module]) -> set[int]:
+    """Which parameters a layer has; a product inside attention or a recurrent cell has those of that layer."""
+    held = {id(parameter) for parameter in modules[name].parameters()}
+    return held or {id(parameter) for parameter in modules[name.rpartition(".")[0]].parameters(recurse=False)}
 
 
 def _check_block(block: Block, shapes: Mapping[str, tuple[int, ...]], modules: Mapping[str, nn.Module]) -> None:
