@@ -106,7 +106,10 @@ def check_batch(pair: tuple[Any, Any], need_target: bool = True) -> tuple[Any, A
     inputs, target = pair
     check_inputs(inputs)
     if need_target and target is None:
-        raise ArgumentError("it holds no target; expected (inputs, target) or a mapping with labels")
+        raise ArgumentError(
+            "it holds no target; expected (inputs, target) or a mapping with labels. Data that are tensors already are "
+            "one batch: pass [(x, y)]"
+        )
     return inputs, target
 
 

@@ -27,9 +27,15 @@ def extract_output(raw: Any) -> Tensor:
         return logits
     if isinstance(raw, (tuple, list)) and len(raw) == 1 and isinstance(raw[0], Tensor):
         return raw[0]
+    advice = ""
+    if isinstance(raw, (tuple, list)) and len(raw) == 2 and all(isinstance(part, Tensor) for part in raw):
+        advice = (
+            " For a pair of mean and variance: return torch.cat([mean, variance.log()], -1), with "
+            'likelihood="heteroscedastic"'
+        )
     raise ShapeError(
         f"the network returned {type(raw).__name__}; expected a tensor or an object with .logits. Wrap it in a module "
-        "that returns the outputs alone"
+        f"that returns the outputs alone.{advice}"
     )
 
 

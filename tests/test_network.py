@@ -68,6 +68,11 @@ def test_outputs_that_hold_no_single_tensor_are_refused(after: Callable[[Tensor]
         Network(Head(3, after))(X)
 
 
+def test_a_pair_of_mean_and_variance_is_told_what_to_return() -> None:
+    with pytest.raises(ShapeError, match=r"variance\.log\(\).*heteroscedastic"):
+        extract_output((X, X))
+
+
 def test_extract_output_prefers_logits_over_order() -> None:
     assert torch.equal(extract_output({"loss": torch.ones(()), "logits": X}), X)
 

@@ -95,9 +95,13 @@ class Categorical(Likelihood):
         if bool(bad.any()):
             found = first_bad(bad)
             place = found[0] if len(found) == 1 else found
+            value = int(y[found])
+            advice = (
+                f"; if {value} marks what does not count, bdl.Categorical(ignore_index={value})" if y.dim() > 1 else ""
+            )
             raise LabelError(
-                f"target {int(y[found])} at index {place} is outside 0..{f.shape[-1] - 1} (the network has "
-                f"{f.shape[-1]} outputs)"
+                f"target {value} at index {place} is outside 0..{f.shape[-1] - 1} (the network has "
+                f"{f.shape[-1]} outputs){advice}"
             )
         return y.to(f.device)
 

@@ -238,6 +238,12 @@ def test_targets(y: Tensor, error: type[Exception], message: str) -> None:
         Categorical().check_targets(torch.zeros(2, 3), y)
 
 
+def test_a_mark_for_pixels_that_do_not_count_is_recognised() -> None:
+    y = torch.tensor([[[0, 255], [2, 1]]])
+    with pytest.raises(LabelError, match=r"target 255 at index \(0, 0, 1\).*bdl.Categorical\(ignore_index=255\)"):
+        Categorical().check_targets(torch.zeros(1, 2, 2, 3), y)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_targets_of_any_integer_type_and_a_column(dtype: torch.dtype) -> None:
     y = torch.tensor([[0], [2]], dtype=dtype)
