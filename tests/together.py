@@ -18,9 +18,11 @@ from bayesdl.curvature.passes import Fit
 from bayesdl.curvature.plan import plan
 from bayesdl.distributed import resolve_group, share_of, together
 from bayesdl.errors import ArgumentError, DistributedError, NonFiniteError, NumericalError
+from bayesdl.evaluation import METRICS, ClassificationStream, MetricStream, Predictions, in_order
 from bayesdl.likelihoods import resolve
 from bayesdl.network import Network
 from bayesdl.posteriors import GaussianPosterior
+from tests.evaluation.made_up import classes
 
 STRUCTURES: tuple[Any, ...] = ("full", "diag", "kron", "ekfac", "lowrank", {"0": "full", "*": "ekfac"})
 COUNT = 13
@@ -321,6 +323,34 @@ def tensors_of_all_kinds_travel(rank: int, size: int) -> None:
         assert group.message(text if rank == 0 else b"other") == text
 
 
+def metrics_of_all_processes(rank: int, size: int) -> None:
+    """States that are summed over processes, and predictions put in the order of the data, are those of one process."""
+    whole = classes(90, sharpness=1.4)
+    rows = list(DistributedSampler(TensorDataset(torch.arange(90)), size, rank, shuffle=True))  # pads where it must
+    mine = list(range(rank, 90, size))
+    names = ("nll", "accuracy", "ece", "mce")
+    for make in (ClassificationStream, lambda: MetricStream(names)):
+        stream, expected = make(), make()
+        for share, into in ((whole.subset(torch.tensor(mine)), stream), (whole, expected)):
+            if isinstance(into, MetricStream):
+                into.update(share)
+            else:
+                into.update(share.labelled(), probs=share.probs)
+        state = stream.state()
+        for value in state.values():
+            dist.all_reduce(value)
+        total = make()
+        total.load(state)
+        assert total.compute() == pytest.approx(expected.compute(), rel=1e-12)
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, (rows, whole.subset(torch.tensor(rows)).log_probs, whole.labelled()[rows]))
+    made = [Predictions(task="classification", log_probs=log_probs, targets=y) for _, log_probs, y in parts]
+    joined = in_order(made, [index for index, _, _ in parts], 90)
+    assert torch.equal(joined.probs, whole.probs) and torch.equal(joined.labelled(), whole.labelled())
+    for name in ("aurc", "smece", "error_auroc"):  # what needs all scores
+        assert METRICS[name].fn(joined) == METRICS[name].fn(whole)
+
+
 ALL: tuple[Callable[[int, int], None], ...] = (
     tensors_of_all_kinds_travel,
     curvature_is_that_of_one_process,
@@ -333,6 +363,7 @@ ALL: tuple[Callable[[int, int], None], ...] = (
     networks_that_differ,
     wrapped_models_agree,
     draws_of_targets_differ_between_processes,
+    metrics_of_all_processes,
 )
 
 
