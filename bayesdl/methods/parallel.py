@@ -51,8 +51,10 @@ def share_passes(jobs: Sequence[Job], group: Group | None) -> tuple[bool, tuple[
     with together(group):
         verdict, findings = torch.zeros((), dtype=torch.int64), tuple[Finding, ...]()
         if group is None or group.rank == 0:
-            chosen, findings = _chosen([_unstored(job) for job in mine], recall(settings.store))
-            remember(settings.store, chosen)
+            before = recall(settings.store)
+            chosen, findings = _chosen([_unstored(job) for job in mine], before)
+            if chosen != before:
+                remember(settings.store, chosen)
             verdict.fill_(int(chosen))
     if group is not None:
         verdict = verdict.to(group.device)

@@ -112,3 +112,84 @@ def test_wrong_labels_are_named() -> None:
     with pytest.raises(LabelError, match="target 7"):
         method = bdl.SGMCMC("sgld", chains=2, num_samples=2, thin=1, burn_in=0, lr=0.01, parallel="batched")
         bdl.wrap(net(), method, data, likelihood="categorical", progress=False)
+
+
+class Tied(nn.Module):
+    """One weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return out
+
+
+class Tagger(nn.Module):
+    """Class scores for every token, named as transformers name their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(7, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.tanh(self.tokens(input_ids)) * attention_mask.unsqueeze(-1))
+        return out
+
+
+def tagged() -> list[dict[str, torch.Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(7, (12, 4), generator=g), torch.randint(3, (12, 4), generator=g)
+    labels[0, 1] = -100
+    ones = torch.ones(4, 4, dtype=torch.long)
+    return [{"input_ids": ids[i : i + 4], "attention_mask": ones, "labels": labels[i : i + 4]} for i in (0, 4, 8)]
+
+
+def inputs_and(y: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    x = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return list(zip(x.split(10), y.split(10), strict=True))
+
+
+G = torch.Generator().manual_seed(2)
+BINARY, REAL = torch.randint(2, (30, 1), generator=G).double(), torch.randn(30, 3, dtype=torch.float64, generator=G)
+CLASSES = inputs_and(torch.randint(3, (30,), generator=G))
+
+
+def to(outputs: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+
+
+CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
+    "bernoulli": (lambda: to(1), inputs_and(BINARY), {"likelihood": "bernoulli"}, {}),
+    "poisson": (lambda: to(1), inputs_and(BINARY), {"likelihood": "poisson"}, {}),
+    "gaussian": (lambda: to(3), inputs_and(REAL), {"likelihood": bdl.Gaussian(noise=0.5)}, {}),
+    "heteroscedastic": (lambda: to(2), inputs_and(REAL[:, :1]), {"likelihood": "heteroscedastic"}, {}),
+    "tokens": (lambda: Tagger().double(), tagged(), {"likelihood": "categorical", "batch": "huggingface"}, {}),
+    "tied weights": (lambda: Tied().double(), CLASSES, {"likelihood": "categorical"}, {}),
+    "last layer": (lambda: to(3), CLASSES, {"likelihood": "categorical"}, {"select": "last_layer"}),
+    "laplace prior": (lambda: to(3), CLASSES, {"likelihood": "categorical", "prior": bdl.LaplacePrior(1.0)}, {}),
+    "half-Cauchy scales": (
+        lambda: to(3),
+        CLASSES,
+        {"likelihood": "categorical", "prior": bdl.HorseshoePrior()},
+        {"burn_in": 25, "lr": 1e-3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whatever_the_task_the_chains_are_those_of_one_after_another(name: str) -> None:
+    make, data, about, own = CASES[name]
+    found = []
+    for parallel in ("auto", "sequential"):
+        torch.manual_seed(0)
+        settings = {"chains": 4, "num_samples": 3, "thin": 2, "burn_in": 3, "lr": 0.01, **own}
+        method = bdl.SGMCMC("sghmc", parallel=parallel, **settings)
+        generator = torch.Generator().manual_seed(1)
+        found.append(bdl.wrap(make(), method, data, generator=generator, progress=False, **about))
+    assert any("4 chains share one pass a step" in f.text for f in found[0].diagnose().findings)
+    for key, value in found[1].posterior.snapshots.items():
+        assert torch.allclose(found[0].posterior.snapshots[key], value, rtol=1e-8, atol=1e-10), key
