@@ -50,7 +50,8 @@ class SGMCMC(Method):
         thin: steps between samples; None is one pass over the loader.
         num_samples: of each chain, at least 2.
         chains: number of chains; their random streams depend on their numbers alone.
-        start: "warm", the network's own weights, or "prior", a draw from the prior for each chain.
+        start: "warm", the network's own weights, or "prior", a draw from the prior for each chain. Draws of heavy tails
+            (hierarchies of small shape) begin where a chain can stay for thousands of steps: start those warm.
         schedule: "cyclical" for learning rates in cycles around any sampler; None for a constant one. The steps of
             burn-in and samples together are cut into the cycles, and samples spread over their sampling phases.
         cycles, explore: of that schedule.
