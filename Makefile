@@ -53,7 +53,7 @@ endef
 
 comma := ,
 
-.PHONY: help demo test test-all test-lowest test-newest dist tutorials lint bench docs build nightly clean env-core env-test env-all env-docs env-build
+.PHONY: help demo test test-all test-lowest test-newest dist tutorials lint bench docs build nightly clean env-core env-test env-all env-docs env-executed-docs env-build
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -85,6 +85,9 @@ env-all:
 
 env-docs:
 	$(call environment,docs,-e ".[docs]")
+
+env-executed-docs:
+	$(call environment,executed-docs,-e ".[docs$(comma)llm$(comma)botorch]")
 
 env-build:
 	$(call environment,build,build)
@@ -124,7 +127,8 @@ bench: env-test
 		"$$bin/python" "$$script" --device "$$DEVICE"; \
 	done
 
-docs: env-docs
+# Tutorials that are run need what they are about.
+docs: $(if $(filter 1,$(EXECUTE)),env-executed-docs,env-docs)
 	@$(enter); \
 	BAYESDL_DOCS_EXECUTE="$$EXECUTE" "$$bin/python" -m sphinx -W --keep-going -q -b html -d docs/_build/trees docs docs/_build/html; \
 	echo "docs/_build/html/index.html"

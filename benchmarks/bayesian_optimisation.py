@@ -137,6 +137,7 @@ def summary(gaps: dict[str, dict[str, list[list[float]]]]) -> dict[str, dict[str
 def main() -> None:
     own = parser(__doc__ or "")
     own.add_argument("--seeds", type=int, default=3)
+    own.add_argument("--go-on", action="store_true", help="add to the seeds that the --json file has, up to --seeds")
     own.add_argument("--rounds", type=int, default=15, help="points chosen, one at a time")
     own.add_argument("--start", type=int, default=10, help="Sobol points before the first")
     own.add_argument("--steps", type=int, default=200, help="of training, for every network anew after every point")
@@ -159,7 +160,12 @@ def main() -> None:
     gaps: dict[str, dict[str, list[list[float]]]] = {n: {m: [] for m in surrogates} for n in PROBLEMS}
     seconds = dict.fromkeys(surrogates, 0.0)
     figures: dict[str, Any] = {"moments_relative_error": check()}
-    for seed in range(options.seeds):
+    done = 0
+    if options.go_on and options.json is not None and options.json.exists():
+        earlier = json.loads(options.json.read_text())
+        assert all(earlier[name] == getattr(options, name) for name in ("rounds", "start", "steps"))
+        gaps, done = earlier["regret"], earlier["seeds"]
+    for seed in range(done, options.seeds):
         for name, (kind, arguments) in PROBLEMS.items():
             for method, build in surrogates.items():
                 start = time.process_time()

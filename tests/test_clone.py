@@ -323,6 +323,7 @@ def test_traced_graphs_are_cloned() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_torchscript_is_refused_by_name() -> None:
     for refused in (torch.jit.trace(mlp().eval(), X), torch.jit.script(mlp())):
         with pytest.raises(UnsupportedError, match="TorchScript"):
