@@ -1,6 +1,8 @@
 """Functional priors: say what functions are expected, get a prior over weights that means it."""
 
-from bayesdl.functional import plots
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from bayesdl.functional.critic import DistributionalSliced, Wasserstein
 from bayesdl.functional.distances import DISTANCES
 from bayesdl.functional.families import FAMILIES
@@ -9,6 +11,9 @@ from bayesdl.functional.kernels import KERNELS, Kernel, constant, periodic
 from bayesdl.functional.matching import evaluate, match
 from bayesdl.functional.measurement import Fixed, Grid, Measurement
 from bayesdl.functional.report import MatchReport
+
+if TYPE_CHECKING:
+    from bayesdl.functional import plots
 
 __all__ = [
     "DISTANCES",
@@ -32,3 +37,9 @@ __all__ = [
     "periodic",
     "plots",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plots":  # drawing imports all of bayesdl.evaluation
+        return importlib.import_module("bayesdl.functional.plots")
+    raise AttributeError(f"module 'bayesdl.functional' has no attribute {name!r}")
