@@ -15,7 +15,7 @@ from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.model import BayesianModel, Record
 from bayesdl.network import Network
 from bayesdl.posteriors import PointPosterior, SamplePosterior
-from tests.conformance.test_methods import VARIANTS, fit, inputs, problem, same
+from tests.conformance.methods import VARIANTS, fit, inputs, problem, same
 from tests.untouched import untouched
 
 X = inputs("classification")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bayesdl.batch import batch_size, flatten_tensors, index_batch
-from bayesdl.curvature.backward import muted
 from bayesdl.curvature.chunking import chunk_size
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import identity_cotangents, layer_factors
@@ -23,7 +22,7 @@ from bayesdl.latent import GaussianLatent, Latent, SampleLatent
 from bayesdl.network import Network
 from bayesdl.posteriors.base import Function, Posterior, check_positions, frozen, standard_normal
 from bayesdl.posteriors.checks import check_gaussian
-from bayesdl.posteriors.linear import Jacobians, restored
+from bayesdl.posteriors.linear import Jacobians, restored, tangent
 from bayesdl.priors.posterior import PosteriorPrior
 
 # beyond this many outputs only marginal variances are computed, unless asked for
@@ -242,7 +241,7 @@ class GaussianPosterior(Posterior):
             nonlocal forward_mode
             if forward_mode:
                 try:
-                    return _forward_mode(network, self.layout.to_dict(flat), inputs)
+                    return tangent(network, self.layout.to_dict(flat), inputs)
                 except RuntimeError:  # whatever is wrong with the inputs is raised again below
                     pass
             parts, found = [], []
@@ -362,17 +361,6 @@ class GaussianPosterior(Posterior):
     def _shifted(self, network: Network, offset: Tensor) -> dict[str, Tensor]:
         delta = self.layout.to_dict(offset)
         return {name: value + delta[name].to(value) for name, value in network.parameters.items()}
-
-
-def _forward_mode(network: Network, delta: Mapping[str, Tensor], inputs: Any) -> Tensor:
-    network.check_fresh()
-    call, module, origin = network.prepare(inputs), network.module(), network.parameters
-    direction = {name: delta[name].to(value) for name, value in origin.items()}
-    plain = {name: value.detach() for name, value in origin.items()}
-    # torch's first use of forward mode warns about torch's own use of torch.jit.script
-    with muted(".*torch.jit.script.*", DeprecationWarning):
-        pair = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
-    return pair[0] + pair[1]
 
 
 def wants_gradient(inputs: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bayesdl.curvature.backward import muted
 from bayesdl.curvature.chunking import cotangent_width
 from bayesdl.curvature.factor import Factor, LinearFactor
 from bayesdl.curvature.factors import Cotangents, identity_cotangents, layer_factors
@@ -138,3 +139,15 @@ def restored(values: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
         return torch.cat(list(values), 1) if parts[0].columns is not None else values[0]
     order = torch.cat([part.index for part in parts if part.index is not None]).argsort()
     return torch.cat(list(values))[order].unflatten(0, parts[0].shape)
+
+
+def tangent(network: Network, delta: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    """f(x) + J(x) delta in forward mode, for a direction by name. Raises `RuntimeError` where an operation has none."""
+    network.check_fresh()
+    call, module, origin = network.prepare(inputs), network.module(), network.parameters
+    direction = {name: delta[name].to(value) for name, value in origin.items()}
+    plain = {name: value.detach() for name, value in origin.items()}
+    # torch's first use of forward mode warns about torch's own use of torch.jit.script
+    with muted(".*torch.jit.script.*", DeprecationWarning):
+        pair = torch.func.jvp(lambda p: network.forward(module, call, p), (plain,), (direction,))
+    return pair[0] + pair[1]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import bayesdl as bdl
 from bayesdl.errors import UnsupportedError
 from bayesdl.methods import METHODS
+from tests.conformance.methods import VARIANTS
 from tests.conformance.test_likelihoods import CASES as LIKELIHOODS
 from tests.conformance.test_likelihoods import OUTPUTS
-from tests.conformance.test_methods import VARIANTS
 from tests.untouched import untouched
 
 G = torch.Generator().manual_seed(0)
