@@ -11,6 +11,7 @@ Reported is the relative error of the functions' covariance on fresh points from
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import Any
@@ -52,6 +53,8 @@ def main() -> None:
     x = torch.linspace(-3, 3, 100).unsqueeze(1)
     for lengthscale in map(float, lengthscales.split(",")):
         figures[f"lengthscale {lengthscale}"] = rivals(x, lengthscale, steps, cells)
+        if options.json is not None:
+            options.json.write_text(json.dumps(figures, indent=2) + "\n")
     finish(figures, options)
 
 
