@@ -36,6 +36,9 @@ myst_heading_anchors = 3
 
 # BAYESDL_DOCS_EXECUTE=1 runs the tutorials and shows what they print; without it their code is shown alone.
 nb_execution_mode = "force" if os.environ.get("BAYESDL_DOCS_EXECUTE") == "1" else "off"
+if nb_execution_mode == "force":  # kernels take their backend from here, and only this one puts figures on the page
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+nb_output_stderr = "remove"  # progress bars and warnings of other libraries
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
