@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from typing import Any
 
@@ -15,11 +16,13 @@ from tests.untouched import untouched
 
 pytest.importorskip("botorch", reason="the package whose models these are")
 
-from botorch.acquisition import LogExpectedImprovement, qLogExpectedImprovement
+from botorch.acquisition import LogExpectedImprovement, qKnowledgeGradient, qLogExpectedImprovement
 from botorch.acquisition.objective import ScalarizedPosteriorTransform
+from botorch.models.transforms import ChainedInputTransform, Log, Normalize, Standardize
 from botorch.optim import optimize_acqf
 from botorch.posteriors import GPyTorchPosterior
 from botorch.posteriors.ensemble import EnsemblePosterior
+from botorch.sampling import SobolQMCNormalSampler
 
 from bayesdl.integrations.botorch import Surrogate
 
@@ -224,6 +227,122 @@ def test_conditioning_is_the_fit_on_all_data() -> None:
         Surrogate(wrapped("laplace")).condition_on_observations(x, y)
     with pytest.raises(UnsupportedError, match=r"conditioning takes \(n, d\)"):
         surrogate.condition_on_observations(x.unsqueeze(0), y.unsqueeze(0))
+
+
+def scaled(method: Any = "vbll", outcome: Any = None) -> tuple[bdl.BayesianModel, Any, Any, Tensor, Tensor]:
+    """A regression of two targets on transformed data, both transforms as fitted, and the data before them."""
+    x = points(30) * torch.tensor([10.0, 0.2]) + torch.tensor([-5.0, 3.0])
+    y = (truth(points(30), 2) * torch.tensor([3.0, 20.0])).exp() + torch.tensor([1.0, 50.0])
+    inputs, outcome = Normalize(d=2), Standardize(m=2) if outcome is None else outcome
+    data = [(inputs(x), outcome(y)[0])]
+    likelihood = bdl.Gaussian(noise=0.1)
+    model = [network(2, seed) for seed in range(3)] if method == "ensemble" else network(2)
+    return bdl.wrap(model, method, data, likelihood=likelihood, progress=False), inputs, outcome, x, y
+
+
+@pytest.mark.parametrize("q", [1, 3])
+def test_transforms_go_forth_and_back(q: int) -> None:
+    bayes, inputs, outcome, x, y = scaled()
+    surrogate = Surrogate(bayes, num_outputs=2, input_transform=inputs, outcome_transform=outcome)
+    there = x[: 2 * q].reshape(2, q, 2)
+    low, high = x.min(0).values, x.max(0).values
+    inner = Surrogate(bayes, num_outputs=2).posterior((there - low) / (high - low))
+    found = surrogate.posterior(there)
+    assert isinstance(found, GPyTorchPosterior)
+    mean, sd = y.mean(0), y.std(0)
+    torch.testing.assert_close(found.mean, mean + sd * inner.mean)
+    matrix, scale = inner.distribution.covariance_matrix, sd.repeat(q)
+    torch.testing.assert_close(found.distribution.covariance_matrix, matrix * scale * scale.unsqueeze(1))
+    second = surrogate.posterior(there, output_indices=[-1])
+    torch.testing.assert_close(second.mean, found.mean[..., 1:])
+    torch.testing.assert_close(second.variance, found.variance[..., 1:])
+    noisy = surrogate.posterior(there, observation_noise=True)
+    torch.testing.assert_close((noisy.variance - found.variance), (0.01 * sd**2).expand(2, q, 2))
+    assert torch.equal(surrogate.train().posterior(there).mean, found.mean)  # in any mode, and nothing was learned
+    x = there.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda at: surrogate.posterior(at).mean, (x,))
+
+
+def test_logarithms_of_targets_come_back_as_log_normals() -> None:
+    bayes, inputs, outcome, x, _ = scaled(outcome=Log())
+    found = Surrogate(bayes, num_outputs=2, input_transform=inputs, outcome_transform=outcome).posterior(x[:4])
+    latent = bayes(inputs.eval()(x[:4])).latent
+    mean = (latent.mean + latent.variance / 2).exp()
+    torch.testing.assert_close(found.mean, mean)
+    torch.testing.assert_close(found.variance, mean**2 * latent.variance.expm1())
+    assert bool((found.rsample(torch.Size([5])) > 0).all())
+
+
+def test_each_member_comes_back() -> None:
+    bayes, inputs, outcome, x, _ = scaled("ensemble", Log())
+    found = Surrogate(bayes, num_outputs=2, input_transform=inputs, outcome_transform=outcome).posterior(x[:4])
+    assert isinstance(found, EnsemblePosterior)
+    for seed in range(3):
+        torch.testing.assert_close(found.values[seed], network(2, seed)(inputs.eval()(x[:4])).exp())
+    torch.testing.assert_close(found.mean, found.values.mean(0))
+
+
+def test_conditioning_goes_through_the_transforms() -> None:
+    bayes, inputs, outcome, x, y = scaled(bdl.VBLL(tuning="evidence"))
+    grown = Surrogate(bayes, num_outputs=2, input_transform=inputs, outcome_transform=outcome)
+    grown = grown.condition_on_observations(x[:3] + 0.1, y[:3])
+    scale = [t.eval() for t in (inputs, outcome)]
+    direct = bayes.update([(scale[0](x[:3] + 0.1), scale[1](y[:3])[0])])
+    expected = y.mean(0) + y.std(0) * direct(inputs(x[5:9])).latent.mean
+    torch.testing.assert_close(grown.posterior(x[5:9]).mean, expected)
+
+
+@pytest.mark.parametrize("batches", [(), (2,)])
+def test_fantasies_are_updates_on_what_was_drawn(batches: tuple[int, ...]) -> None:
+    bayes, inputs, outcome, x, _ = scaled(bdl.VBLL(tuning="evidence"))
+    surrogate = Surrogate(bayes, num_outputs=2, input_transform=inputs, outcome_transform=outcome)
+    there = x[:6].reshape(2, 3, 2)[: len(batches) + 1].reshape(*batches, 3, 2)
+    sampler = SobolQMCNormalSampler(torch.Size([4]), seed=0)
+    fantasies = surrogate.fantasize(there, sampler)
+    assert fantasies.batch_shape == (4, *batches) and fantasies.num_outputs == 2
+    targets = sampler(surrogate.posterior(there, observation_noise=True))
+    found = fantasies.posterior(x[6:8])
+    noisy = fantasies.posterior(x[6:8], observation_noise=True)
+    assert found.mean.shape == (4, *batches, 2, 2)
+    for at in itertools.product(*map(range, (4, *batches))):
+        direct = surrogate.condition_on_observations(there[at[1:]], targets[at]).posterior(x[6:8], None, True)
+        torch.testing.assert_close(found.mean[at], direct.mean)
+        torch.testing.assert_close(noisy.distribution.covariance_matrix[at], direct.distribution.covariance_matrix)
+    # without noise the functions go through what was drawn
+    little = torch.full((1, 2), 1e-10)
+    through = surrogate.fantasize(there, sampler, little).posterior(there)
+    expected = sampler(surrogate.posterior(there, observation_noise=little))
+    torch.testing.assert_close(outcome.eval()(through.mean)[0], outcome(expected)[0], rtol=0, atol=1e-3)
+
+
+def test_knowledge_gradients_are_differentiable() -> None:
+    surrogate = Surrogate(wrapped("vbll"))
+    sampler = SobolQMCNormalSampler(torch.Size([3]), seed=0)
+    gradient = qKnowledgeGradient(surrogate, num_fantasies=3, sampler=sampler)
+    x = points(2, 1 + 3).requires_grad_()
+    means = surrogate.fantasize(x[:, :1], sampler).posterior(x[:, 1:].transpose(0, 1).unsqueeze(2)).mean
+    torch.testing.assert_close(gradient(x), means.mean(0).flatten())
+    assert torch.autograd.gradcheck(gradient, (x,), atol=1e-6, rtol=1e-4)
+
+
+def test_fantasies_that_are_not_exact() -> None:
+    sampler = SobolQMCNormalSampler(torch.Size([2]), seed=0)
+    for method in ("laplace", "ensemble"):
+        with pytest.raises(UnsupportedError, match="fantasies need an exact update"):
+            Surrogate(wrapped(method)).fantasize(points(3), sampler)
+    with pytest.raises(UnsupportedError, match="leave it out"):
+        Surrogate(wrapped("vbll")).fantasize(points(3), sampler).posterior(points(3), output_indices=[0])
+
+
+def test_transforms_that_saw_nothing() -> None:
+    bayes, inputs, _, x, _ = scaled()
+    with pytest.raises(ArgumentError, match="a Normalize that changes nothing"):
+        Surrogate(bayes, num_outputs=2, input_transform=Normalize(d=2))
+    with pytest.raises(ArgumentError, match="a Normalize that changes nothing"):
+        Surrogate(bayes, num_outputs=2, input_transform=ChainedInputTransform(a=inputs, b=Normalize(d=2)))
+    Surrogate(bayes, num_outputs=2, input_transform=Normalize(d=2, bounds=BOUNDS))
+    with pytest.raises(RuntimeError, match="must be called on outcome data"):
+        Surrogate(bayes, num_outputs=2, outcome_transform=Standardize(m=2)).posterior(x)
 
 
 def test_refusals() -> None:
