@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import bayesdl
 from bayesdl.cli_compare import add_compare, compare_files, compare_methods
-from bayesdl.cli_options import add_common, bootstrap, device, names, progress
+from bayesdl.cli_options import add_common, add_nan, bootstrap, device, names, progress
 from bayesdl.errors import ArgumentError, BayesDLError, FileFormatError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("file", metavar="PREDICTIONS.npz")
     evaluate.add_argument("--ood", nargs="+", action="extend", default=[], metavar="NAME=FILE")
     evaluate.add_argument("--metrics", metavar="A,B", help="the task's usual ones otherwise")
+    add_nan(evaluate)
     evaluate.add_argument("--json", action="store_true", help="JSON alone on the standard output")
     evaluate.add_argument("--debug", action="store_true", help="show where an error comes from")
     evaluate.set_defaults(run=_evaluate)
@@ -141,13 +142,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     metrics = names(arguments.metrics, "--metrics") if arguments.metrics else None
     ood = cli_model.named_entries(arguments.ood, "--ood", "FILE")
-    values = evaluate(arguments.file, None, ood=ood or None, metrics=metrics)
+    values = evaluate(arguments.file, None, ood=ood or None, metrics=metrics, nan=arguments.nan)
     if arguments.json:
         # Strict JSON knows neither NaN nor infinity.
         plain = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
         sys.stdout.write(json.dumps(plain, indent=2, allow_nan=False) + "\n")
     else:
-        _print_values(values, cli_model.reasons(arguments.file, values))
+        _print_values(values, cli_model.reasons(arguments.file, values, arguments.nan))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayesdl.cli_options import add_common, bootstrap, device, names, progress
-from bayesdl.errors import ArgumentError, UnknownNameError
+from bayesdl.cli_options import add_common, add_nan, bootstrap, device, names, progress
+from bayesdl.errors import ArgumentError, FileFormatError, UnknownNameError
 
 if TYPE_CHECKING:
     from bayesdl.evaluation.report import Report
@@ -75,6 +75,14 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
         metavar="NAME=A,B",
         help="means over several OOD sets, such as near=cifar100,tin",
     )
+    for option, what in (
+        ("--group", "subgroup, scored in columns of its own"),
+        ("--cluster", "cluster, resampled whole"),
+    ):
+        compare.add_argument(
+            option, type=Path, metavar="FILE", help=f"text, one line a test example: the name of its {what}"
+        )
+    add_nan(compare)
     compare.add_argument("--score", metavar="NAME", help="OOD score of the main columns; entropy or variance otherwise")
     compare.add_argument("--level", type=float, default=0.95, help="of the intervals, default: %(default)s")
     compare.add_argument("--reference", metavar="ROW", help="print every row's difference to this one")
@@ -179,6 +187,9 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "twins": arguments.twins,
         "progress": progress(arguments),
         "on_error": arguments.on_error,
+        "nan": arguments.nan,
+        "group": None if arguments.group is None else _lines(arguments.group),
+        "cluster": None if arguments.cluster is None else _numbered(_lines(arguments.cluster)),
     }
 
 
@@ -191,6 +202,20 @@ def _by_severity(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise ArgumentError(f"--shift {key}: expected NAME/SEVERITY, such as blur/1")
         shifts.setdefault(name, {})[severity] = value
     return shifts
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path}: expected text in UTF-8, one name a line") from error
+
+
+def _numbered(found: Sequence[str]) -> list[int]:
+    """The same number for the same name."""
+    number = {name: place for place, name in enumerate(dict.fromkeys(found))}
+    return [number[name] for name in found]
 
 
 def _seeds(entry: str) -> list[str]:

@@ -216,13 +216,13 @@ def named_entries(entries: Sequence[str], option: str, what: str) -> dict[str, s
     return named
 
 
-def reasons(file: str, values: Mapping[str, float]) -> dict[str, str]:
+def reasons(file: str, values: Mapping[str, float], nan: str = "raise") -> dict[str, str]:
     """Why metrics of predictions in a file have no value, by name."""
     from bayesdl.evaluation.metrics import METRICS, metric_values
     from bayesdl.evaluation.predictions import Predictions
 
     undefined = [key for key, value in values.items() if math.isnan(value) and key in METRICS]
-    found = metric_values(Predictions.load(file), undefined) if undefined else {}
+    found = metric_values(Predictions.load(file, nan=nan), undefined) if undefined else {}
     return {key: value.reason for key, value in found.items()}
 
 

@@ -31,6 +31,16 @@ def add_common(parser: argparse.ArgumentParser, *, out: str, resamples: int) -> 
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
 
 
+def add_nan(parser: argparse.ArgumentParser) -> None:
+    """What to do with examples that are not finite."""
+    parser.add_argument(
+        "--nan",
+        choices=("raise", "drop"),
+        default="raise",
+        help="drop: leave out, for every method, the examples on which one is not finite; default: %(default)s",
+    )
+
+
 def names(text: str, option: str) -> list[str]:
     """Names with commas between them."""
     found = [name.strip() for name in text.split(",")]

@@ -22,6 +22,7 @@ from scipy.special import log_softmax
 import bayesdl
 from bayesdl.cli import main
 from bayesdl.evaluation.compare import compare
+from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
 
 TARGETS = np.random.default_rng(0).integers(0, 3, 40)
@@ -317,6 +318,36 @@ def test_the_options_of_compare_on_files(here: Path, capsys: pytest.CaptureFixtu
         (["--shift", "blur/3=a-blur.npz"], "ROW:NAME/SEVERITY=FILE"),
     ):
         assert words in failing(["compare", "a.npz", "b.npz", *wrong], capsys)
+
+
+def test_subgroups_clusters_and_examples_that_are_not_finite(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, name in enumerate("ab"):
+        save_predictions(here / f"{name}.npz", seed)
+    with np.load(here / "b.npz") as arrays:
+        faulty = {key: arrays[key].copy() for key in arrays}
+    faulty["logits"][4, 1] = math.nan
+    np.savez(here / "b.npz", **faulty)
+    (here / "names.txt").write_text("".join(f"{'x' if n % 2 else 'y'}\n" for n in range(40)), encoding="utf-8")
+    (here / "documents.txt").write_text("".join(f"document {n // 4}\n" for n in range(40)), encoding="utf-8")
+    files = ["a.npz", "b.npz", "--bootstrap", "20", "--quiet", "--out", "report.json"]
+    assert "b.npz" in failing(["compare", *files], capsys)
+    options = ["--nan", "drop", "--group", "names.txt", "--cluster", "documents.txt"]
+    assert main(["compare", *files, *options]) == 0
+    capsys.readouterr()
+    found = Report.from_json((here / "report.json").read_text(encoding="utf-8"))
+    keep = torch.tensor([n for n in range(40) if n != 4])
+    rows = {row: Predictions.load(here / f"{row}.npz", nan="drop") for row in "ab"}
+    rows["a"] = rows["a"].subset(keep)
+    rows["b"] = rows["b"].subset(torch.arange(39))
+    expected = compare(
+        rows, bootstrap=20, group=[f"{'x' if n % 2 else 'y'}" for n in keep.tolist()], cluster=keep // 4, progress=False
+    )
+    for row in "ab":
+        np.testing.assert_equal(dict(found[row]), {**expected[row], "dropped": float(row == "b")})
+    assert main(["evaluate", "b.npz", "--nan", "drop", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dropped"] == 1.0
+    (here / "names.txt").write_bytes(b"\xff\xfe")
+    assert "UTF-8" in failing(["compare", *files, "--group", "names.txt"], capsys)
 
 
 def test_seeds_in_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ GROUPS = {
     "ood": "Out-of-distribution detection",
     "selective": "Selective prediction",
     "shift": "Under shift",
+    "group": "Subgroups",
     "cost": "Cost",
 }
 
@@ -55,6 +56,17 @@ class Column:
     def short(self) -> str:
         """The label without the data set, for a table that names it elsewhere."""
         return self.label.removesuffix(f", {self.place}") if self.place else self.label
+
+
+COSTS = (
+    Column("fit_seconds", "Fit time", "cost", "min", "s", "Seconds to fit the method on top of the trained network."),
+    Column("ms_per_example", "Time", "cost", "min", "ms / example", "Milliseconds to predict one example."),
+    Column("peak_mib", "Peak memory", "cost", "min", "MiB", "Memory a prediction needs above what was held before it."),
+    Column(
+        "forward_passes", "Forward passes", "cost", "min", "", "Cost of a prediction in passes through the network."
+    ),
+    Column("parameters", "Parameters", "cost", "none", "", "Parameters that the method treats as uncertain."),
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Difference:
 
 
 def place(dataset: str) -> str:
-    """`ood/noise` and `shift/rotation/15` in words: `noise`, `rotation 15`; empty for the test data."""
+    """`ood/noise`, `shift/rotation/15`, `group/a` in words: `noise`, `rotation 15`, `a`; empty for the test data."""
     return dataset.split("/", 1)[1].replace("/", " ") if "/" in dataset else ""
 
 

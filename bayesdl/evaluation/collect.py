@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bayesdl.errors import ArgumentError, LabelError, ShapeError
+from bayesdl.errors import ArgumentError, LabelError
 from bayesdl.evaluation import cost as costs
-from bayesdl.evaluation import validation
 from bayesdl.evaluation.cells import place
+from bayesdl.evaluation.dropping import check_choice, dropped_of, finite_predictions, without
 from bayesdl.evaluation.failures import FAILURES, reason
+from bayesdl.evaluation.pairing import check_same_targets, drop_together
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.predictive import Predictive
 
@@ -34,7 +35,8 @@ class Collected:
     held-out predictions by row, `scores[name][row][data set]` the OOD scores (N,) of feature densities.
     `failures[row][data set]` says why a method has no predictions there; one that failed on `test` has none at all.
     `failures[row]["cost"]` says why it has predictions but could not be timed. `shortfalls` are sentences about scores
-    that failed.
+    that failed. `unusable[row][data set]`, under `nan="drop"` alone: on how many examples a method itself was not
+    finite; all rows lack the same examples.
     """
 
     predictions: dict[str, dict[str, Predictions]]
@@ -45,6 +47,7 @@ class Collected:
     scores: Mapping[str, Mapping[str, Mapping[str, Tensor]]] = field(default_factory=dict)
     failures: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     shortfalls: tuple[str, ...] = ()
+    unusable: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -76,11 +79,13 @@ def collect(
     calibration: Any = None,
     scores: Mapping[str, Any] | None = None,
     keep_going: bool = False,
+    nan: str = "raise",
 ) -> Collected:
     """Run every method that is a model over all loaders; take and load what is given as predictions.
 
     With `keep_going` the errors of one method do not end the comparison: they become its `failures`. Where every
-    method fails on the test data, the first error is raised all the same.
+    method fails on the test data, the first error is raised all the same. With `nan` "drop", examples on which any
+    method is not finite are left out for all of them.
 
     Raises:
         ArgumentError: no methods, a loader that is missing or can be read only once, or a value of an unknown kind.
@@ -92,6 +97,7 @@ def collect(
     names = [str(row) for row in methods]
     if "" in names or len(set(names)) < len(names):
         raise ArgumentError(f"methods: every row needs a name of its own, got {', '.join(map(repr, methods))}")
+    check_choice(nan)
     sources, shifts = _sources(data, ood, shift)
     if calibration is not None:
         sources[CALIBRATION] = calibration
@@ -116,7 +122,7 @@ def collect(
             for name, source in sources.items():
                 steps.set_postfix_str(f"{row}, {name}")
                 try:
-                    found = _predictions(str(row), method, name, source)
+                    found = _predictions(str(row), method, name, source, nan)
                 except FAILURES as error:
                     if not keep_going:
                         raise
@@ -135,24 +141,19 @@ def collect(
             about[str(row)] = _about(method, sets, model=str(row) in models)
         if first_error is not None and not any(predictions.values()):
             raise first_error
-        _check_same_targets(predictions)
+        unusable = {row: {name: len(dropped_of(p)) for name, p in sets.items()} for row, sets in predictions.items()}
+        out = drop_together([predictions], nan)
+        check_same_targets(predictions)
         timed = {row: model for row, model in models.items() if TEST in predictions[row]}
         if cost and timed:
             steps.set_postfix_str("cost")
-            notes = _add_costs(timed, data, predictions, about, failures if keep_going else None)
+            usable = without(data, out[TEST]) if TEST in out else data
+            notes = _add_costs(timed, usable, predictions, about, failures if keep_going else None)
             steps.update(len(models))
     held = {row: sets.pop(CALIBRATION) for row, sets in predictions.items() if CALIBRATION in sets}
-    whole = Collected(predictions, about, shifts, notes, held, failures=failures)
+    counts = unusable if nan == "drop" else {}
+    whole = Collected(predictions, about, shifts, notes, held, failures=failures, unusable=counts)
     return _with_feature_scores(scores, whole, sources, keep_going=keep_going) if scores else whole
-
-
-def grouped(found: Collected, group: Any) -> Collected:
-    """The same with cluster ids (N,) for the test examples of every row. Raises `ShapeError` for another length."""
-    ids = validation.tensor(group, "group")
-    rows = {
-        row: {**sets, TEST: replace(sets[TEST], group=ids)} if sets else sets for row, sets in found.predictions.items()
-    }
-    return replace(found, predictions=rows)
 
 
 def _with_feature_scores(
@@ -180,7 +181,7 @@ def _with_feature_scores(
                     if (key != TEST and not key.startswith("ood/")) or not _is_loader(source, name, key):
                         continue
                     try:
-                        done[id(density)][key] = density.scores(source).cpu()
+                        done[id(density)][key] = _paired(density, source, found.predictions[row].get(key))
                     except FAILURES as error:
                         if not keep_going:
                             raise
@@ -189,16 +190,27 @@ def _with_feature_scores(
     return replace(found, scores=made, shortfalls=tuple(shortfalls))
 
 
+def _paired(density: Any, source: Any, found: Predictions | None) -> Tensor:
+    """Scores (N,) of the examples that the predictions hold."""
+    if found is None or not (out := dropped_of(found)):
+        made: Tensor = density.scores(source).cpu()
+        return made
+    batches = list(source)
+    kept = without(batches, out)
+    made = density.scores(kept).cpu()
+    return made
+
+
 def _is_loader(source: Any, score: str, key: str) -> bool:
     if source is None or isinstance(source, Mapping):
         raise ArgumentError(f"scores[{score!r}] reads inputs, so {key} must be a loader")
     return True
 
 
-def one(source: Any, data: Any, ood: Mapping[str, Any] | None) -> dict[str, Predictions]:
+def one(source: Any, data: Any, ood: Mapping[str, Any] | None, nan: str = "raise") -> dict[str, Predictions]:
     """Predictions by data set of a single model, predictions or path."""
     named = {name: {"it": value} if _is_given(value) else value for name, value in (ood or {}).items()}
-    return collect({"it": source}, data, named, None, cost=False, progress=False).predictions["it"]
+    return collect({"it": source}, data, named, None, cost=False, progress=False, nan=nan).predictions["it"]
 
 
 def _is_given(method: Any) -> bool:
@@ -244,19 +256,27 @@ def _set_name(name: object) -> str:
     return text
 
 
-def _predictions(row: str, method: Any, name: str, source: Any) -> Predictions | None:
+def _predictions(row: str, method: Any, name: str, source: Any, nan: str) -> Predictions | None:
     """Predictions of one method on one data set; None where they were not given."""
     if isinstance(source, Mapping):  # predictions by method
         value = source.get(row)
-        return None if value is None else _load(value, f"{name}[{row!r}]")
+        return None if value is None else _load(value, f"{name}[{row!r}]", nan)
     if _is_given(method):
-        return _load(method, f"methods[{row!r}]", targets=True) if name == TEST else None
+        return _load(method, f"methods[{row!r}]", nan, targets=True) if name == TEST else None
     if not hasattr(method, "predict_with_targets"):
         raise ArgumentError(
             f"methods[{row!r}]: expected a BayesianModel, Predictions or a path to some, got {type(method).__name__}; "
             'wrap a network first: bayesdl.wrap(net, "map", loader, likelihood=...)'
         )
-    predictive, targets = method.predict_with_targets(source)
+
+    def predict(data: Iterable[Any]) -> Predictions:
+        return _predicted(method, name, data)
+
+    return finite_predictions(predict, source) if nan == "drop" else predict(source)
+
+
+def _predicted(method: Any, name: str, data: Iterable[Any]) -> Predictions:
+    predictive, targets = method.predict_with_targets(data)
     labelled = not name.startswith("ood/")
     if labelled and targets is None:
         raise LabelError(f"{name}: the loader gives inputs without targets, and nothing can be scored without them")
@@ -267,10 +287,10 @@ def _predictions(row: str, method: Any, name: str, source: Any) -> Predictions |
     return made.map(Tensor.cpu)
 
 
-def _load(value: Any, where: str, *, targets: bool = False) -> Predictions:
+def _load(value: Any, where: str, nan: str, *, targets: bool = False) -> Predictions:
     found = value if isinstance(value, Predictions) else None
     if found is None and isinstance(value, (str, os.PathLike)):
-        found = Predictions.load(Path(value))
+        found = Predictions.load(Path(value), nan=nan)
     if found is None:
         raise ArgumentError(f"{where}: expected Predictions or a path to some, got {type(value).__name__}")
     if targets and found.targets is None:
@@ -333,7 +353,9 @@ def _add_costs(
         known = {key: value for key, value in values.items() if not math.isnan(value)}
         about[row] = {**about[row], "cost": {**about[row]["cost"], **known}, "device": found.device}
         # kept with the predictions, so that a comparison of saved files knows it too
-        predictions[row][TEST] = replace(predictions[row][TEST], meta={"about": about[row]})
+        predictions[row][TEST] = replace(
+            predictions[row][TEST], meta={**predictions[row][TEST].meta, "about": about[row]}
+        )
     return tuple(dict.fromkeys(_cost_note(found) for found in measured.values()))
 
 
@@ -354,35 +376,3 @@ def _cost_note(measured: costs.Cost) -> str:
     )
     text += ", CUDA allocator" if measured.device.startswith("cuda") else ", resident set sampled every millisecond"
     return f"{text}. {measured.note}." if measured.note else f"{text}."
-
-
-def _check_same_targets(predictions: Mapping[str, Mapping[str, Predictions]]) -> None:
-    """Paired resampling compares example with example, so all rows must hold the same examples in the same order."""
-    first: dict[str, str] = {}
-    for row, sets in predictions.items():
-        for name, found in sets.items():
-            first_row = first.setdefault(name, row)
-            other = predictions[first_row][name]
-            if other is found:
-                continue
-            if found.task != other.task:
-                raise ArgumentError(f"{name}: {row!r} is about {found.task}, {first_row!r} about {other.task}")
-            if len(found) != len(other):
-                raise ShapeError(
-                    f"{name}: {row!r} has {len(found)} examples, {first_row!r} has {len(other)}; "
-                    "compare the same examples"
-                )
-            if found.targets is None or other.targets is None:
-                continue
-            if found.targets.shape != other.targets.shape:
-                raise ShapeError(
-                    f"{name}: targets of {row!r} have shape {tuple(found.targets.shape)}, "
-                    f"of {first_row!r} {tuple(other.targets.shape)}"
-                )
-            unequal = (found.targets.double() != other.targets.double()).reshape(len(found), -1).any(1)
-            if bool(unequal.any()):
-                index = int(unequal.nonzero()[0])
-                raise LabelError(
-                    f"{name}: targets of {row!r} and {first_row!r} differ, first at example {index}; "
-                    "if the loader shuffles, build it with shuffle=False"
-                )

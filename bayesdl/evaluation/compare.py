@@ -7,7 +7,8 @@ import platform
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from tqdm import tqdm
 
 from bayesdl.errors import ArgumentError, UnknownNameError
 from bayesdl.evaluation.cells import place
-from bayesdl.evaluation.collect import COST, TEST, Collected, collect, grouped, one
+from bayesdl.evaluation.collect import COST, TEST, Collected, collect, one
+from bayesdl.evaluation.dropping import dropped_of
 from bayesdl.evaluation.metrics import FURTHER, HEADLINE, check_names, evaluate_metrics
 from bayesdl.evaluation.mixing import fingerprint
 from bayesdl.evaluation.ood import DEFAULT_SCORE, SCORES, ood_metrics
+from bayesdl.evaluation.pairing import clustered, drop_over_seeds, dropped_notes, subgroups_of
 from bayesdl.evaluation.predictions import Predictions
 from bayesdl.evaluation.report import Report
 from bayesdl.evaluation.seeds import join_seeds, of_seed, split_seeds
@@ -53,8 +56,10 @@ def compare(
     calibration: Any = None,
     twins: bool | None = None,
     group: Any = None,
+    cluster: Any = None,
     progress: bool = True,
     on_error: str = "raise",
+    nan: str = "raise",
 ) -> Report:
     """Compare methods on the same examples: proper scores, calibration, OOD detection, shift, cost, with error bars.
 
@@ -80,13 +85,19 @@ def compare(
         calibration: held-out loader, or {method: Predictions}, to which the twins' temperatures are fitted.
         twins: add a row `<name> + T` for each classification method but temperature scaling: its probabilities at a
             fitted temperature. None: where `calibration` is given. True without it: cross-fitted on the test set.
-        group: (N,) ids of what the test examples come from (image, document, subject): whole groups are resampled, as
-            examples of one group vary together.
+        group: (N,) names or numbers of subgroups of the test examples (hospital, language, year): further columns
+            `group/<name>/<metric>` with the size of each; the metrics of shifts, or those in `metrics`. The
+            calibration error of a small subgroup is mostly chance, so read it beside its expected value.
+        cluster: (N,) ids of what the test examples come from (image, document, subject): whole clusters are resampled,
+            as examples of one cluster vary together. None: the `group` of the predictions, where they hold one.
         progress: show a progress bar.
         on_error: "raise" ends the comparison with the error of the first method that fails to predict. "row" keeps its
             row without values, with the reason in `rep.failures` and every table, and compares the others; a method
             that fails on an OOD or shifted set alone, or while its cost is measured, has a note. What is wrong with
             the comparison itself (other test targets, no method left) is raised in any case.
+        nan: "raise" refuses inputs, targets and forecasts that are NaN or infinite. "drop" leaves an example on which
+            any method (or seed) is not finite out for all of them, so that pairs stay pairs; a note and the columns
+            `dropped`, `ood/<set>/dropped`, ... say on how many each method itself failed.
 
     Returns:
         A `Report`. A value that is undefined for a method is NaN there, with its reason in `rep.cell(row, key).note`.
@@ -112,49 +123,69 @@ def compare(
         raise ArgumentError(
             f"shift: {OVERALL.removeprefix('shift/')!r} names the mean over all shifts; rename that one"
         )
+    wanted = _Wanted(
+        metrics, bootstrap, level, generator, score, groups, calibration is not None, twins, group, cluster, progress
+    )
+    gather = partial(collect, cost=cost, progress=progress, scores=scores, keep_going=on_error == "row", nan=nan)
     if isinstance(methods, Mapping) and any(isinstance(value, (list, tuple)) for value in methods.values()):
         seeds = split_seeds(methods)
-        reports = []
+        collected = []
         for index, members in enumerate(seeds):
             given = {
                 name: of_seed(source, index, len(seeds), name)
                 for name, source in {"ood": ood, "shift": shift, "calibration": calibration}.items()
             }
-            reports.append(
-                compare(
-                    members, data, **given, ood_groups=ood_groups, metrics=metrics, bootstrap=0, level=level,
-                    generator=generator, cost=cost, score=score, scores=scores, twins=twins, group=group,
-                    progress=progress, on_error=on_error,
-                )
-            )  # fmt: skip
+            collected.append(gather(members, data, given["ood"], given["shift"], calibration=given["calibration"]))
+        reports = [_report(found, replace(wanted, bootstrap=0)) for found in drop_over_seeds(collected)]
         return _with_reference(join_seeds(reports, level), reference)
-    found = collect(
-        methods, data, ood, shift, cost=cost, progress=progress, calibration=calibration, scores=scores,
-        keep_going=on_error == "row",
-    )  # fmt: skip
-    if group is not None:
-        found = grouped(found, group)
-    if (calibration is not None) if twins is None else twins:
+    found = gather(methods, data, ood, shift, calibration=calibration)
+    return _with_reference(_report(found, wanted), reference)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What `compare` was asked to make of predictions."""
+
+    metrics: Sequence[str] | None
+    bootstrap: int
+    level: float
+    generator: torch.Generator | None
+    score: str | None
+    ood_groups: Mapping[str, Sequence[str]]
+    calibrated: bool
+    twins: bool | None
+    group: Any
+    cluster: Any
+    progress: bool
+
+
+def _report(found: Collected, wanted: _Wanted) -> Report:
+    """The report on one collection of predictions."""
+    subgroups = {} if wanted.group is None else subgroups_of(found, wanted.group)
+    if wanted.cluster is not None:
+        found = clustered(found, wanted.cluster)
+    if wanted.calibrated if wanted.twins is None else wanted.twins:
         if found.task == "classification":
             found = with_twins(found, found.calibration)
-        elif twins:
+        elif wanted.twins:
             raise ArgumentError(f"twins: a temperature is a matter of classes; the task is {found.task}")
-    names = tuple(HEADLINE[found.task] if metrics is None else metrics)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    names = tuple(HEADLINE[found.task] if wanted.metrics is None else wanted.metrics)
+    generator = torch.Generator().manual_seed(0) if wanted.generator is None else wanted.generator
     seed = generator.initial_seed()
-    chosen = DEFAULT_SCORE[found.task] if score is None else score
-    table = Table(found, Resampler(bootstrap, level, generator))
+    chosen = DEFAULT_SCORE[found.task] if wanted.score is None else wanted.score
+    table = Table(found, Resampler(wanted.bootstrap, wanted.level, generator), subgroups)
     shifts = [(name, severity) for name, severities in found.shifts.items() for severity in severities]
     sets = [name for name in _sets(found) if name.startswith("ood/")]
-    with tqdm(total=1 + len(shifts) + len(sets), desc="evaluate", disable=not progress, leave=False) as steps:
+    total = 1 + len(shifts) + len(sets) + len(subgroups)
+    with tqdm(total=total, desc="evaluate", disable=not wanted.progress, leave=False) as steps:
         table.add_metrics(TEST, names, headline=True)
-        if metrics is None:
+        if wanted.metrics is None:
             table.add_metrics(TEST, FURTHER.get(found.task, ()), headline=False)
         steps.update()
         for name in sets:
             table.add_ood(name, chosen)
             steps.update()
-        for name, together in groups.items():
+        for name, together in wanted.ood_groups.items():
             table.add_ood_means(name, together)
         watched = [metric for metric in _SHIFT_METRICS[found.task] if metric in names]
         for name, severity in shifts:
@@ -164,13 +195,21 @@ def compare(
             table.add_shift_means(name, severities, watched)
         if len(found.shifts) > 1:
             table.add_overall_means(found.shifts, watched)
+        for name in subgroups:
+            table.add_metrics(name, watched if wanted.metrics is None else names, headline=True)
+            steps.update()
+    table.add_dropped()
     table.add_costs()
-    report = table.report(_details(found, table, bootstrap, level, seed, chosen, watched))
-    return _with_reference(report, reference)
+    return table.report(_details(found, table, wanted.bootstrap, wanted.level, seed, chosen, watched))
 
 
 def evaluate(
-    method: Any, data: Any = None, ood: Mapping[str, Any] | None = None, metrics: Sequence[str] | None = None
+    method: Any,
+    data: Any = None,
+    ood: Mapping[str, Any] | None = None,
+    metrics: Sequence[str] | None = None,
+    *,
+    nan: str = "raise",
 ) -> dict[str, float]:
     """One method's values as plain floats, with keys made for loggers; undefined values are NaN.
 
@@ -179,6 +218,7 @@ def evaluate(
         data: loader of the test data; None for predictions.
         ood: name -> loader, `Predictions` or path.
         metrics: keys of `METRICS`; None takes the task's `HEADLINE`.
+        nan: "drop" leaves out examples that are not finite and says how many: `dropped`, `ood/<set>/dropped`.
 
     Returns:
         `nll`, ..., `ood/<set>/<score>/<metric>` for every score the predictions hold, and `ood/<set>/<metric>` for the
@@ -192,9 +232,12 @@ def evaluate(
         if (key := re.sub(r"[^A-Za-z0-9_.\-/]", "_", str(name))) in named:
             raise ArgumentError(f"two sets would be called {key!r} in a logger; rename {name!r}")
         named[key] = source
-    sets = one(method, data, named)
+    sets = one(method, data, named, nan)
     test = sets.pop(TEST)
     values = evaluate_metrics(test, metrics)
+    if nan == "drop":
+        values["dropped"] = float(len(dropped_of(test)))
+        values |= {f"{name}/dropped": float(len(dropped_of(found))) for name, found in sets.items()}
     for name, outside in sets.items():
         for score in scores_for(test):
             found = {metric: float(value) for metric, value in ood_metrics(test, outside, score).items()}
@@ -273,7 +316,8 @@ def _details(
     data = fingerprint(first)
     if flattered := [row for row in found.ran if about[row].get("selected_on") == data]:
         notes.append(f"{', '.join(flattered)}: members were selected on these very test data, which flatters them.")
-        warnings.warn(f"{notes[-1]} Select on other data", stacklevel=3)
+        warnings.warn(f"{notes[-1]} Select on other data", stacklevel=4)
+    notes += dropped_notes(found)
     shortfalls = _shortfalls(found)
     notes += shortfalls
     if bootstrap:
@@ -317,7 +361,7 @@ def _shortfalls(found: Collected) -> list[str]:
 
 
 def _bootstrap_note(count: int, clustered: bool) -> str:
-    units = "whole groups of examples" if clustered else "examples"
+    units = "whole clusters of examples" if clustered else "examples"
     return (
         f"Intervals: {count} bootstrap resamples of {units}, the same for every method and column; BCa for means of "
         "losses, reflected for calibration errors (whose bootstrap is biased upwards), percentiles for the rest. "

@@ -24,6 +24,7 @@ _TABLES = (
     ("quality", "Quality of the predictions", ("proper", "accuracy", "calibration", "selective")),
     ("ood", "Noticing unfamiliar data", ("ood",)),
     ("shift", "Under shift", ("shift",)),
+    ("group", "Subgroups", ("group",)),
     ("cost", "Cost", ("cost",)),
 )
 _BAR = 96  # width in pixels of the error bar below a value

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bayesdl.errors import ArgumentError, BayesDLError, FileFormatError, UnsupportedError
-from bayesdl.evaluation import fields, validation
+from bayesdl.evaluation import dropping, fields, validation
 from bayesdl.evaluation.archive import read_archive, which_forecast, write_archive
 from bayesdl.evaluation.decomposition import Split, log_complement, split_bernoulli, split_categorical, split_moments
 from bayesdl.evaluation.draws import Draws, checked_samples
@@ -303,7 +303,8 @@ class Predictions:
             for key, value in self._tensors().items()
             if (axis := axes[key]) is not None
         }
-        return replace(self, **chosen)
+        # what was dropped is numbered in the whole data set, of which this is a part
+        return replace(self, meta={k: v for k, v in self.meta.items() if k != dropping.DROPPED}, **chosen)
 
     def without_targets(self) -> Predictions:
         """The same forecasts unlabelled, as an OOD set whose labels mean nothing here."""
@@ -315,17 +316,20 @@ class Predictions:
         write_archive(path, header, {key: value.cpu().numpy() for key, value in self._tensors().items()})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Predictions:
+    def load(cls, path: str | os.PathLike[str], *, nan: str = "raise") -> Predictions:
         """Read what `save` wrote, or a hand-made `.npz` with `logits|log_probs|probs`, with `mean` and `variance`,
         or with `samples`, plus `targets` and `group` where known. Pickled content is refused.
+
+        With `nan="drop"`, examples that are not finite are left out and numbered in `meta["dropped"]`.
 
         Raises:
             FileFormatError: the file is no such archive; the message names the key that is wrong.
         """
+        dropping.check_choice(nan)
         arrays = read_archive(path)
         try:
             if "header" not in arrays:
-                return cls._from_arrays(arrays)
+                return cls._from_arrays(arrays, nan)
             header = json.loads(str(arrays.pop("header")))
             if header.get("format") != FORMAT:
                 raise FileFormatError(f"format {header.get('format')!r}, expected {FORMAT!r}")
@@ -341,7 +345,11 @@ class Predictions:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _from_arrays(cls, arrays: dict[str, Any]) -> Predictions:
+    def _from_arrays(cls, arrays: dict[str, Any], nan: str) -> Predictions:
+        if nan == "drop":
+            kept, out = dropping.finite_arrays(arrays)
+            made = cls._from_arrays(kept, "raise")
+            return replace(made, meta={dropping.DROPPED: out}) if out else made
         key, rest = which_forecast(arrays), {k: arrays[k] for k in ("targets", "group") if k in arrays}
         if key == "mean":
             return cls.from_gaussian(arrays["mean"], arrays["variance"], **rest)

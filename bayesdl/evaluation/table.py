@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bayesdl.evaluation import bootstrap, render
 from bayesdl.evaluation.bootstrap import Resamples
-from bayesdl.evaluation.cells import Cell, Column, loss_of, place
-from bayesdl.evaluation.collect import COST, TEST, Collected
+from bayesdl.evaluation.cells import COSTS, GROUPS, Cell, Column, loss_of, place
+from bayesdl.evaluation.collect import CALIBRATION, COST, TEST, Collected
 from bayesdl.evaluation.metrics import METRICS, Metric, metric_values
 from bayesdl.evaluation.ood import OOD_METRICS, SCORES, ood_metrics, score_metrics
 from bayesdl.evaluation.predictions import Predictions
@@ -28,15 +28,6 @@ _GROUPS = {
     "accuracy": ("accuracy", "rmse", "mae"),
     "selective": ("error_auroc", "aurc", "eaurc", "augrc", "risk_at_coverage_80", "coverage_at_risk_5"),
 }
-_COSTS = (
-    Column("fit_seconds", "Fit time", "cost", "min", "s", "Seconds to fit the method on top of the trained network."),
-    Column("ms_per_example", "Time", "cost", "min", "ms / example", "Milliseconds to predict one example."),
-    Column("peak_mib", "Peak memory", "cost", "min", "MiB", "Memory a prediction needs above what was held before it."),
-    Column(
-        "forward_passes", "Forward passes", "cost", "min", "", "Cost of a prediction in passes through the network."
-    ),
-    Column("parameters", "Parameters", "cost", "none", "", "Parameters that the method treats as uncertain."),
-)
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,7 @@ class Table:
 
     found: Collected
     resampler: Resampler
+    subgroups: Mapping[str, Tensor] = field(default_factory=dict)
     columns: list[Column] = field(default_factory=list)
     cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
     replicates: dict[str, np.ndarray] = field(default_factory=dict)
@@ -70,7 +62,7 @@ class Table:
             name: Column(
                 key=prefix + name,
                 label=_sentence(METRICS[name].label) + where,
-                group="shift" if dataset.startswith("shift/") else _group(METRICS[name]),
+                group=kind if (kind := dataset.split("/")[0]) in ("shift", "group") else _group(METRICS[name]),
                 direction=METRICS[name].direction,
                 unit=METRICS[name].unit,
                 definition=METRICS[name].definition,
@@ -83,7 +75,7 @@ class Table:
         }
         samples: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         for row in self.found.rows:
-            predictions = self.found.predictions[row].get(dataset)
+            predictions = self._predictions(row, dataset)
             if predictions is None:
                 self.cells[row] |= {c.key: Cell(None, note=self.found.missing(row, dataset)) for c in columns.values()}
                 continue
@@ -282,7 +274,7 @@ class Table:
         known = {row: about.get("cost", {}) for row, about in self.found.about.items()}
         failed = {row for row in known if row not in self.found.ran or COST in self.found.failures.get(row, {})}
         reasons = {row: "failed" if row in failed else "not known" for row in known}
-        for column in _COSTS:
+        for column in COSTS:
             if not any(column.key in costs for costs in known.values()):
                 continue
             for row, costs in known.items():
@@ -303,8 +295,32 @@ class Table:
             replicates=self.replicates,
         )
 
+    def add_dropped(self) -> None:
+        """On how many examples of each set every method was not finite, where such examples are left out."""
+        for dataset in dict.fromkeys(name for sets in self.found.unusable.values() for name in sets):
+            if dataset == CALIBRATION:
+                continue
+            prefix, where = ("", "") if dataset == TEST else (f"{dataset}/", f", {place(dataset)}")
+            kind = dataset.split("/")[0]
+            key, group = f"{prefix}dropped", kind if kind in GROUPS else "accuracy"
+            about = "Examples without a finite forecast; they are left out for every method."
+            column = Column(key, f"Not finite{where}", group, definition=about, dataset=dataset, headline=False)
+            for row in self.found.rows:
+                # a twin is not finite where its original is not
+                count = self.found.unusable.get(row, {}).get(dataset)
+                self.cells[row][key] = Cell(None, note="not counted") if count is None else Cell(float(count))
+            self._finish(column, {})
+
+    def _predictions(self, row: str, dataset: str) -> Predictions | None:
+        sets = self.found.predictions[row]
+        if dataset in self.subgroups:
+            return sets[TEST].subset(self.subgroups[dataset]) if TEST in sets else None
+        return sets.get(dataset)
+
     def size(self, dataset: str) -> int:
-        """Number of examples of a data set."""
+        """Number of examples of a data set, or of a subgroup of the test data."""
+        if dataset in self.subgroups:
+            return len(self.subgroups[dataset])
         return next((len(sets[dataset]) for sets in self.found.predictions.values() if dataset in sets), 0)
 
     def _resamples(self, dataset: str, predictions: Predictions) -> Resamples:

@@ -67,7 +67,7 @@ def _twin(sets: Mapping[str, Predictions], held: Predictions | None) -> tuple[di
         order.append(inside.nonzero()[:, 0])
         found.append(part.temperature)
     made = {name: fitted.apply(part) for name, part in sets.items() if name != TEST}
-    made[TEST] = cat_predictions(scaled).subset(torch.cat(order).argsort())
+    made[TEST] = replace(cat_predictions(scaled).subset(torch.cat(order).argsort()), meta=test.meta)
     note = (
         f"temperatures {min(found):.4g} to {max(found):.4g}, cross-fitted in {FOLDS} folds of the test set because no "
         f"calibration data were given; {fitted.temperature:.4g}, of all folds, on other sets."

@@ -28,7 +28,7 @@ from bayesdl.evaluation import (
 from bayesdl.evaluation import calibration as cal
 from bayesdl.evaluation import classification as cls
 from bayesdl.evaluation.brier_terms import brier_decomposition
-from bayesdl.evaluation.compare import compare
+from bayesdl.evaluation.compare import compare, evaluate
 
 CLASSES: list[Callable[..., Any]] = [
     cls.nll, cls.brier, cls.accuracy, cls.ece, cls.mce, cls.ece_l2, cls.ece_mass, cls.ece_unweighted, cls.classwise_ece,
@@ -241,3 +241,25 @@ def test_a_key_that_means_nothing_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", probs=P, targets=Y, tragets=Y)
     with pytest.raises(FileFormatError, match="unknown keys tragets"):
         Predictions.load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("fault", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["logits", "probs", "mean", "variance", "samples", "targets"])
+def test_what_is_not_finite_is_refused_unless_it_may_be_dropped(name: str, fault: float, tmp_path: Path) -> None:
+    whole = {
+        "logits": {"logits": np.log(P), "targets": Y},
+        "probs": {"probs": P, "targets": Y},
+        "samples": {"samples": [[0.0, 1.0, 2.0], [1.0, 1.5, 0.0]], "targets": [0.5, 1.0, 0.0]},
+    }.get(name, {"mean": [0.0, 1.0, 2.0], "variance": [1.0, 2.0, 3.0], "targets": [0.5, 1.0, 0.0]})
+    arrays = {key: np.array(value) for key, value in whole.items()}
+    left = {key: value[:, :2] if key == "samples" else value[:2] for key, value in arrays.items()}
+    np.savez(tmp_path / "left.npz", **left)
+    arrays[name][..., -1] = fault if arrays[name].ndim == 1 else arrays[name][..., -1]
+    if arrays[name].ndim > 1:
+        arrays[name][-1, -1] = fault
+    np.savez(tmp_path / "faulty.npz", **arrays)
+    with pytest.raises(FileFormatError, match=r"NaN|infinite"):
+        evaluate(tmp_path / "faulty.npz")
+    found = evaluate(tmp_path / "faulty.npz", nan="drop")
+    expected = {**evaluate(tmp_path / "left.npz"), "dropped": 1.0}
+    np.testing.assert_equal(found, expected)

@@ -396,20 +396,20 @@ def test_untested_values_that_print_alike_are_both_marked() -> None:
     assert not any(rep.cell(row, "nll").best and rep.cell(row, "nll").p is not None for row in "abc")
 
 
-def test_groups_are_resampled_whole() -> None:
+def test_clusters_are_resampled_whole() -> None:
     # Ten copies of each example: as examples of their own they promise intervals sqrt(10) times too narrow.
     few = classes(60, sharpness=1.5)
     many = few.subset(torch.arange(60).repeat_interleave(10))
     ids = torch.arange(60).repeat_interleave(10)
     reports = {
-        name: compare({"a": found}, bootstrap=400, group=group, **QUIET)
+        name: compare({"a": found}, bootstrap=400, cluster=group, **QUIET)
         for name, found, group in (("few", few, None), ("alone", many, None), ("grouped", many, ids))
     }
     widths = {name: (cell := rep.cell("a", "nll")).high - cell.low for name, rep in reports.items()}  # type: ignore[operator]
     assert widths["grouped"] == pytest.approx(widths["few"], rel=0.15)
     assert widths["alone"] < 0.5 * widths["grouped"]
     with pytest.raises(ShapeError):
-        compare({"a": few}, group=torch.zeros(3), bootstrap=0, **QUIET)
+        compare({"a": few}, cluster=torch.zeros(3), bootstrap=0, **QUIET)
 
 
 def test_groups_of_ood_sets_are_plain_means() -> None:

@@ -158,7 +158,7 @@ def test_files_nan_and_the_comparison_itself(tmp_path: Path) -> None:
     assert rep.ran == ("here",) and "none.npz" in rep.failures["gone"]
     with_group = compare(
         {"gone": tmp_path / "none.npz", "here": held},
-        group=torch.arange(60) // 2,
+        cluster=torch.arange(60) // 2,
         bootstrap=20,
         on_error="row",
         **QUIET,
