@@ -24,7 +24,7 @@ from bayesdl.posteriors.last_layer import ConjugateWeights, GaussianWeights
 LARGEST = 4096  # weights of a last-layer Laplace posterior, whose covariance is formed here
 
 
-def export_head(bayes: BayesianModel) -> nn.Module:
+def export_head(bayes: BayesianModel, *, score: bool = False) -> nn.Module:
     """The model as one module of plain tensor operations, with its own copy of the network.
 
     Calling it gives two tensors, what `bayes(x)` gives as closed forms: for regression the mean and the variance of y
@@ -34,6 +34,9 @@ def export_head(bayes: BayesianModel) -> nn.Module:
     Args:
         bayes: "vbll" or "student-t" (frozen or trained), a head's posterior, a linearised Laplace posterior of the last
             layer, "temperature" (also over one of those) or "map".
+        score: return a third tensor `(B,)` too, higher for stranger inputs, as `bdl.evaluation.ood_score` by default:
+            the entropy of these probabilities in nats (summed over labels), or for regression the variance of f, noise
+            excluded, averaged over outputs.
 
     Raises:
         UnsupportedError: a model that needs several passes, draws, or a link without a closed form.
@@ -42,7 +45,12 @@ def export_head(bayes: BayesianModel) -> nn.Module:
     if isinstance(bayes.posterior, ScaledPosterior):
         posterior, temperature = bayes.posterior.base, float(bayes.posterior.temperature)
     trunk, layer, belief = _parts(bayes.network, posterior)
-    return Exported(trunk, belief, _link(bayes.likelihood), bayes.network.output_axis, temperature, layer).eval()
+    link = _link(bayes.likelihood)
+    if score:
+        binary = isinstance(bayes.likelihood, Bernoulli)
+        entropy = binary or isinstance(bayes.likelihood, Categorical)
+        link = _Scored(link, _Entropy(binary) if entropy else _Spread(isinstance(bayes.likelihood, Heteroscedastic)))
+    return Exported(trunk, belief, link, bayes.network.output_axis, temperature, layer).eval()
 
 
 @final
@@ -56,7 +64,7 @@ class Exported(nn.Module):
         self.trunk, self.belief, self.link = trunk, belief, link
         self.axis, self.temperature, self.layer = axis, temperature, layer
 
-    def forward(self, *inputs: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, *inputs: Any, **keywords: Any) -> tuple[Tensor, ...]:
         phi = outputs_last(extract_output(self.trunk(*inputs, **keywords)), None, self.axis)
         mean, variance = self.belief(phi)
         return self.link(mean / self.temperature, variance / self.temperature**2)
@@ -336,3 +344,38 @@ class _LogNoise(nn.Module):
         centre, log_noise = mean.chunk(2, -1)
         spread, doubt = variance.chunk(2, -1)
         return centre, spread + torch.exp(log_noise + 0.5 * doubt)
+
+
+class _Scored(nn.Module):
+    """A link, and a score of its results and the variances of f."""
+
+    def __init__(self, link: nn.Module, score: nn.Module) -> None:
+        super().__init__()
+        self.link, self.score = link, score
+
+    def forward(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, second = self.link(mean, variance)
+        return first, second, self.score(first, variance)
+
+
+class _Entropy(nn.Module):
+    def __init__(self, binary: bool) -> None:
+        super().__init__()
+        self.binary = binary
+
+    def forward(self, probs: Tensor, variance: Tensor) -> Tensor:
+        tiny = torch.finfo(probs.dtype).tiny  # 0 log 0 = 0
+        own = -(probs * probs.clamp(min=tiny).log()).sum(-1)
+        if not self.binary:
+            return own
+        rest = 1.0 - probs
+        return own - (rest * rest.clamp(min=tiny).log()).sum(-1)
+
+
+class _Spread(nn.Module):
+    def __init__(self, halves: bool) -> None:
+        super().__init__()
+        self.halves = halves  # the second half is of log variances
+
+    def forward(self, mean: Tensor, variance: Tensor) -> Tensor:
+        return (variance.chunk(2, -1)[0] if self.halves else variance).mean(-1)

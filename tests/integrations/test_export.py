@@ -9,6 +9,7 @@ from torch import nn
 
 import bayesdl as bdl
 from bayesdl.errors import UnsupportedError
+from bayesdl.evaluation import Predictions, ood_score
 from bayesdl.integrations.export import export_head
 from bayesdl.last_layer import Prototype
 from tests.untouched import untouched
@@ -78,13 +79,43 @@ def test_the_module_is_the_predictive_and_exports_with_any_batch(name):
                 assert torch.allclose(mine, theirs.float(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["vbll regression", "student-t", "two outputs", "vbll classes", "vbll labels"])
+def test_the_score_is_that_of_the_predictive(name):
+    if name == "two outputs":  # a mean and a log variance, of which the first alone is f
+        head = bdl.Laplace(select="last_layer", structure="full")
+        bayes = wrap(head, Y[:, :1], bdl.Heteroscedastic())
+    else:
+        bayes = MODELS[name]()
+    module, plain = export_head(bayes, score=True), export_head(bayes)
+    pred = bayes(FRESH)
+    wanted = pred.epistemic.mean(-1) if pred.task == "regression" else pred.entropy
+    # entropies of evaluations are of draws of f instead of the probit link
+    slack = 0.0 if pred.task == "regression" else 0.01
+    assert torch.allclose(ood_score(Predictions.from_predictive(pred)), wanted.double(), rtol=1e-5, atol=slack)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    program = torch.export.export(module, (X,), dynamic_shapes={"inputs": ({0: rows},)}).module()
+    for found in (module(FRESH), program(FRESH)):
+        assert len(found) == 3 and found[2].shape == (7,)
+        assert torch.allclose(found[2], wanted.float(), atol=1e-5, rtol=1e-4)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[:2], plain(FRESH), strict=True))
+
+
+def test_the_score_of_certain_classes_is_zero():
+    sure = nn.Sequential(nn.Linear(3, 2))
+    nn.init.zeros_(sure[0].weight)
+    with torch.no_grad():
+        sure[0].bias.copy_(torch.tensor([500.0, -500.0]))
+    found = export_head(bdl.wrap(sure, "map", likelihood="categorical"), score=True)(FRESH)
+    assert torch.equal(found[2], torch.zeros(7))
+
+
 @pytest.mark.parametrize("name", ["vbll regression", "vbll classes", "laplace kron", "temperature", "student-t"])
 def test_onnx(name):
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     bayes = MODELS[name]()
-    module = export_head(bayes)
+    module = export_head(bayes, score=True)
     rows = torch.export.Dim("rows", min=2, max=4096)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -100,7 +131,8 @@ def test_onnx(name):
     session = runtime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
     for given in (X, FRESH):
         found = session.run(None, {session.get_inputs()[0].name: given.numpy()})
-        for mine, theirs in zip(found, expected(bayes, given), strict=True):
+        wanted = (*expected(bayes, given), module(given)[2])
+        for mine, theirs in zip(found, wanted, strict=True):
             assert torch.allclose(torch.as_tensor(mine), theirs.float(), atol=1e-5, rtol=1e-4)
 
 
