@@ -126,7 +126,7 @@ def wrap(
     _unchanged(network)
     cost = (
         ("fit_seconds", seconds),
-        ("parameters", float(network.num_parameters if fitted.posterior.over_weights else 0)),
+        ("parameters", float(fitted.posterior.num_uncertain(result))),
         ("forward_passes", fitted.posterior.forward_passes),
         *fitted.cost,
     )

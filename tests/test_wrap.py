@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -103,3 +104,19 @@ def test_a_later_choice_supersedes_the_finding_of_an_earlier_one(net: nn.Module)
         assert sum("prior precision" in f.text and f.severity == "info" for f in found) == 1
         assert sum("noise" in f.text and f.severity == "info" for f in found) == 1
     assert "evidence" in str(bayes.tune("evidence").diagnose())
+
+
+@pytest.mark.parametrize(("likelihood", "outputs"), [("categorical", 3), ("gaussian", 1)])
+def test_the_parameters_of_a_last_layer_are_those_of_the_layer(likelihood: str, outputs: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 4)
+    y = (x[:, 0] > 0).long() if likelihood == "categorical" else x[:, :1].sin()
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, outputs))
+    methods: list[Any] = [bdl.VBLL(), bdl.VBLL(mode="full"), bdl.Laplace(select="last_layer"), bdl.Laplace()]
+    methods += [bdl.StudentT()] if likelihood == "gaussian" else []
+    found = [
+        dict(bdl.wrap(net, method, [(x, y)], likelihood=likelihood, progress=False).cost)["parameters"]
+        for method in methods
+    ]
+    head, everything = outputs * (8 + 1), outputs * (8 + 1) + 8 * (4 + 1)
+    assert found == [head, head, head, everything, head][: len(methods)]

@@ -54,6 +54,10 @@ class Posterior(ABC):
     def forward_passes(self) -> float:
         """Cost of a prediction in passes through the network; a backward pass counts as one."""
 
+    def num_uncertain(self, network: Network) -> int:
+        """How many scalars of the network this belief is about; 0 where it is about something else."""
+        return network.num_parameters if self.over_weights else 0
+
     @property
     @abstractmethod
     def over_weights(self) -> bool:

@@ -224,6 +224,11 @@ class LastLayerPosterior(Posterior):
     def over_weights(self) -> bool:
         return True
 
+    def num_uncertain(self, network: Network) -> int:
+        # whatever the rest of the network was selected for, the belief is about one layer
+        layer = network.template.get_submodule(self.layer_of(network))
+        return sum(parameter.numel() for parameter in layer.parameters())
+
     def _cast(self, network: Network) -> dict[str, Tensor]:
         # the network may have been moved to half precision, where the trunk is not kept
         own = network.tensors

@@ -66,6 +66,9 @@ class ScaledPosterior(Posterior):
     def over_weights(self) -> bool:
         return self.base.over_weights
 
+    def num_uncertain(self, network: Network) -> int:
+        return self.base.num_uncertain(network)
+
     def tensors(self) -> dict[str, Tensor]:
         return {"temperature": self.temperature, **{f"base.{k}": v for k, v in self.base.tensors().items()}}
 
