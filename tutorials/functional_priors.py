@@ -75,7 +75,6 @@ for axis in axes[1:]:
 axes[0].set_ylabel("f(x)")
 folder = Path(tempfile.mkdtemp())
 figure.savefig(folder / "functions.png")
-plt.close(figure)
 assert panels["standard normal weights"].std() > 3 * panels["matched weights"].std()
 
 # %% [markdown]
@@ -97,7 +96,6 @@ for axis, (title, found) in zip(axes, {"gaussian": prior, "located": closer}.ite
     bdl.functional.plots.correlation(found.report, ax=axis)
     axis.set_title(title)
 figure.savefig(folder / "correlations.png")
-plt.close(figure)
 
 # %% [markdown]
 # A prior can be kept: the file holds its numbers and its report, no network.
@@ -180,4 +178,3 @@ for axis, (title, model) in zip(axes, {"matched weights": bayes, "FSP-Laplace": 
     axis.set_ylim(-4, 4)
     axis.spines[["top", "right"]].set_visible(False)
 figure.savefig(folder / "posteriors.png")
-plt.close(figure)
